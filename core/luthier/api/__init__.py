@@ -1,0 +1,103 @@
+"""What plugin authors import. Loads no torch, and pydantic only when a config is touched."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from luthier.api.component import KINDS, Component, Kind
+from luthier.api.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from luthier.api.artifact import ARTIFACT_KINDS, Artifact, ArtifactKind
+    from luthier.api.config import (
+        AdapterUse,
+        AugmenterUse,
+        Config,
+        DatasetInput,
+        Estimate,
+        ExporterUse,
+        Field,
+        FileSource,
+        FormatUse,
+        Gate,
+        Input,
+        MergeUse,
+        MetricUse,
+        ModelInput,
+        ModelSource,
+        NotIdentity,
+        PreferenceLossUse,
+        RegularizerUse,
+        Source,
+        StageConfig,
+        SubComponent,
+        TrackerUse,
+        Use,
+    )
+    from luthier.api.context import StageContext
+    from luthier.api.errors import (
+        DataError,
+        GateError,
+        Interrupted,
+        LuthierError,
+        ModelError,
+        PluginError,
+        Problem,
+        RecipeError,
+        StageError,
+        StoreError,
+    )
+    from luthier.api.protocols import (
+        Adapter,
+        Augmenter,
+        Executor,
+        Exporter,
+        Facts,
+        Format,
+        Merge,
+        Message,
+        Metric,
+        Prediction,
+        PreferenceBatch,
+        PreferenceLoss,
+        Quantizer,
+        Regularizer,
+        Reward,
+        Row,
+        Stage,
+        Teacher,
+        TokenLoss,
+        Tracker,
+    )
+
+_HOME = {
+    "artifact": ("ARTIFACT_KINDS", "Artifact", "ArtifactKind"),
+    "config": (
+        "AdapterUse", "AugmenterUse", "Config", "DatasetInput", "Estimate", "ExporterUse", "Field",
+        "FileSource", "FormatUse", "Gate", "Input", "MergeUse", "MetricUse", "ModelInput", "ModelSource",
+        "NotIdentity", "PreferenceLossUse", "RegularizerUse", "Source", "StageConfig", "SubComponent",
+        "TrackerUse", "Use",
+    ),
+    "context": ("StageContext",),
+    "errors": (
+        "DataError", "GateError", "Interrupted", "LuthierError", "ModelError", "PluginError", "Problem",
+        "RecipeError", "StageError", "StoreError",
+    ),
+    "protocols": (
+        "Adapter", "Augmenter", "Executor", "Exporter", "Facts", "Format", "Merge", "Message", "Metric",
+        "Prediction", "PreferenceBatch", "PreferenceLoss", "Quantizer", "Regularizer", "Reward", "Row",
+        "Stage", "Teacher", "TokenLoss", "Tracker",
+    ),
+}  # fmt: skip
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "KINDS", "Component", "Kind", "hookimpl", *_MODULE,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module 'luthier.api' has no attribute '{name}'")
+    return getattr(import_module(f"luthier.api.{_MODULE[name]}"), name)

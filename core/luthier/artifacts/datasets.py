@@ -1,0 +1,56 @@
+"""Datasets on disk: one Parquet file per split, rows as plain dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import DataError
+from luthier.api.protocols import Row
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def write_split(folder: Path, split: Split, rows: Sequence[Row]) -> None:
+    """Write one split as Parquet; no rows, no file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if rows:
+        pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{split}.parquet", compression="zstd")
+
+
+def read_split(dataset: Artifact, split: Split) -> list[Row]:
+    """The rows of one split; empty when the dataset has none."""
+    import pyarrow.parquet as pq
+
+    path = dataset.path / f"{split}.parquet"
+    return pq.read_table(path).to_pylist() if path.exists() else []
+
+
+def require_split(dataset: Artifact, split: Split) -> list[Row]:
+    """The rows of a split that must exist.
+
+    Raises:
+        DataError: the dataset has no such split.
+    """
+    rows = read_split(dataset, split)
+    if not rows:
+        has = ", ".join(name for name in SPLITS if dataset.facts["rows"].get(name)) or "none"
+        raise DataError(
+            f"the dataset has no rows in the split '{split}' (it has: {has})",
+            hint=f"give its stage a split, such as `split: {{{split}: 0.1}}`" if split != "train" else None,
+        )
+    return rows
+
+
+def dataset_facts(format_name: str, splits: dict[Split, list[Row]], dropped: dict[str, int]) -> dict[str, Any]:
+    """The manifest facts of a dataset: its format, rows by split, and dropped rows by reason."""
+    return {
+        "format": format_name,
+        "rows": {split: len(rows) for split, rows in splits.items() if rows},
+        "dropped": dropped,
+    }

@@ -1,0 +1,180 @@
+"""Model folders, judged from their JSON files and safetensors headers alone. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from luthier.api.errors import ModelError
+from luthier.artifacts.digest import digest_file, digest_value
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
+                   "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")  # fmt: skip
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorHeader:
+    """One tensor as a safetensors header describes it: its dtype name, shape and file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ModelError: the file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path.name} is missing", where=str(path.parent)) from error
+    except ValueError as error:
+        raise ModelError(f"is not valid JSON ({error})", where=str(path)) from error
+    if not isinstance(value, dict):
+        raise ModelError("is not a JSON object", where=str(path))
+    return cast("dict[str, Any]", value)
+
+
+def safetensors_header(path: Path) -> dict[str, TensorHeader]:
+    """The header of one safetensors file.
+
+    Raises:
+        ModelError: the file is cut short or is no safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ModelError("is not a whole safetensors file", where=str(path), hint="copy or download it again")
+        header: dict[str, Any] = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + end != size:
+        raise ModelError(
+            f"has {size} bytes where its header says {8 + length + end}", where=str(path), hint="copy it again"
+        )
+    return {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in header.items()}
+
+
+def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
+    """All tensors of a model folder, from headers alone.
+
+    Raises:
+        ModelError: there are no weights, only pickle files, or a shard is missing.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
+        if pickles:
+            raise ModelError(
+                f"has its weights as pickle files only ({', '.join(pickles[:3])})",
+                where=str(folder),
+                hint="pickle files can run code; convert them to safetensors where you trust them",
+            )
+        raise ModelError("has no weights (*.safetensors)", where=str(folder), hint="is this a model folder?")
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        shards = set(read_json(index)["weight_map"].values())
+        missing = sorted(shards - {path.name for path in files})
+        if missing:
+            raise ModelError(f"lacks the shards {', '.join(missing)}", where=str(folder), hint="download them again")
+        files = [path for path in files if path.name in shards]
+    return {name: header for path in files for name, header in safetensors_header(path).items()}
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer = read_json(path)
+    vocabulary: dict[str, int] | list[Any] = tokenizer["model"].get("vocab", {})
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else range(len(vocabulary))
+    added = [entry["id"] for entry in tokenizer.get("added_tokens", [])]
+    return max([*ids, *added], default=-1) + 1
+
+
+def stop_token_ids(folder: Path) -> list[int]:
+    """The ids on which generation stops: those of the generation config, else of the model config."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            return [ids] if isinstance(ids, int) else [int(item) for item in ids]
+    return []
+
+
+def stop_tokens(folder: Path) -> list[str]:
+    """The texts of the stop tokens."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return []
+    added = {entry["id"]: entry["content"] for entry in read_json(path).get("added_tokens", [])}
+    return [added[item] for item in stop_token_ids(folder) if item in added]
+
+
+def chat_template(folder: Path) -> str | None:
+    """The chat template of a folder, from its own file or from inside the tokenizer config."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    template = read_json(config).get("chat_template") if config.exists() else None
+    return template if isinstance(template, str) else None
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """One digest over the files that decide how text becomes ids."""
+    names = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    return digest_value({name: digest_file(folder / name) for name in names})
+
+
+def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
+    """Check a model folder before anything is loaded.
+
+    Raises:
+        ModelError: config or weights are missing or broken, or the tokenizer has more tokens than the
+            embedding has rows.
+    """
+    read_json(folder / "config.json")
+    headers = tensor_headers(folder)
+    embedding = next((header for name, header in headers.items() if name.endswith("embed_tokens.weight")), None)
+    vocabulary = _vocabulary_size(folder)
+    if embedding is not None and vocabulary is not None and vocabulary > embedding.shape[0]:
+        raise ModelError(
+            f"the tokenizer has {vocabulary} tokens, the embedding only {embedding.shape[0]} rows",
+            where=str(folder),
+            hint="tokens were added without resizing the embedding; use the tokenizer that belongs to the weights",
+        )
+    return headers
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """What a model artifact's manifest says of it, read from its headers.
+
+    Raises:
+        ModelError: see `check_model_folder`.
+    """
+    headers = check_model_folder(folder)
+    config = read_json(folder / "config.json")
+    template = chat_template(folder)
+    sizes: dict[str, int] = {}
+    for header in headers.values():
+        sizes[header.dtype] = sizes.get(header.dtype, 0) + math.prod(header.shape)
+    return {
+        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "dtype": max(sizes, key=lambda dtype: sizes[dtype]),
+        "parameters": sum(sizes.values()),
+        "tensors": len(headers),
+        "vocab_size": config.get("vocab_size"),
+        "tokenizer": tokenizer_digest(folder),
+        "chat_template": digest_value(template) if template is not None else None,
+        "stop_tokens": stop_tokens(folder),
+        "stop_token_ids": stop_token_ids(folder),
+    }

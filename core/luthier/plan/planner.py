@@ -1,0 +1,243 @@
+"""Builds the plan: graph, order, keys, status and reasons."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from luthier.api.artifact import Artifact, ArtifactKind
+from luthier.api.component import Component
+from luthier.api.config import Estimate, Input, Source, StageConfig, identity, references
+from luthier.api.errors import LuthierError, Problem, RecipeError
+from luthier.artifacts.digest import digest_value
+from luthier.artifacts.store import Store
+from luthier.plan.reasons import reason_to_run
+from luthier.plan.sources import HubLock, ResolvedSource, is_external, resolve
+from luthier.recipe import Recipe
+from luthier.recipe.problems import near
+
+KEY_FORMAT = 1
+Status = Literal["cached", "run", "resume"]
+
+
+@dataclass(slots=True)
+class Node:
+    """One stage of a plan.
+
+    Attributes:
+        id: The stage's id; one made for an input from outside is called after its path.
+        inputs: Stage ids (or ``artifact:<folder>``) by field path.
+        sources: Resolved files and models by field path.
+        key: The sha256 that identifies the result; `payload` is what it is made of.
+        status: Whether the result is there, or will be made, from a checkpoint or anew.
+        reason: Why.
+    """
+
+    id: str
+    component: Component
+    config: StageConfig
+    produces: ArtifactKind
+    inputs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
+    sources: dict[str, ResolvedSource] = field(default_factory=dict[str, ResolvedSource])
+    key: str = ""
+    payload: dict[str, Any] = field(default_factory=dict[str, Any])
+    status: Status = "run"
+    reason: str = ""
+    estimate: Estimate = field(default_factory=Estimate)
+
+    @property
+    def needs(self) -> list[str]:
+        """The ids of the stages that must be finished before."""
+        return [*dict.fromkeys([item for items in self.inputs.values() for item in items] + self.config.after)]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A recipe resolved against a store; `nodes` are in the order in which they can run."""
+
+    recipe: Recipe
+    store: Store
+    nodes: dict[str, Node]
+    outside: dict[str, Artifact]
+
+    def key_of(self, name: str) -> str:
+        """The key of a stage, or of an artifact from outside."""
+        return self.outside[name].key if name in self.outside else self.nodes[name].key
+
+    def artifact_of(self, name: str) -> Artifact | None:
+        """The finished artifact of a stage or from outside; None while it is to be made."""
+        return self.outside[name] if name in self.outside else self.store.find(self.nodes[name].key)
+
+    def needed_for(self, targets: Iterable[str]) -> set[str]:
+        """The stages needed to make `targets`, themselves included."""
+        found: set[str] = set()
+        pending = list(targets)
+        while pending:
+            name = pending.pop()
+            if name in self.nodes and name not in found:
+                found.add(name)
+                pending += self.nodes[name].needs
+        return found
+
+    def __str__(self) -> str:
+        return "\n".join(f"{node.id:<20} {node.status:<7} {node.reason}" for node in self.nodes.values())
+
+
+def plan(recipe: Recipe, store: Store | str | Path | None = None) -> Plan:
+    """Resolve a recipe: nothing is run and nothing heavy is loaded.
+
+    Raises:
+        RecipeError: unknown stages, wrong kinds of input, cycles, missing files: all of them.
+    """
+    store = store if isinstance(store, Store) else Store.at(store)
+    return _Planner(recipe, store).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, store: Store) -> None:
+        self.recipe = recipe
+        self.store = store
+        self.problems: list[Problem] = []
+        self.nodes: dict[str, Node] = {}
+        self.outside: dict[str, Artifact] = {}
+        file = Path(recipe.document.file)
+        self.lock = HubLock(file.with_suffix(".lock.yaml") if file.exists() else None)
+
+    def plan(self) -> Plan:
+        for stage in self.recipe.stages.values():
+            self.nodes[stage.id] = Node(stage.id, stage.component, stage.config, stage.config.kind_made)
+        for node in list(self.nodes.values()):
+            self._connect(node)
+        order = self._order()
+        if self.problems:
+            raise RecipeError(self.problems)
+        for name in order:
+            self._check_kinds(self.nodes[name])
+        for name in order:
+            self._resolve_sources(self.nodes[name])
+        if self.problems:
+            raise RecipeError(self.problems)
+        result = Plan(self.recipe, self.store, {name: self.nodes[name] for name in order}, self.outside)
+        last = self.store.last_keys(self.recipe.name)
+        for node in result.nodes.values():
+            self._identify(result, node, cast("dict[str, Any]", last.get(node.id, {})))
+        if self.problems:
+            raise RecipeError(self.problems)
+        return result
+
+    def _fail(self, node: Node, path: str, message: str, hint: str | None = None) -> None:
+        parts: list[str | int] = [int(part) if part.isdigit() else part for part in path.split(".") if part]
+        self.problems.append(self.recipe.document.problem(("stages", node.id, *parts), message, hint))
+
+    def _connect(self, node: Node) -> None:
+        for path, _, values in references(node.config, Input):
+            node.inputs[path] = [self._provider(node, path, value) for value in values]
+        for value in node.config.after:
+            self._provider(node, "after", value)
+
+    def _provider(self, node: Node, path: str, value: str) -> str:
+        if value in self.recipe.stages:
+            return value
+        if not is_external(value):
+            self._fail(node, path, f"there is no stage '{value}'", near(value, self.recipe.stages))
+            return value
+        folder = (self.recipe.folder / value).absolute()
+        if (folder / "manifest.json").exists():
+            try:
+                self.outside[value] = Artifact.load(folder)
+            except LuthierError as error:
+                self._fail(node, path, error.message, error.hint)
+            return value
+        return self._imported(node, path, value)
+
+    def _imported(self, node: Node, path: str, value: str) -> str:
+        """A stage for something from outside that is no artifact yet: a data file, a model folder."""
+        accepted = next(marker.kinds for name, marker, _ in references(node.config, Input) if name == path)
+        uses = "data" if "dataset" in accepted else "base"
+        name = f"{uses}({value})"
+        if name not in self.nodes:
+            component = self.recipe.registry.get("stage", uses)
+            config_class = self.recipe.registry.config_class(component)
+            config = config_class.model_validate({"source": value}, context={"components": self.recipe.registry})
+            self.nodes[name] = Node(name, component, cast("StageConfig", config), cast("Any", config).kind_made)
+        return name
+
+    def _order(self) -> list[str]:
+        """A topological order that keeps to the file's order where inputs leave the choice."""
+        position = {name: index for index, name in enumerate(self.nodes)}
+        waiting = {name: {need for need in node.needs if need in self.nodes} for name, node in self.nodes.items()}
+        ready = [position[name] for name, needs in waiting.items() if not needs]
+        heapq.heapify(ready)
+        names = list(self.nodes)
+        order: list[str] = []
+        while ready:
+            done = names[heapq.heappop(ready)]
+            order.append(done)
+            for name, needs in waiting.items():
+                if done in needs:
+                    needs.remove(done)
+                    if not needs:
+                        heapq.heappush(ready, position[name])
+        stuck = [name for name in names if name not in order]
+        if stuck:
+            node = self.nodes[stuck[0]]
+            self._fail(node, "", f"stages wait for each other in a cycle: {' -> '.join(_cycle(waiting, stuck[0]))}",
+                       "break the cycle: a stage cannot use its own result")  # fmt: skip
+        return order
+
+    def _check_kinds(self, node: Node) -> None:
+        kinds: dict[str, list[ArtifactKind]] = {}
+        for path, marker, _ in references(node.config, Input):
+            kinds[path] = []
+            for name in node.inputs[path]:
+                kind = self.outside[name].kind if name in self.outside else self.nodes[name].produces
+                kinds[path].append(kind)
+                if kind not in marker.kinds:
+                    self._fail(node, path, f"'{name}' makes a {kind}, but here a {' or '.join(marker.kinds)} is needed")
+        node.produces = node.config.produces(kinds)
+
+    def _resolve_sources(self, node: Node) -> None:
+        for path, marker, values in references(node.config, Source):
+            for value in values:
+                try:
+                    node.sources[path] = resolve(value, marker.kind, self.recipe.folder, self.store, self.lock)
+                except LuthierError as error:
+                    self._fail(node, path, error.message, error.hint)
+
+    def _identify(self, result: Plan, node: Node, last: Mapping[str, Any]) -> None:
+        inputs = {path: [result.key_of(name) for name in names] for path, names in node.inputs.items()}
+        node.payload = {
+            "format": KEY_FORMAT,
+            "stage": node.component.name,
+            "revision": node.component.revision,
+            "config": identity(node.config),
+            "inputs": inputs,
+            "sources": {path: source.digest for path, source in node.sources.items()},
+            "seed": self.recipe.seed if node.config.seeded else None,
+        }
+        node.key = digest_value(node.payload)
+        if self.store.find(node.key) is not None:
+            node.status, node.reason = "cached", "the result is in the store"
+            return
+        known = {path: [result.artifact_of(name) for name in names] for path, names in node.inputs.items()}
+        facts = {path: [item.facts for item in items if item is not None] for path, items in known.items()}
+        node.estimate = node.config.estimate(facts)
+        if all(item is not None for items in known.values() for item in items):
+            for message in node.config.problems(facts):
+                self._fail(node, "", message)
+        checkpoint = next(iter(sorted(self.store.work(node.key).glob("**/checkpoint-*"))), None)
+        node.status = "resume" if checkpoint else "run"
+        node.reason = reason_to_run(node.payload, last, inputs, {name: result.key_of(name) for name in node.needs
+                                    if name in result.nodes or name in result.outside})  # fmt: skip
+
+
+def _cycle(waiting: Mapping[str, set[str]], start: str) -> list[str]:
+    path = [start]
+    while True:
+        following = min(need for need in waiting[path[-1]] if waiting[need])
+        if following in path:
+            return [*path[path.index(following) :], following]
+        path.append(following)

@@ -1,0 +1,94 @@
+"""Resolves what a recipe takes from outside the store: files, folders, hub models."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.api.errors import LuthierError, ModelError
+from luthier.artifacts.store import Store
+from luthier.recipe.document import parse
+
+HUB = "hf:"
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedSource:
+    """A source with the digest of its content (for a hub model, its pinned commit) and its place."""
+
+    digest: str
+    place: str
+
+
+def is_external(value: str) -> bool:
+    """Whether an input's value comes from outside the recipe: a path, or an id with a scheme."""
+    return "/" in value or value.startswith(".") or value.startswith(HUB)
+
+
+def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) -> ResolvedSource:
+    """Find a source and what identifies its content.
+
+    Raises:
+        ModelError: a hub model cannot be pinned.
+        LuthierError: a path does not exist.
+    """
+    if value.startswith(HUB):
+        if kind != "model":
+            raise LuthierError(f"'{value}' is a hub id where a file is expected", hint="download it, and give its path")
+        repository, commit = lock.pin(value.removeprefix(HUB))
+        return ResolvedSource(f"{HUB}{repository}@{commit}", f"{HUB}{repository}@{commit}")
+    path = (folder / Path(value).expanduser()).absolute()
+    if not path.exists():
+        raise LuthierError(f"there is no file or folder '{value}'", hint=f"looked for {path}")
+    return ResolvedSource(store.digest_source(path), str(path))
+
+
+class HubLock:
+    """Pins hub ids to commits in ``<recipe>.lock.yaml`` beside the recipe."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.pins: dict[str, str] = {}
+        if path is not None and path.exists():
+            value: Any = parse(path.read_text(encoding="utf-8"), str(path)).value
+            self.pins = dict(value or {})
+
+    def pin(self, text: str) -> tuple[str, str]:
+        """Repository and commit of ``org/name`` or ``org/name@revision``.
+
+        Raises:
+            ModelError: the commit is not pinned yet and the hub cannot be asked.
+        """
+        repository, _, revision = text.partition("@")
+        if COMMIT.fullmatch(revision):
+            return repository, revision
+        if text not in self.pins:
+            self.pins[text] = _ask_hub(repository, revision or "main")
+            if self.path is not None:
+                self.path.write_text(yaml.safe_dump(self.pins), encoding="utf-8")
+        return repository, self.pins[text]
+
+
+def _ask_hub(repository: str, revision: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / revision
+    try:
+        commit = HfApi().model_info(repository, revision=revision).sha
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        if cached.exists():
+            return cached.read_text(encoding="ascii").strip()
+        raise ModelError(
+            f"the hub cannot say which commit '{repository}' is at: {type(error).__name__}",
+            hint="check the id and the network, or give the path of a local folder",
+        ) from error
+    if commit is None:
+        raise ModelError(f"the hub names no commit for '{repository}' at '{revision}'")
+    return commit
