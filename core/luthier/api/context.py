@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from luthier.api.artifact import Artifact
+from luthier.api.component import Kind
 from luthier.api.config import Use
 
 
@@ -39,6 +40,10 @@ class StageContext(Protocol):
 
     def component(self, use: Use) -> Any:
         """An instance of a sub-component: its `impl`, made with its config."""
+        ...
+
+    def make(self, kind: Kind, name: str) -> Any:
+        """An instance of a component with its default config."""
         ...
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:

@@ -26,14 +26,16 @@ def reason_to_run(
     for path, before, now in _differences("", last, payload):
         if path.startswith("inputs."):
             field = path.split(".")[1]
-            changed = [names.get(key, key[:8]) for key in inputs.get(field, []) if key not in last["inputs"].get(field, [])]
+            changed = [
+                names.get(key, key[:8]) for key in inputs.get(field, []) if key not in last["inputs"].get(field, [])
+            ]
             text = f"input {', '.join(changed) or field} changed"
         elif path.startswith("sources."):
             text = f"the content of {path.removeprefix('sources.')} changed"
         elif path == "revision" or path.endswith(".revision"):
             text = f"the component has a new revision ({before} -> {now})"
         else:
-            text = f"{path.removeprefix('config.')}: {_show(before)} -> {_show(now)}"
+            text = f"{_readable(path)}: {_show(before)} -> {_show(now)}"
         if text not in changes:
             changes.append(text)
     return "; ".join(changes) or "the result was removed from the store"
@@ -51,3 +53,8 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
 
 def _show(value: Any) -> str:
     return "(unset)" if value is _MISSING else str(value)
+
+
+def _readable(path: str) -> str:
+    """The path as a recipe writes it: without the wrappers that only key payloads have."""
+    return ".".join(part for part in path.split(".") if part != "config")

@@ -33,7 +33,7 @@ for _tag, _pattern, _first in (
 def parse_scalar(text: str) -> Any:
     """A value as it is written on the command line: YAML for one value."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a safe loader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         return text
 

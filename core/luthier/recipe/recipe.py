@@ -56,9 +56,7 @@ class Recipe:
     registry: Registry
 
     @classmethod
-    def load(
-        cls, path: str | Path, *, overrides: Sequence[str] = (), registry: Registry | None = None
-    ) -> Recipe:
+    def load(cls, path: str | Path, *, overrides: Sequence[str] = (), registry: Registry | None = None) -> Recipe:
         """Read a recipe file.
 
         Args:

@@ -1,0 +1,112 @@
+"""``luthier run`` and ``luthier plan``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from luthier.api.config import Estimate
+from luthier.plan import Plan, plan
+from luthier.recipe import Recipe
+from luthier.run import RunResult, run
+from luthier.run.events import Event, Listener
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The arguments that every verb on a recipe takes."""
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="JSON for machines."),
+        click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier."),
+        click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Replace one value."),
+        click.argument("recipe", type=click.Path(path_type=Path)),
+    ):
+        command = option(command)
+    return command
+
+
+@click.command("plan", epilog="Example: luthier plan recipe.yaml --set stages.tuned.beta=0.2")
+@recipe_options
+def plan_command(recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool) -> None:
+    """Show per stage whether it is cached, will run or will resume, and why. Runs nothing."""
+    made = plan(Recipe.load(recipe, overrides=overrides), store)
+    if as_json:
+        click.echo(json.dumps([_node_json(made, name) for name in made.nodes], indent=2))
+        return
+    width = max(len(name) for name in made.nodes)
+    for node in made.nodes.values():
+        about = _estimate(node.estimate)
+        click.echo(f"{node.id:<{width}}  {node.status:<7} {node.produces:<8} {node.reason}{about}")
+
+
+def _node_json(made: Plan, name: str) -> dict[str, Any]:
+    node = made.nodes[name]
+    return {"stage": name, "uses": node.component.name, "key": node.key, "produces": node.produces,
+            "status": node.status, "reason": node.reason, "inputs": node.inputs}  # fmt: skip
+
+
+def _estimate(estimate: Estimate) -> str:
+    parts = [f"{estimate.rows:,} rows"] if estimate.rows is not None else []
+    parts += [f"{estimate.tokens:,} tokens"] if estimate.tokens is not None else []
+    parts += [f"{estimate.disk / 1e6:,.1f} MB on disk"] if estimate.disk is not None else []
+    parts += [f"{estimate.memory / 1e6:,.0f} MB of memory"] if estimate.memory is not None else []
+    return f" (about {', '.join(parts)})" if parts else ""
+
+
+@click.command("run", epilog="Example: luthier run recipe.yaml --only tuned")
+@recipe_options
+@click.option("--only", multiple=True, metavar="STAGE", help="Make these stages and what they need.")
+@click.option("--keep-going", is_flag=True, help="After a failure, run what does not depend on it.")
+def run_command(
+    recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool, only: tuple[str, ...], keep_going: bool
+) -> None:
+    """Run a recipe: cached stages are not run again, interrupted ones resume."""
+    made = plan(Recipe.load(recipe, overrides=overrides), store)
+    unknown = [name for name in only if name not in made.nodes]
+    if unknown:
+        raise click.BadParameter(f"there is no stage '{unknown[0]}'", param_hint="--only")
+    listener: Listener = _print_json if as_json else _print_line
+    result = run(made, only=only, keep_going=keep_going, listeners=[listener])
+    if not as_json:
+        _summary(result)
+    sys.exit(result.exit_code)
+
+
+def _print_json(event: Event) -> None:
+    click.echo(json.dumps(event, ensure_ascii=False, default=str))
+
+
+def _print_line(event: Event) -> None:
+    stage = event.get("stage", "")
+    match event["event"]:
+        case "stage_started":
+            click.echo(f"{stage}: {event['status']} ({event['reason']})")
+        case "metrics":
+            values = ", ".join(f"{name} {value:.4g}" for name, value in event["values"].items())
+            click.echo(f"{stage}: step {event['step']}: {values}")
+        case "log":
+            click.echo(f"{stage}: {event['message']}")
+        case "warning":
+            click.echo(f"{stage}: warning: {event['message']}", err=True)
+        case "stage_failed" | "stage_interrupted":
+            click.echo(f"{stage}: {event['message']}", err=True)
+        case "gate":
+            held = "holds" if event["ok"] else "DOES NOT HOLD"
+            click.echo(f"{stage}: gate {event['metric']} {event['required']}: {event['value']} {held}")
+        case _:
+            pass
+
+
+def _summary(result: RunResult) -> None:
+    width = max(len(name) for name in result.stages)
+    click.echo()
+    for name, stage in result.stages.items():
+        made = f"{stage.artifact.kind} {stage.artifact.key[:12]}" if stage.artifact else ""
+        click.echo(f"{name:<{width}}  {stage.outcome:<11} {stage.seconds:7.1f} s  {made}")
+    for stage in result.stages.values():
+        if stage.error is not None:
+            click.echo(f"\nerror: {stage.error}", err=True)

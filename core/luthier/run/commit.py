@@ -1,0 +1,92 @@
+"""Makes a finished scratch folder an artifact: hashed, fsynced, manifest last, one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from luthier.api.artifact import MANIFEST, Artifact, ArtifactKind
+from luthier.api.errors import StoreError
+from luthier.artifacts.digest import digest_file, files_in
+from luthier.artifacts.store import Store
+
+LIBRARIES = ("luthier", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "gguf",
+             "xllamacpp", "mergekit")  # fmt: skip
+
+
+def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[str, Any]) -> Artifact:
+    """Move `out` into the store under `key`.
+
+    Raises:
+        StoreError: it cannot be written; then nothing is in the store under this key.
+    """
+    manifest: dict[str, Any] = {"luthier": 1, "key": key, "kind": kind, **about}
+    try:
+        manifest["files"] = {
+            str(path.relative_to(out)): {"sha256": digest_file(path), "size": path.stat().st_size}
+            for path in files_in(out)
+        }
+        for path in files_in(out):
+            _sync(path)
+        (out / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        _sync(out / MANIFEST)
+        store.artifacts.mkdir(parents=True, exist_ok=True)
+        out.rename(store.folder(key))
+        _sync(store.artifacts)
+    except OSError as error:
+        (out / MANIFEST).unlink(missing_ok=True)
+        raise StoreError(
+            f"the artifact cannot be stored: {error.strerror}",
+            where=str(store.root),
+            hint="free some space (`luthier clean`) or choose another store with --store, then run again: "
+            "what was finished is kept",
+        ) from error
+    shutil.rmtree(store.work(key), ignore_errors=True)
+    return Artifact.load(store.folder(key))
+
+
+def environment() -> dict[str, Any]:
+    """What the manifest says of the machine and its software; no names of users, no variables."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "libraries": _versions(),
+        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "git": _git_commit(),
+    }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,104 @@
+"""One lock per key, so that two runs never make the same artifact at once."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from luthier.api.errors import StoreError
+
+HEARTBEAT = 5.0
+STALE_AFTER = 60.0
+"""Seconds without a heartbeat after which the lock of another host counts as left behind."""
+
+
+class Lock:
+    """A lock file with host, pid and heartbeat; a stale one is taken over, and says so."""
+
+    def __init__(self, folder: Path, key: str, say: Callable[[str], None]) -> None:
+        self.path = folder / f"{key}.lock"
+        self._say = say
+        self._stop = threading.Event()
+
+    @contextmanager
+    def held(self, poll: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Wait for the lock, hold it, release it. `poll` is called while waiting; it may raise.
+
+        Raises:
+            StoreError: the lock file cannot be written.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._wait(poll)
+        except OSError as error:
+            raise StoreError(
+                f"the lock cannot be written: {error.strerror}",
+                where=str(self.path),
+                hint="is the store read-only or the disk full? choose another store with --store",
+            ) from error
+        beat = threading.Thread(target=self._beat, daemon=True)
+        beat.start()
+        try:
+            yield
+        finally:
+            self._stop.set()
+            beat.join()
+            self.path.unlink(missing_ok=True)
+
+    def _wait(self, poll: Callable[[], None]) -> None:
+        said = False
+        while not self._try():
+            if not said:
+                self._say(f"waiting for {_who(_read(self.path))}, which makes the same artifact")
+                said = True
+            poll()
+            time.sleep(0.2)
+
+    def _try(self) -> bool:
+        # The guard makes "look, judge, take" one step among processes that share the file system.
+        with (self.path.parent / ".guard").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if self.path.exists():
+                owner = _read(self.path)
+                if not _stale(owner, self.path):
+                    return False
+                self._say(f"taking over the lock that {_who(owner)} left behind")
+            me = psutil.Process()
+            owner = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
+            self.path.write_text(json.dumps(owner), encoding="utf-8")
+            return True
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT):
+            os.utime(self.path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _stale(owner: dict[str, Any], path: Path) -> bool:
+    if owner.get("host") == socket.gethostname():
+        try:
+            # The same pid may belong to another process by now: compare its start time too.
+            return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1.0
+        except psutil.NoSuchProcess:
+            return True
+    return time.time() - path.stat().st_mtime > STALE_AFTER
+
+
+def _who(owner: dict[str, Any]) -> str:
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"

@@ -1,0 +1,201 @@
+"""The worker process: imports the heavy libraries once and runs stages in turn.
+
+Jobs come in on stdin, events go out on what was stdout; whatever libraries print goes to the log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from queue import Queue
+from typing import Any, TextIO, cast
+
+from luthier.api.artifact import Artifact
+from luthier.api.component import Kind
+from luthier.api.config import Source, StageConfig, Use, references
+from luthier.api.errors import Interrupted, LuthierError, ModelError
+from luthier.api.protocols import Tracker
+from luthier.registry import Registry, default_registry
+from luthier.run.job import Job
+
+PROGRESS_EVERY = 0.2
+
+
+class Context:
+    """The `StageContext` of one job."""
+
+    def __init__(self, job: Job, registry: Registry, config: StageConfig, worker: Worker) -> None:
+        self.stage = job.stage
+        self.seed = job.seed
+        self.out = Path(job.out)
+        self.work = Path(job.work)
+        self._job = job
+        self._registry = registry
+        self._worker = worker
+        self._last_progress = 0.0
+        self._models = {path for path, mark, _ in references(config, Source) if mark.kind == "model"}
+        self.warnings: list[str] = []
+        self.trackers: list[Tracker] = []
+
+    def input(self, field: str) -> Artifact:
+        (artifact,) = self.inputs(field)
+        return artifact
+
+    def inputs(self, field: str) -> list[Artifact]:
+        return [Artifact.load(Path(path)) for path in self._job.inputs.get(field, [])]
+
+    def source(self, field: str) -> Path:
+        place = self._job.sources[field]
+        return download(place) if place.startswith("hf:") else Path(place)
+
+    def component(self, use: Use) -> Any:
+        return self._registry.impl_class(use.component)(use.config)
+
+    def make(self, kind: Kind, name: str) -> Any:
+        component = self._registry.get(kind, name)
+        config = self._registry.config_class(component).model_validate({}, context={"components": self._registry})
+        return self._registry.impl_class(component)(config)
+
+    def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
+        if self.stopping():
+            raise Interrupted("stopped on request")
+        now = time.monotonic()
+        if now - self._last_progress >= PROGRESS_EVERY or done == total:
+            self._last_progress = now
+            self._send("progress", done=done, total=total, unit=unit)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        self._send("metrics", values=dict(values), step=step)
+        for tracker in self.trackers:
+            tracker.log(values, step)
+
+    def log(self, message: str) -> None:
+        self._send("log", message=message)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self._send("warning", message=message)
+
+    def stopping(self) -> bool:
+        return self._worker.stop.is_set()
+
+    def _send(self, event: str, **values: Any) -> None:
+        self._worker.send({"event": event, "stage": self.stage, **values})
+
+
+class Worker:
+    """Runs the jobs that come in until stdin closes."""
+
+    def __init__(self, events: TextIO) -> None:
+        self.stop = threading.Event()
+        self._events = events
+        self._jobs: Queue[dict[str, Any]] = Queue()
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send one event to the runner."""
+        self._events.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
+        self._events.flush()
+
+    def serve(self) -> None:
+        """Run jobs in turn."""
+        threading.Thread(target=self._read, daemon=True).start()
+        registry = default_registry()
+        while True:
+            self._run(Job(**self._jobs.get()), registry)
+
+    def _read(self) -> None:
+        for line in sys.stdin:
+            self._jobs.put(json.loads(line))
+        # The runner is gone (or is done): nobody would take a result, so do not go on.
+        os._exit(0)
+
+    def _run(self, job: Job, registry: Registry) -> None:
+        started = time.perf_counter()
+        try:
+            component = registry.get("stage", job.component)
+            config = cast("StageConfig", registry.config_class(component).model_validate(
+                job.config, context={"components": registry}))  # fmt: skip
+            context = Context(job, registry, config, self)
+            shutil.rmtree(context.out, ignore_errors=True)
+            context.out.mkdir(parents=True)
+            context.trackers = _trackers(job, registry, config)
+            random.seed(job.seed)
+            stage = registry.impl_class(component)(config)
+            loaded = time.perf_counter()
+            try:
+                for tracker in context.trackers:
+                    tracker.start(Path(job.run), job.stage)
+                facts = stage.run(context)
+            finally:
+                for tracker in context.trackers:
+                    tracker.finish()
+        except Interrupted as error:
+            self.send({"event": "interrupted", "stage": job.stage, "message": error.message})
+        # Stages are plugins: whatever they raise is this stage's failure, not the worker's.
+        except Exception as error:  # noqa: BLE001
+            known = isinstance(error, LuthierError)
+            self.send({
+                "event": "failed", "stage": job.stage, "known": known, "type": type(error).__name__,
+                "message": error.message if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
+                "where": error.where if isinstance(error, LuthierError) else None,
+                "hint": error.hint if isinstance(error, LuthierError) else None,
+                "traceback": traceback.format_exc(),
+            })  # fmt: skip
+        else:
+            ended = time.perf_counter()
+            self.send({
+                "event": "result", "stage": job.stage, "facts": facts, "warnings": context.warnings,
+                "seconds": {"load": loaded - started, "run": ended - loaded},
+            })  # fmt: skip
+
+
+def _trackers(job: Job, registry: Registry, config: StageConfig) -> list[Tracker]:
+    made: list[Tracker] = []
+    for raw in job.trackers:
+        component = registry.get("tracker", raw["uses"])
+        values = {key: value for key, value in raw.items() if key != "uses"}
+        made.append(registry.impl_class(component)(registry.config_class(component).model_validate(values)))
+    return made
+
+
+def download(pinned: str) -> Path:
+    """The local folder of a hub model at a pinned commit: safetensors, configs and tokenizer only.
+
+    Raises:
+        ModelError: the hub cannot be reached and the model is not in the local cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, commit = pinned.removeprefix("hf:").partition("@")
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*"]
+    try:
+        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"'{repository}' cannot be downloaded: {type(error).__name__}",
+            hint="check the network, or give the path of a local folder",
+        ) from error
+
+
+def main() -> None:
+    """Entry point of ``python -m luthier.run.worker``."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    worker = Worker(events)
+    signal.signal(signal.SIGTERM, lambda number, frame: worker.stop.set())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    worker.serve()
+
+
+if __name__ == "__main__":
+    main()

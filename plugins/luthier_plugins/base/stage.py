@@ -1,0 +1,33 @@
+"""Copies a model folder into the store and records what it is."""
+
+from __future__ import annotations
+
+import shutil
+
+from luthier.api import Facts, ModelError, StageContext
+from luthier.artifacts.digest import files_in
+from luthier.artifacts.models import PICKLES, TOKENIZER_FILES, check_model_folder, model_facts
+from luthier_plugins.base.config import BaseConfig
+
+
+class Base:
+    """The stage ``base``."""
+
+    def __init__(self, config: BaseConfig) -> None:
+        self.config = config
+
+    def run(self, context: StageContext) -> Facts:
+        folder = context.source("source")
+        if not folder.is_dir():
+            raise ModelError("is not a folder", where=str(folder), hint="name the folder that holds config.json")
+        check_model_folder(folder)
+        if not any((folder / name).exists() for name in TOKENIZER_FILES):
+            raise ModelError("has no tokenizer", where=str(folder), hint="copy the model's tokenizer files there")
+        files = [path for path in files_in(folder) if not any(path.match(pattern) for pattern in PICKLES)]
+        for done, path in enumerate(files):
+            context.progress(done, len(files), "files")
+            target = context.out / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if path.name != "manifest.json":
+                shutil.copyfile(path, target)
+        return {**model_facts(context.out), "source": self.config.source}

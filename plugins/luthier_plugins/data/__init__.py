@@ -1,0 +1,16 @@
+"""The stage that reads data files."""
+
+from luthier.api import Component, hookimpl
+
+
+@hookimpl
+def luthier_components() -> list[Component]:
+    return [
+        Component(
+            kind="stage",
+            name="data",
+            summary="Read, check and split a data file (JSON lines or text)",
+            config="luthier_plugins.data.config:DataConfig",
+            impl="luthier_plugins.data.stage:Data",
+        )
+    ]

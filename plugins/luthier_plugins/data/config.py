@@ -1,0 +1,33 @@
+"""The config of the stage ``data``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from luthier.api import Config, Field, FileSource, FormatUse, StageConfig
+
+
+class SplitConfig(Config):
+    """Shares of the rows that are held out of training."""
+
+    validation: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The share of rows that training stages evaluate on."""
+    test: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """The share of rows that `evaluate` reads."""
+
+
+class DataConfig(StageConfig):
+    """Reads a data file into a dataset; every row is checked."""
+
+    source: FileSource
+    """The file: ``.jsonl`` with one row a line, or ``.txt`` with one text a paragraph."""
+    format: FormatUse | None = None
+    """What a row looks like; by default recognised from the first row's keys."""
+    split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
+    """Shares to hold out, or the one split that all rows belong to."""
+    keep: list[str] = []
+    """Further text keys to keep as columns, such as the name of a slice."""
+    on_error: Literal["fail", "drop"] = "fail"
+    """What to do with a bad row: stop (all are listed), or drop it (all are counted by reason)."""
+    limit: int | None = Field(default=None, gt=0)
+    """Read only that many rows."""

@@ -1,0 +1,42 @@
+"""The config of the augmenter ``template``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.api import Config, Field
+from pydantic import model_validator
+
+
+class RangeSlot(Config):
+    """A whole number."""
+
+    range: tuple[int, int]
+    """The smallest and the largest number."""
+
+
+class LettersSlot(Config):
+    """A made-up word."""
+
+    letters: tuple[int, int]
+    """The smallest and the largest number of letters."""
+    alphabet: str = "abcdefghijklmnopqrstuvwxyz"
+    """The letters to draw from."""
+
+
+class TemplateConfig(Config):
+    """Draws a value for each slot, then renders one of the templates with them, in Jinja's sandbox."""
+
+    templates: list[dict[str, Any]] = Field(min_length=1)
+    """Rows whose texts are Jinja templates, such as ``{messages: [{role: user, content: "{{ verb }} it"}]}``."""
+    slots: dict[str, list[Any] | RangeSlot | LettersSlot] = {}
+    """What each slot is filled from. An entry of a list may be a mapping: `{{ city.name }}`."""
+    count: int = Field(gt=0)
+    """How many different rows to make."""
+
+    @model_validator(mode="after")
+    def _no_empty_slots(self) -> TemplateConfig:
+        for name, slot in self.slots.items():
+            if isinstance(slot, list) and not slot:
+                raise ValueError(f"the slot '{name}' has no values")
+        return self
