@@ -15,19 +15,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from luthier.plan import Plan, plan
+    from luthier.planning import Plan, plan
     from luthier.recipe import Recipe
-    from luthier.run import RunResult, run
+    from luthier.running import RunResult, run
 
 __version__ = "0.1.0"
 __all__ = ["Plan", "Recipe", "RunResult", "__version__", "plan", "run"]
 
 _HOME = {
-    "Plan": "luthier.plan",
+    "Plan": "luthier.planning",
     "Recipe": "luthier.recipe",
-    "RunResult": "luthier.run",
-    "plan": "luthier.plan",
-    "run": "luthier.run",
+    "RunResult": "luthier.running",
+    "plan": "luthier.planning",
+    "run": "luthier.running",
 }
 
 
@@ -37,8 +37,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'luthier' has no attribute '{name}'")
     from importlib import import_module
 
-    value = getattr(import_module(_HOME[name]), name)
-    # `luthier.plan` and `luthier.run` are packages as well as functions: importing the package
-    # binds it here, and the function has to win.
-    globals()[name] = value
-    return value
+    return getattr(import_module(_HOME[name]), name)

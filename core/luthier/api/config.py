@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Protocol, cast, get_args
 
@@ -67,15 +67,15 @@ class StageConfig(Config):
     after: Annotated[list[str], NotIdentity()] = []
     """Stages that must be done, and their gates hold, before this one starts."""
 
-    def produces(self, inputs: Mapping[str, list[ArtifactKind]]) -> ArtifactKind:
+    def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         """The kind of artifact made, given the kinds of the inputs by field path."""
         return self.kind_made
 
-    def estimate(self, inputs: Mapping[str, list[Mapping[str, Any]]]) -> Estimate:
+    def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         """What the stage will need, from the facts of those inputs that exist already."""
         return Estimate()
 
-    def problems(self, inputs: Mapping[str, list[Mapping[str, Any]]]) -> list[str]:
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         """What is wrong with these inputs' facts, as far as they are known before running."""
         return []
 
@@ -148,10 +148,12 @@ class SubComponent:
     def _validate(self, value: Any, info: ValidationInfo) -> Use:
         if isinstance(value, Use):
             return value
-        raw: dict[str, Any] = {"uses": value} if isinstance(value, str) else value
-        if not isinstance(raw, dict) or not isinstance(raw.get("uses"), str):
+        given: Any = {"uses": value} if isinstance(value, str) else value
+        raw = cast("dict[str, Any]", given if isinstance(given, dict) else {})
+        if not isinstance(raw.get("uses"), str):
             raise PydanticCustomError("uses_missing", "expected a name, or a mapping with the key 'uses'")
-        components = (info.context or {}).get("components")
+        context: Mapping[str, Any] = info.context or {}
+        components: Components | None = context.get("components")
         if components is None:
             raise PydanticCustomError("no_components", "a sub-component needs the registry to be validated")
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,19 +17,18 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 def write_split(folder: Path, split: Split, rows: Sequence[Row]) -> None:
     """Write one split as Parquet; no rows, no file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if rows:
-        pq.write_table(pa.Table.from_pylist(list(rows)), folder / f"{split}.parquet", compression="zstd")
+        # pyarrow has no type stubs, and is slow to import: not needed for planning.
+        arrow: Any = import_module("pyarrow")
+        parquet: Any = import_module("pyarrow.parquet")
+        parquet.write_table(arrow.Table.from_pylist(list(rows)), folder / f"{split}.parquet", compression="zstd")
 
 
 def read_split(dataset: Artifact, split: Split) -> list[Row]:
     """The rows of one split; empty when the dataset has none."""
-    import pyarrow.parquet as pq
-
     path = dataset.path / f"{split}.parquet"
-    return pq.read_table(path).to_pylist() if path.exists() else []
+    parquet: Any = import_module("pyarrow.parquet")
+    return parquet.read_table(path).to_pylist() if path.exists() else []
 
 
 def require_split(dataset: Artifact, split: Split) -> list[Row]:

@@ -11,10 +11,10 @@ from typing import Any
 import click
 
 from luthier.api.config import Estimate
-from luthier.plan import Plan, plan
+from luthier.planning import Plan, plan
 from luthier.recipe import Recipe
-from luthier.run import RunResult, run
-from luthier.run.events import Event, Listener
+from luthier.running import RunResult, run
+from luthier.running.events import Event, Listener
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -27,7 +27,9 @@ for _tag, _pattern, _first in (
     ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)",
      "-+0123456789."),
 ):  # fmt: skip
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+    cast("Any", _Loader).add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def parse_scalar(text: str) -> Any:
@@ -70,7 +72,7 @@ def parse(text: str, file: str) -> Document:
     Raises:
         RecipeError: it does not parse, or a key stands twice in one mapping.
     """
-    loader = _Loader(text)
+    loader: Any = cast("Any", _Loader)(text)
     try:
         node = loader.get_single_node()
         document = Document(file, None)

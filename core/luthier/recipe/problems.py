@@ -75,7 +75,7 @@ def _class_at(config_class: type[BaseModel], raw: Any, location: Location, compo
                 return None
             sub = marker(current, part, SubComponent)
             current = None if sub else _model_in(current.model_fields[part].annotation)
-        uses = cast("Any", raw).get("uses") if isinstance(raw, Mapping) else raw
+        uses = _uses(raw)
         if sub is not None and isinstance(uses, str):
             try:
                 current = components.config_class(components.get(sub.kind, uses))
@@ -88,3 +88,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := _model_in(part)) is not None), None)
+
+
+def _uses(raw: Any) -> Any:
+    return cast("Mapping[Any, Any]", raw).get("uses") if isinstance(raw, Mapping) else raw

@@ -102,15 +102,32 @@ def _override(value: Any, override: str) -> None:
         raise RecipeError(f"'{override}' has no '='", where="--set", hint="write it as stages.coder.adapter.r=8")
     *parents, last = path.split(".")
     place = value
-    for index, part in enumerate(parents):
-        inner = place[int(part)] if isinstance(place, list) and part.isdigit() else cast("Any", place).get(part)
-        if isinstance(inner, str) and index >= 2:
-            inner = {"uses": inner}  # `adapter: lora` and then `--set ...adapter.r=8`
-            place[part] = inner
+    for depth, part in enumerate(parents):
+        inner = _item(place, part)
+        if isinstance(inner, str) and depth >= 2:
+            inner = {"uses": inner}  # `adapter: lora` in the file, and `--set ...adapter.r=8`
+            _put(place, part, inner)
         if not isinstance(inner, (dict, list)):
             raise RecipeError(f"'{path}' is not in the recipe: there is no '{part}'", where="--set")
         place = cast("Any", inner)
-    place[int(last) if isinstance(place, list) else last] = parse_scalar(text)
+    _put(place, last, parse_scalar(text))
+
+
+def _item(place: Any, part: str) -> Any:
+    if isinstance(place, list):
+        items = cast("list[Any]", place)
+        return items[int(part)] if part.isdigit() and int(part) < len(items) else None
+    return place.get(part)
+
+
+def _put(place: Any, part: str, value: Any) -> None:
+    if not isinstance(place, list):
+        place[part] = value
+        return
+    items = cast("list[Any]", place)
+    if not part.isdigit() or int(part) >= len(items):
+        raise RecipeError(f"a list of {len(items)} has no item '{part}'", where="--set")
+    items[int(part)] = value
 
 
 class _Reader:

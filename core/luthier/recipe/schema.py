@@ -15,7 +15,8 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
         names = registry.names(kind)
         options = [_component(registry, kind, name, definitions) for name in names]
         plain: list[dict[str, Any]] = [{"enum": names}] if kind != "stage" and names else []
-        definitions[f"kind-{kind}"] = {"oneOf": [*plain, *options]}
+        # A kind nobody provides: an empty `oneOf` is no valid schema, `not: {}` accepts nothing.
+        definitions[f"kind-{kind}"] = {"oneOf": [*plain, *options]} if options else {"not": {}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Luthier recipe",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from luthier.api import Augmenter, DataError, Facts, Format, Row, StageContext
-from luthier.artifacts.datasets import SPLITS, dataset_facts, read_split, write_split
+from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
 from luthier_plugins.augment.config import AugmentConfig
 
 
@@ -17,7 +17,9 @@ class Augment:
 
     def run(self, context: StageContext) -> Facts:
         dataset = context.input("data") if self.config.data else None
-        splits = {split: read_split(dataset, split) if dataset else list[Row]() for split in SPLITS}
+        splits: dict[Split, list[Row]] = {
+            split: read_split(dataset, split) if dataset else list[Row]() for split in SPLITS
+        }
         name = self.config.format.name if self.config.format else str(dataset.facts["format"]) if dataset else ""
         if not name:
             raise DataError("the format of the new rows is unknown", hint="give `data` or `format`")

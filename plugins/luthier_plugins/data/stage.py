@@ -125,7 +125,9 @@ def split_rows(rows: list[Row], split: SplitConfig | Split, seed: int) -> dict[S
     test = max(1, round(split.test * total)) if split.test else 0
     validation = max(1, round(split.validation * total)) if split.validation else 0
     bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, total)}
-    dealt = {name: [row for key in order[slice(*bounds[name])] for row in groups[key]] for name in SPLITS}
+    dealt: dict[Split, list[Row]] = {
+        name: [row for key in order[slice(*bounds[name])] for row in groups[key]] for name in SPLITS
+    }
     if not dealt["train"]:
         raise DataError(f"{total} different rows are too few for these shares: none is left to train on")
     return {name: part for name, part in dealt.items() if part}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from luthier.api import Field, Input, MergeUse, StageConfig
@@ -36,7 +36,7 @@ class MergeConfig(StageConfig):
             raise ValueError("the weights sum to zero")
         return self
 
-    def problems(self, inputs: Mapping[str, list[Mapping[str, Any]]]) -> list[str]:
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         models = [*inputs.get("models", []), *inputs.get("base", [])]
         found: list[str] = []
         for name in SAME:

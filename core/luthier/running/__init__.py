@@ -1,5 +1,5 @@
 """Runs a plan: store, locks, manifests, runner, worker, events."""
 
-from luthier.run.runner import RunResult, StageResult, run
+from luthier.running.runner import RunResult, StageResult, run
 
 __all__ = ["RunResult", "StageResult", "run"]

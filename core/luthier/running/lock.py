@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class Lock:
         self._stop = threading.Event()
 
     @contextmanager
-    def held(self, poll: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def held(self, poll: Callable[[], None] = lambda: None) -> Generator[None]:
         """Wait for the lock, hold it, release it. `poll` is called while waiting; it may raise.
 
         Raises:

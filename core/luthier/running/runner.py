@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +20,12 @@ from luthier.api.config import Gate, dump_use
 from luthier.api.errors import Interrupted, LuthierError, StageError, StoreError
 from luthier.api.protocols import Executor
 from luthier.artifacts.store import Store
-from luthier.plan import Node, Plan, plan
+from luthier.planning import Node, Plan, plan
 from luthier.recipe import Recipe
-from luthier.run.commit import commit, environment
-from luthier.run.events import Event, Events, Listener
-from luthier.run.job import Job
-from luthier.run.lock import Lock
+from luthier.running.commit import commit, environment
+from luthier.running.events import Event, Events, Listener
+from luthier.running.job import Job
+from luthier.running.lock import Lock
 
 Outcome = Literal["cached", "done", "failed", "skipped", "interrupted"]
 QUIET = {
@@ -317,7 +317,7 @@ class _WorkerProcess:
 
     def __init__(self, executor: Executor, log: Path) -> None:
         environment = {**QUIET, **os.environ}
-        command = [sys.executable, "-m", "luthier.run.worker"]
+        command = [sys.executable, "-m", "luthier.running.worker"]
         self._process = executor.launch(command, environment, log)
         self._log = log
         self._events: queue.Queue[Event] = queue.Queue()
@@ -374,14 +374,17 @@ def _epitaph(code: int, log: Path) -> dict[str, str]:
 class _Signals:
     """Routes SIGINT and SIGTERM to a callback while a run goes on, in the main thread only."""
 
-    def __init__(self, callback: Any) -> None:
+    def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, lambda *_: self._callback())
+                self._before[number] = signal.signal(number, self._received)
+
+    def _received(self, number: int, frame: object) -> None:
+        self._callback()
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():

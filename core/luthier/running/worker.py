@@ -25,7 +25,7 @@ from luthier.api.config import Source, StageConfig, Use, references
 from luthier.api.errors import Interrupted, LuthierError, ModelError
 from luthier.api.protocols import Tracker
 from luthier.registry import Registry, default_registry
-from luthier.run.job import Job
+from luthier.running.job import Job
 
 PROGRESS_EVERY = 0.2
 
@@ -173,13 +173,15 @@ def download(pinned: str) -> Path:
     Raises:
         ModelError: the hub cannot be reached and the model is not in the local cache.
     """
-    from huggingface_hub import snapshot_download
+    import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, commit = pinned.removeprefix("hf:").partition("@")
     patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*"]
     try:
-        return Path(snapshot_download(repository, revision=commit, allow_patterns=patterns))
+        return Path(
+            cast("Any", huggingface_hub).snapshot_download(repository, revision=commit, allow_patterns=patterns)
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"'{repository}' cannot be downloaded: {type(error).__name__}",
@@ -188,7 +190,7 @@ def download(pinned: str) -> Path:
 
 
 def main() -> None:
-    """Entry point of ``python -m luthier.run.worker``."""
+    """Entry point of ``python -m luthier.running.worker``."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     worker = Worker(events)

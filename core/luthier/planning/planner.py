@@ -14,8 +14,8 @@ from luthier.api.config import Estimate, Input, Source, StageConfig, identity, r
 from luthier.api.errors import LuthierError, Problem, RecipeError
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.store import Store
-from luthier.plan.reasons import reason_to_run
-from luthier.plan.sources import HubLock, ResolvedSource, is_external, resolve
+from luthier.planning.reasons import reason_to_run
+from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
 from luthier.recipe import Recipe
 from luthier.recipe.problems import near
 

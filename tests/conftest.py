@@ -1,0 +1,74 @@
+"""Fixtures: a small recipe, its data, and the command line as a child process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# The first example of a process pays for imports: speed is no matter of these tests.
+settings.register_profile("luthier", deadline=None)
+settings.load_profile("luthier")
+
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Runs `luthier` in the test's folder and returns how it ended."""
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", "from luthier.cli.main import main; main()", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+
+    return call
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """A data file with ten conversations."""
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(10)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, chats: Path) -> Path:
+    """Reads the ten conversations and adds twenty from a template."""
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        """\
+luthier: 1
+name: small
+stages:
+  more:
+    uses: augment
+    data: chats
+    method:
+      uses: template
+      count: 20
+      slots: {n: {range: [100, 999]}}
+      templates:
+        - messages:
+            - {role: user, content: "count to {{ n }}"}
+            - {role: assistant, content: "{{ n }}"}
+  chats:
+    uses: data
+    source: chats.jsonl
+    split: {test: 0.2}
+""",
+        encoding="utf-8",
+    )
+    return path

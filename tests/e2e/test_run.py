@@ -1,0 +1,122 @@
+"""Running recipes through the command line, well and badly."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from luthier import run
+from luthier.artifacts.datasets import read_split
+from luthier.artifacts.store import Store
+
+
+def test_a_run_then_a_cached_run(recipe: Path, tmp_path: Path) -> None:
+    first = run(recipe, store=tmp_path / "s")
+    assert {name: stage.outcome for name, stage in first.stages.items()} == {"chats": "done", "more": "done"}
+    made = first.artifact("more")
+    assert len(read_split(made, "train")) == 28
+    assert read_split(made, "test") == read_split(first.artifact("chats"), "test")
+    assert made.manifest["inputs"] == {"data": [first.artifact("chats").key]}
+    assert not Store.at(tmp_path / "s").work(made.key).exists()
+    second = run(recipe, store=tmp_path / "s")
+    assert {stage.outcome for stage in second.stages.values()} == {"cached"}
+
+
+def test_the_plan_says_which_field_changed(recipe: Path, cli, tmp_path: Path) -> None:
+    assert cli("run", "small.yaml").returncode == 0
+    told = cli("plan", "small.yaml", "--set", "stages.more.method.count=5").stdout
+    assert "method.count: 20 -> 5" in told
+    told = cli("plan", "small.yaml", "--set", "stages.chats.split.test=0.4").stdout
+    assert "split.test: 0.2 -> 0.4" in told
+    assert "input chats changed" in told
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "is not valid JSON"),
+        ('{"messages": []}', "has no messages"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "unknown role 'robot'"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "ends with a turn of the user"),
+    ],
+)
+def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, row: str, message: str) -> None:
+    chats.write_text(chats.read_text() + row + "\n")
+    done = cli("run", "small.yaml")
+    assert done.returncode == 1
+    assert f"{chats}:11: " in done.stderr
+    assert message in done.stderr
+    assert "on_error: drop" in done.stderr
+    kept = cli("run", "small.yaml", "--set", "stages.chats.on_error=drop")
+    assert kept.returncode == 0
+    assert "1 rows were dropped" in kept.stderr
+
+
+def test_an_empty_data_file(recipe: Path, chats: Path, cli) -> None:
+    chats.write_text("")
+    done = cli("run", "small.yaml")
+    assert done.returncode == 1
+    assert "has no rows" in done.stderr
+
+
+def test_what_was_finished_survives_a_later_failure(recipe: Path, cli, tmp_path: Path) -> None:
+    done = cli("run", "small.yaml", "--set", "stages.more.method.count=5000")
+    assert done.returncode == 1
+    assert "lower `count`" in done.stderr
+    assert "chats  cached" in cli("plan", "small.yaml").stdout
+
+
+def test_a_read_only_store(recipe: Path, cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = cli("run", "small.yaml", "--store", "file/store")
+    assert done.returncode == 1
+    assert "--store" in done.stderr
+
+
+def test_two_runs_at_once_make_each_artifact_once(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from luthier.cli.main import main; main()", "run", "small.yaml", "--json"]
+    both = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    events = [json.loads(line) for process in both for line in process.communicate(timeout=120)[0].splitlines()]
+    assert [process.returncode for process in both] == [0, 0]
+    made = [event["stage"] for event in events if event["event"] == "stage_finished"]
+    assert sorted(made) == ["chats", "more"]
+
+
+def test_sigint_ends_with_130_and_leaves_no_lock(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("count: 20", "count: 400000").replace("[100, 999]", "[1, 99999999]"))
+    command = [sys.executable, "-c", "from luthier.cli.main import main; main()", "run", "small.yaml", "--json"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        event = json.loads(line)
+        if event["event"] == "progress" and event["stage"] == "more":
+            break
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert not list((tmp_path / ".luthier" / "locks").glob("*.lock"))
+    assert [artifact.manifest["stage"] for artifact in Store.at(tmp_path / ".luthier")] == ["chats"]
+
+
+def test_a_killed_worker_is_a_failed_stage_not_a_dead_run(recipe: Path, tmp_path: Path) -> None:
+    import psutil
+
+    recipe.write_text(recipe.read_text().replace("count: 20", "count: 400000").replace("[100, 999]", "[1, 99999999]"))
+    command = [sys.executable, "-c", "from luthier.cli.main import main; main()", "run", "small.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    store = Store.at(tmp_path / ".luthier")
+    until = time.monotonic() + 60
+    while len(list(store)) < 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    (worker,) = psutil.Process(process.pid).children()
+    worker.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "SIGKILL" in errors
+    assert len(list(store)) == 1

@@ -1,0 +1,64 @@
+"""Reading recipes: scalars, lines, and every problem at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from luthier import Recipe
+from luthier.api import RecipeError
+from luthier.recipe.document import parse
+
+
+def test_scalars_are_those_of_yaml_1_2() -> None:
+    value = parse("a: no\nb: 1e-4\nc: on\nd: true\ne: 0.5\nf: 7\ng:\nh: '1'\n", "x.yaml").value
+    assert value == {"a": "no", "b": 1e-4, "c": "on", "d": True, "e": 0.5, "f": 7, "g": None, "h": "1"}
+
+
+def test_every_path_has_its_line() -> None:
+    document = parse("a:\n  b:\n    - 1\n    - c: 2\n", "x.yaml")
+    assert document.line(("a", "b", 1, "c")) == 4
+    assert document.line(("a", "b", "nowhere")) == 2
+
+
+@pytest.mark.parametrize(("text", "line"), [("a: [1,\n  2\nb: 3\n", 3), ("a: 1\na: 2\n", 2), ("a:\n\t- 1\n", 2)])
+def test_yaml_that_does_not_parse_names_the_line(text: str, line: int) -> None:
+    with pytest.raises(RecipeError) as caught:
+        parse(text, "x.yaml")
+    assert caught.value.problems[0].line == line
+    assert caught.value.exit_code == 2
+
+
+def test_all_problems_at_once_with_place_and_remedy(recipe: Path) -> None:
+    text = recipe.read_text().replace("uses: data", "uses: dta").replace("count: 20", "cuont: many")
+    recipe.write_text(text.replace("luthier: 1", "luthier: 2"))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(recipe)
+    found = {(problem.line, problem.path): problem for problem in caught.value.problems}
+    assert found[1, "luthier"].message == "this Luthier reads recipe format 1"
+    assert found[9, "stages.more.method.cuont"].hint == "did you mean 'count'?"
+    assert found[16, "stages.chats.uses"].hint == "did you mean 'data'?"
+    assert found[7, "stages.more.method.count"].message == "'count' is missing"
+
+
+def test_a_wrong_type_says_what_was_given(recipe: Path) -> None:
+    with pytest.raises(RecipeError, match=r"small.yaml:9: stages.more.method.count: .*not 'lots'"):
+        Recipe.load(recipe, overrides=["stages.more.method.count=lots"])
+
+
+def test_an_override_replaces_one_value(recipe: Path) -> None:
+    loaded = Recipe.load(recipe, overrides=["stages.chats.split.test=0.5", "seed=3"])
+    assert loaded.stages["chats"].config.model_dump()["split"]["test"] == 0.5
+    assert loaded.seed == 3
+
+
+@pytest.mark.parametrize("override", ["stages.chats", "stages.nowhere.x=1", "stages.more.method.templates.9=1"])
+def test_an_override_that_fits_nowhere_is_refused(recipe: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        Recipe.load(recipe, overrides=[override])
+
+
+def test_a_missing_requirement_names_the_remedy(recipe: Path) -> None:
+    recipe.write_text(recipe.read_text() + "requires: [luthier-no-such-plugin>=1]\n")
+    with pytest.raises(RecipeError, match="pip install 'luthier-no-such-plugin>=1'"):
+        Recipe.load(recipe)

@@ -1,0 +1,34 @@
+"""The shell stays light: no verb that only looks loads torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["plan", "small.yaml"], ["schema"]])
+def test_looking_loads_nothing_heavy(recipe: Path, tmp_path: Path, arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom luthier.cli.main import main\n"
+        f"sys.argv = ['luthier', *{arguments!r}]\n"
+        f"main()\nprint([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_schema_accepts_what_recipes_accept(recipe: Path, cli) -> None:
+    schema = json.loads(cli("schema").stdout)
+    value = yaml.safe_load(recipe.read_text())
+    jsonschema.validate(value, schema)
+    value["stages"]["more"]["method"]["cuont"] = 1
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(value, schema)
