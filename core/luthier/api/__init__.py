@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         TokenLoss,
         Tracker,
     )
+    from luthier.api.training import TrainingConfig
 
 _HOME = {
     "artifact": ("ARTIFACT_KINDS", "Artifact", "ArtifactKind"),
@@ -89,6 +90,7 @@ _HOME = {
         "Prediction", "PreferenceBatch", "PreferenceLoss", "Quantizer", "Regularizer", "Reward", "Row",
         "Stage", "Teacher", "TokenLoss", "Tracker",
     ),
+    "training": ("TrainingConfig",),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -152,6 +154,7 @@ __all__ = [
     "TokenLoss",
     "Tracker",
     "TrackerUse",
+    "TrainingConfig",
     "Use",
     "hookimpl",
 ]

@@ -1,0 +1,106 @@
+"""Loads and saves models, adapters and tokenizers, with nothing lost on the way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import ModelError
+from luthier.api.protocols import Facts
+from luthier.artifacts.models import TOKENIZER_FILES, model_facts, stop_tokens
+
+CARRIED = (*TOKENIZER_FILES, "generation_config.json")
+"""What describes text and generation, and has to survive every stage byte for byte."""
+
+
+def model_folder(artifact: Artifact) -> Path:
+    """The folder of full weights: the artifact's own, or that of an adapter's base."""
+    return artifact.base.path if artifact.kind == "adapter" else artifact.path
+
+
+def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter, with a padding token that is never trained on."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(artifact.path, local_files_only=True)
+    if tokenizer.pad_token is None:
+        # Padding is masked out of attention and loss, so any token serves; none is added.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(artifact: Artifact, *, trainable: bool = False, options: dict[str, Any] | None = None) -> Any:
+    """A model in float32, with its adapter on top when the artifact is one.
+
+    Args:
+        artifact: A model or an adapter.
+        trainable: Whether the adapter's weights will be trained further.
+        options: Extra arguments for ``from_pretrained``, such as a quantization config.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(artifact), dtype=torch.float32, local_files_only=True, **(options or {})
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"transformers cannot load the model: {error}", where=str(artifact.path)) from error
+    if artifact.kind == "adapter":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, artifact.path, is_trainable=trainable)
+    return model
+
+
+def fold(model: Any) -> PreTrainedModel:
+    """Fold an adapter into the full-precision weights it sits on; other models come back as they are."""
+    return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+
+
+def carry_text_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template and generation config unchanged."""
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+
+
+def save_model(model: Any, source: Artifact, out: Path) -> Facts:
+    """Write a full model in the dtype of the one it came from, and its text files; return its facts."""
+    dtype = getattr(torch, str(_dtype_name(source)))
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    if not finite:
+        raise ModelError("the trained weights have NaN or infinite values", hint="lower the learning rate")
+    model.config.use_cache = True
+    model.to(dtype).save_pretrained(out)
+    carry_text_files(source.path, out)
+    return model_facts(out)
+
+
+def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
+    """Write the adapter named ``default`` and the text files; return its facts."""
+    model.save_pretrained(out, selected_adapters=["default"])
+    (out / "README.md").unlink(missing_ok=True)
+    carry_text_files(source.path, out)
+    config = model.peft_config["default"]
+    # The folder it was loaded from is this machine's matter; the key says which model it is.
+    base = source.facts["base"] if source.kind == "adapter" else source.key
+    return {
+        "base": base,
+        "adapter": config.peft_type.value.lower(),
+        "r": getattr(config, "r", None),
+        "architecture": source.facts["architecture"],
+        "tokenizer": source.facts["tokenizer"],
+        "chat_template": source.facts["chat_template"],
+        "stop_tokens": stop_tokens(out),
+        "stop_token_ids": source.facts["stop_token_ids"],
+    }
+
+
+def _dtype_name(source: Artifact) -> str:
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    facts = source.base.facts if source.kind == "adapter" else source.facts
+    return names.get(facts["dtype"], "float32")

@@ -1,0 +1,21 @@
+"""The config of the stage ``pretrain``."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from luthier.api import DatasetInput, Field, Input, TrainingConfig
+from luthier.api.artifact import ArtifactKind
+
+
+class PretrainConfig(TrainingConfig):
+    """Trains every token of texts, and of conversations in the model's chat template."""
+
+    kind_made: ClassVar[ArtifactKind] = "model"
+
+    model: Annotated[str, Input(("model",))]
+    """The model to train on."""
+    data: list[DatasetInput] = Field(min_length=1)
+    """Texts or conversations; all are shuffled together."""
+    max_length: int = Field(default=512, gt=1)
+    """The length of a packed block in tokens; nothing is cut off."""
