@@ -1,8 +1,8 @@
-# `make quickstart` runs the main job; `make test` passes the tests. Both set up .venv first.
+# `make test` passes the tests; it sets up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test lint clean-venv
+.PHONY: setup test lint
 
 setup: .venv/.ready
 
@@ -11,9 +11,6 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
-
-quickstart: setup
-	$(BIN)/luthier run recipes/quickstart.yaml
 
 test: setup
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest

@@ -92,8 +92,6 @@ def _print_line(event: Event) -> None:
             click.echo(f"{stage}: {event['message']}")
         case "warning":
             click.echo(f"{stage}: warning: {event['message']}", err=True)
-        case "stage_failed" | "stage_interrupted":
-            click.echo(f"{stage}: {event['message']}", err=True)
         case "gate":
             held = "holds" if event["ok"] else "DOES NOT HOLD"
             click.echo(f"{stage}: gate {event['metric']} {event['required']}: {event['value']} {held}")

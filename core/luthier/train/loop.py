@@ -14,7 +14,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from luthier.api.context import StageContext
-from luthier.api.errors import Interrupted, ModelError
+from luthier.api.errors import Interrupted
 from luthier.api.protocols import Facts, Regularizer
 from luthier.api.training import TrainingConfig
 from luthier.train.text import Encoded
@@ -48,6 +48,7 @@ def trainer_arguments(config: TrainingConfig, context: StageContext) -> dict[str
         "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.accumulate,
         "logging_steps": config.log_every,
+        "logging_first_step": True,
         "save_strategy": "steps",
         "save_steps": config.save_every,
         "save_total_limit": 1,
@@ -66,6 +67,8 @@ class Reporter(TrainerCallback):
         self.context = context
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
         if self.context.stopping():
             control.should_save = True
             control.should_training_stop = True
@@ -98,8 +101,7 @@ def run_trainer(trainer: Any, context: StageContext) -> Facts:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    if not losses:
-        raise ModelError("training ended without one logged loss", hint="lower `log_every`, or train longer")
+    assert losses, "the first and the last step are always logged"
     facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
     return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})
 
