@@ -1,0 +1,132 @@
+"""Preference training with TRL's DPOTrainer: our tokens, any loss, and the reference that was meant."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import torch
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
+
+from luthier.api.context import StageContext
+from luthier.api.errors import DataError
+from luthier.api.protocols import Facts, Message, PreferenceBatch, PreferenceLoss
+from luthier.api.training import TrainingConfig
+from luthier.train.loop import quiet_libraries, run_trainer, trainer_arguments
+from luthier.train.text import IGNORED, encode_conversation
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPair:
+    """A preference pair as token ids; completions end with the stop token."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def encode_pair(
+    tokenizer: Any, prompt: list[Message], chosen: list[Message], rejected: list[Message], stop_ids: Sequence[int]
+) -> EncodedPair:
+    """Tokens of a pair, rendered like the conversations of supervised fine-tuning.
+
+    Raises:
+        DataError: the two answers do not share the prompt's tokens.
+    """
+    sides = [_completion(tokenizer, [*prompt, *answer], stop_ids) for answer in (chosen, rejected)]
+    (prompt_ids, chosen_ids), (other_prompt, rejected_ids) = sides
+    if prompt_ids != other_prompt:
+        raise DataError("the chat template renders the prompt differently for the two answers")
+    return EncodedPair(prompt_ids, chosen_ids, rejected_ids)
+
+
+def _completion(tokenizer: Any, messages: list[Message], stop_ids: Sequence[int]) -> tuple[list[int], list[int]]:
+    encoded = encode_conversation(tokenizer, messages, stop_ids)
+    # Only the answer counts, also where the prompt holds earlier turns of the assistant.
+    last = max(place for place, label in enumerate(encoded.labels) if label != IGNORED)
+    first = last
+    while first > 0 and encoded.labels[first - 1] != IGNORED:
+        first -= 1
+    return encoded.input_ids[:first], encoded.input_ids[first : last + 1]
+
+
+class PairTrainer(DPOTrainer):
+    """DPOTrainer on ready tokens, with a loss that a plugin may bring."""
+
+    def __init__(self, *args: Any, pair_loss: PreferenceLoss, pair_beta: float, **kwargs: Any) -> None:
+        self.pair_loss = pair_loss
+        self.pair_beta = pair_beta
+        super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORED)
+        output = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            labels=labels,
+            use_cache=False,
+            fused_lm_head=True,
+        )
+        # The collator puts the chosen rows first, the rejected ones behind them.
+        chosen, rejected = output.log_probs.sum(1).chunk(2)
+        chosen_tokens, rejected_tokens = output.label_mask.sum(1).chunk(2)
+        before: tuple[Any, Any] = (None, None)
+        if self.pair_loss.needs_reference:
+            before = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        batch = PreferenceBatch(chosen, rejected, before[0], before[1], chosen_tokens, rejected_tokens)
+        logged = self._metrics["train" if model.training else "eval"]
+        logged["logps/chosen"].append(float(chosen.detach().mean()))
+        logged["logps/rejected"].append(float(rejected.detach().mean()))
+        logged["accuracy"].append(float(_better(batch).float().mean()))
+        return self.pair_loss.loss(batch, self.pair_beta).mean()
+
+
+def _better(batch: PreferenceBatch) -> torch.Tensor:
+    margin = batch.chosen - batch.rejected
+    if batch.reference_chosen is not None and batch.reference_rejected is not None:
+        margin = margin - (batch.reference_chosen - batch.reference_rejected)
+    return margin > 0
+
+
+def train_pairs(
+    model: Any,
+    tokenizer: Any,
+    train: Sequence[EncodedPair],
+    loss: PreferenceLoss,
+    beta: float,
+    config: TrainingConfig,
+    context: StageContext,
+) -> Facts:
+    """Train on pairs; the reference is the model as it is given, its adapter included.
+
+    TRL would read a full model's reference again from disk, and copies a PeftModel's adapter ``default``.
+    """
+    quiet_libraries()
+    adapted = hasattr(model, "peft_config")
+    reference = None if adapted or not loss.needs_reference else copy.deepcopy(model)
+    trainer = PairTrainer(
+        model=model,
+        ref_model=reference,
+        args=DPOConfig(max_length=config.max_length, beta=beta, **trainer_arguments(config, context)),
+        train_dataset=datasets.Dataset.from_list([asdict(pair) for pair in train]),
+        processing_class=tokenizer,
+        pair_loss=loss,
+        pair_beta=beta,
+    )
+    facts = run_trainer(trainer, context)
+    if adapted and "ref" in model.peft_config:
+        model.delete_adapter("ref")
+    return facts

@@ -1,0 +1,16 @@
+"""Losses on preference pairs: one small file each."""
+
+from luthier.api import Component, hookimpl
+
+
+@hookimpl
+def luthier_components() -> list[Component]:
+    return [
+        Component(
+            kind="preference_loss",
+            name="sigmoid",
+            summary="The DPO loss",
+            config="luthier_plugins.preference_losses.config:SigmoidConfig",
+            impl="luthier_plugins.preference_losses.sigmoid:Sigmoid",
+        )
+    ]

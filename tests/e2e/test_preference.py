@@ -1,0 +1,74 @@
+"""DPO: the reference is the model that the stage was given, adapter included."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from luthier import run
+from luthier.artifacts.datasets import read_split
+from luthier.train.loading import load_model, load_tokenizer
+from luthier.train.preference import encode_pair
+
+RECIPE = """\
+luthier: 1
+name: pairs
+seed: 5
+stages:
+  chats: {uses: data, source: chats.jsonl}
+  pairs: {uses: data, source: pairs.jsonl}
+  base:
+    uses: init
+    data: [chats]
+    vocab_size: 300
+    hidden_size: 32
+    intermediate_size: 64
+    layers: 2
+    heads: 2
+    dtype: float32
+  light: {uses: sft, model: base, data: chats, steps: 8, learning_rate: 2e-2, log_every: 1, adapter: {uses: lora, r: 2}}
+  full: {uses: sft, model: base, data: chats, steps: 4, learning_rate: 1e-3, log_every: 1}
+  light-dpo: {uses: dpo, model: light, data: pairs, steps: 5, learning_rate: 1e-2, log_every: 1, batch_size: 4}
+  full-dpo: {uses: dpo, model: full, data: pairs, steps: 5, learning_rate: 1e-3, log_every: 1, batch_size: 4}
+"""
+
+
+@pytest.fixture
+def pairs(tmp_path: Path, chats: Path) -> Path:
+    """A recipe with DPO on an adapter and on a full model."""
+    rows = [{"prompt": f"say {n}", "chosen": f"{n}!", "rejected": "no"} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = tmp_path / "pairs.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_reference_is_the_tuned_model_adapter_included(pairs: Path, tmp_path: Path) -> None:
+    events: list[dict[str, object]] = []
+    result = run(pairs, store=tmp_path / "s", listeners=[events.append])
+    assert result.exit_code == 0, {name: str(stage.error) for name, stage in result.stages.items()}
+    tuned = result.artifact("light")
+    tokenizer, model = load_tokenizer(tuned), load_model(tuned)
+    rows = read_split(result.artifact("pairs"), "train")
+    stops = tuned.facts["stop_token_ids"]
+    by_hand = []
+    for row in rows:
+        pair = encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], stops)
+        assert tokenizer.decode(pair.chosen_ids) == row["chosen"][0]["content"] + "<|im_end|>"
+        with torch.no_grad():
+            logits = model(torch.tensor([pair.prompt_ids + pair.chosen_ids])).logits[0, :-1].log_softmax(-1)
+        targets = torch.tensor((pair.prompt_ids + pair.chosen_ids)[1:])
+        by_hand.append(float(logits.gather(1, targets[:, None])[len(pair.prompt_ids) - 1 :].sum()))
+    for name in ("light-dpo", "full-dpo"):
+        first = next(item["values"] for item in events if item["event"] == "metrics" and item["stage"] == name)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+        if name == "light-dpo":
+            assert first["logps/chosen"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+    made = result.artifact("light-dpo")
+    assert made.kind == "adapter"
+    assert made.base.key == result.artifact("base").key
+    assert not (made.path / "ref").exists()
+    assert result.artifact("full-dpo").facts["training"]["loss_last"] < math.log(2)
