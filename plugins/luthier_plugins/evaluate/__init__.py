@@ -1,0 +1,16 @@
+"""The stage that measures models."""
+
+from luthier.api import Component, hookimpl
+
+
+@hookimpl
+def luthier_components() -> list[Component]:
+    return [
+        Component(
+            kind="stage",
+            name="evaluate",
+            summary="Measure a model on held-out rows, beside another one, with gates",
+            config="luthier_plugins.evaluate.config:EvaluateConfig",
+            impl="luthier_plugins.evaluate.stage:Evaluate",
+        )
+    ]

@@ -1,0 +1,80 @@
+"""Measures models on held-out rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from luthier.api import Artifact, DataError, Facts, Metric, Prediction, Row, StageContext
+from luthier.artifacts.datasets import require_split
+from luthier.train.generate import greedy_answers, token_losses
+from luthier.train.loading import load_model, load_tokenizer
+from luthier.train.text import encode_conversation, encode_prompt
+from luthier_plugins.evaluate.config import EvaluateConfig
+
+
+class Evaluate:
+    """The stage ``evaluate``."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config = config
+
+    def run(self, context: StageContext) -> Facts:
+        rows = require_split(context.input("data"), "test")
+        if self.config.by is not None and self.config.by not in rows[0]:
+            raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
+        metrics: dict[str, Metric] = {use.name: context.component(use) for use in self.config.metrics}
+        facts = self._measure("model", context.input("model"), rows, metrics, context)
+        if self.config.against is not None:
+            facts["against"] = self._measure("against", context.input("against"), rows, metrics, context)
+        (context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        return facts
+
+    def _measure(
+        self, role: str, artifact: Artifact, rows: list[Row], metrics: dict[str, Metric], context: StageContext
+    ) -> Facts:
+        context.log(f"measuring {artifact.manifest['stage']} on {len(rows)} rows")
+        items = self._items(role, artifact, rows, {metric.needs for metric in metrics.values()}, context)
+        scores = {name: metric.score(items[metric.needs]) for name, metric in metrics.items()}
+        context.metrics(scores, 0)
+        facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": scores}
+        if self.config.by is not None:
+            facts["slices"] = {value: self._slice(value, rows, items, metrics) for value in self._values(rows)}
+        return facts
+
+    def _values(self, rows: list[Row]) -> list[str]:
+        return sorted({str(row[str(self.config.by)]) for row in rows})
+
+    def _slice(
+        self, value: str, rows: list[Row], items: dict[str, Sequence[Any]], metrics: dict[str, Metric]
+    ) -> dict[str, float]:
+        places = [place for place, row in enumerate(rows) if str(row[str(self.config.by)]) == value]
+        return {
+            name: metric.score([items[metric.needs][place] for place in places]) for name, metric in metrics.items()
+        }
+
+    def _items(
+        self, role: str, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
+    ) -> dict[str, Sequence[Any]]:
+        tokenizer, model = load_tokenizer(artifact), load_model(artifact)
+        stops = artifact.facts["stop_token_ids"]
+        items: dict[str, Sequence[Any]] = {}
+        if "predictions" in needs:
+            prompts = [encode_prompt(tokenizer, row["messages"][:-1]) for row in rows]
+            predictions: list[Prediction] = []
+            answers = greedy_answers(model, tokenizer, prompts, stops, self.config.max_new_tokens)
+            for row, answer in zip(rows, answers, strict=True):
+                context.progress(len(predictions), len(rows), "answers")
+                predictions.append(Prediction(row["messages"][-2]["content"], answer, row["messages"][-1]["content"]))
+            items["predictions"] = predictions
+            lines = (
+                json.dumps({"prompt": item.prompt, "prediction": item.prediction, "reference": item.reference})
+                for item in predictions
+            )
+            (context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if "losses" in needs:
+            items["losses"] = list(
+                token_losses(model, [encode_conversation(tokenizer, row["messages"], stops) for row in rows])
+            )
+        return items
