@@ -30,7 +30,8 @@ class TemplateConfig(Config):
     templates: list[dict[str, Any]] = Field(min_length=1)
     """Rows whose texts are Jinja templates, such as ``{messages: [{role: user, content: "{{ verb }} it"}]}``."""
     slots: dict[str, list[Any] | RangeSlot | LettersSlot] = {}
-    """What each slot is filled from. An entry of a list may be a mapping: `{{ city.name }}`."""
+    """What each slot is filled from, in this order. An entry of a list may be a mapping, used as
+    `{{ city.name }}`, and may itself use the slots above it: `["near {{ city.name }}", "far away"]`."""
     count: int = Field(gt=0)
     """How many different rows to make."""
 
