@@ -63,7 +63,7 @@ def test_scores_slices_and_gates(measured: Path, tmp_path: Path, cli) -> None:
     facts = result.artifact("quality").facts
     assert facts["scores"]["exact_match"] == 1.0
     assert facts["slices"]["odd"]["exact_match"] == 1.0
-    assert facts["against"]["scores"]["exact_match"] == 0.0
+    assert facts["against"][0]["scores"]["exact_match"] == 0.0
     tuned = result.artifact("tuned")
     tokenizer, model = load_tokenizer(tuned), load_model(tuned)
     total, count = 0.0, 0

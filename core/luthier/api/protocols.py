@@ -7,6 +7,7 @@ in the caller's process. Torch appears in type hints only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypedDict
@@ -127,6 +128,16 @@ class Exporter(Protocol):
         """Write the files to ``context.out``, check them in the real program, return the facts."""
         ...
 
+    def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
+        """Load an export in the program it is made for, to be asked there.
+
+        Args:
+            export: An artifact that `export` made.
+            variant: Which of its files; by default the last.
+            limit: The most tokens of an answer.
+        """
+        ...
+
 
 class Augmenter(Protocol):
     """Kind ``augmenter``: new rows from rows, or from nothing."""
@@ -224,7 +235,7 @@ PROTOCOL_METHODS: dict[str, tuple[str, ...]] = {
     "preference_loss": ("loss", "needs_reference"),
     "merge": ("merge", "needs_base"),
     "quantizer": ("quantize",),
-    "exporter": ("export",),
+    "exporter": ("export", "serve"),
     "augmenter": ("rows",),
     "teacher": ("answer",),
     "format": ("parse", "columns"),

@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from queue import Queue
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 from luthier.api.artifact import Artifact
 from luthier.api.component import Kind
-from luthier.api.config import Source, StageConfig, Use, references
+from luthier.api.config import StageConfig, Use
 from luthier.api.errors import Interrupted, LuthierError, ModelError
 from luthier.api.protocols import Tracker
 from luthier.registry import Registry, default_registry
@@ -30,19 +30,30 @@ from luthier.running.job import Job
 PROGRESS_EVERY = 0.2
 
 
+class Listener(Protocol):
+    """Where a context's events go, and who says that the user wants to stop."""
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Take one event."""
+        ...
+
+    def stopping(self) -> bool:
+        """Whether the user asked to stop."""
+        ...
+
+
 class Context:
     """The `StageContext` of one job."""
 
-    def __init__(self, job: Job, registry: Registry, config: StageConfig, worker: Worker) -> None:
+    def __init__(self, job: Job, registry: Registry, listener: Listener) -> None:
         self.stage = job.stage
         self.seed = job.seed
         self.out = Path(job.out)
         self.work = Path(job.work)
         self._job = job
         self._registry = registry
-        self._worker = worker
+        self._listener = listener
         self._last_progress = 0.0
-        self._models = {path for path, mark, _ in references(config, Source) if mark.kind == "model"}
         self.warnings: list[str] = []
         self.trackers: list[Tracker] = []
 
@@ -86,10 +97,10 @@ class Context:
         self._send("warning", message=message)
 
     def stopping(self) -> bool:
-        return self._worker.stop.is_set()
+        return self._listener.stopping()
 
     def _send(self, event: str, **values: Any) -> None:
-        self._worker.send({"event": event, "stage": self.stage, **values})
+        self._listener.send({"event": event, "stage": self.stage, **values})
 
 
 class Worker:
@@ -104,6 +115,10 @@ class Worker:
         """Send one event to the runner."""
         self._events.write(json.dumps(event, ensure_ascii=False, default=str) + "\n")
         self._events.flush()
+
+    def stopping(self) -> bool:
+        """Whether the runner asked for a checkpoint and the end."""
+        return self.stop.is_set()
 
     def serve(self) -> None:
         """Run jobs in turn."""
@@ -124,10 +139,10 @@ class Worker:
             component = registry.get("stage", job.component)
             config = cast("StageConfig", registry.config_class(component).model_validate(
                 job.config, context={"components": registry}))  # fmt: skip
-            context = Context(job, registry, config, self)
+            context = Context(job, registry, self)
             shutil.rmtree(context.out, ignore_errors=True)
             context.out.mkdir(parents=True)
-            context.trackers = _trackers(job, registry, config)
+            context.trackers = _trackers(job, registry)
             random.seed(job.seed)
             stage = registry.impl_class(component)(config)
             loaded = time.perf_counter()
@@ -158,7 +173,7 @@ class Worker:
             })  # fmt: skip
 
 
-def _trackers(job: Job, registry: Registry, config: StageConfig) -> list[Tracker]:
+def _trackers(job: Job, registry: Registry) -> list[Tracker]:
     made: list[Tracker] = []
     for raw in job.trackers:
         component = registry.get("tracker", raw["uses"])

@@ -61,6 +61,18 @@ def fold(model: Any) -> PreTrainedModel:
     return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
 
 
+def full_weights(artifact: Artifact, scratch: Path) -> Path:
+    """A folder with the artifact's weights in full: its own, or `scratch` with its adapter folded in.
+
+    Folding is done and kept in float32 on the full-precision base, whatever the adapter was trained on.
+    """
+    if artifact.kind != "adapter":
+        return artifact.path
+    fold(load_model(artifact)).save_pretrained(scratch)
+    carry_text_files(artifact.path, scratch)
+    return scratch
+
+
 def carry_text_files(source: Path, out: Path) -> None:
     """Copy tokenizer, chat template and generation config unchanged."""
     for name in CARRIED:
@@ -93,6 +105,8 @@ def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
         "adapter": config.peft_type.value.lower(),
         "r": getattr(config, "r", None),
         "architecture": source.facts["architecture"],
+        "dtype": source.facts["dtype"],
+        "tensors": source.facts["tensors"],
         "tokenizer": source.facts["tokenizer"],
         "chat_template": source.facts["chat_template"],
         "stop_tokens": stop_tokens(out),
@@ -102,5 +116,4 @@ def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
 
 def _dtype_name(source: Artifact) -> str:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    facts = source.base.facts if source.kind == "adapter" else source.facts
-    return names.get(facts["dtype"], "float32")
+    return names.get(source.facts["dtype"], "float32")

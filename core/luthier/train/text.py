@@ -23,11 +23,14 @@ class Encoded:
     labels: list[int]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool = False, **variables: str
+) -> str:
     """The text of a conversation in the model's chat template.
 
     Args:
         open_turn: End with the opening of an assistant turn, for the model to go on from.
+        **variables: What the template may look at beside the messages, such as `date_string`.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses these messages.
@@ -36,7 +39,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, o
     if template.chat_template is None:
         raise DataError("the model has no chat template", hint="tune a model that has one, or train on `text`")
     try:
-        return template.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn)
+        return template.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn, **variables)
     # Templates raise what they like: jinja2.TemplateError, TypeError, ValueError.
     except Exception as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error

@@ -7,12 +7,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, Gate, MetricUse, ModelInput, NotIdentity, StageConfig
+from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, StageConfig
 from luthier.api.artifact import ArtifactKind
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-REQUIREMENT = re.compile(r"\s*(>=|<=|>|<)\s*(-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*")
+NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
+REQUIREMENT = re.compile(
+    rf"\s*(?P<than>>=|<=|>|<)\s*(?:(?P<number>-?{NUMBER})|(?P<stage>[A-Za-z][\w-]*?)(?:\s*(?P<by>[-+]\s*{NUMBER}))?)\s*"
+)
+Measured = Annotated[str, Input(("model", "adapter", "export"))]
 
 
 class EvaluateConfig(StageConfig):
@@ -21,10 +25,12 @@ class EvaluateConfig(StageConfig):
     kind_made: ClassVar[ArtifactKind] = "report"
     seeded: ClassVar[bool] = False
 
-    model: ModelInput
-    """The model or adapter to measure."""
-    against: ModelInput | None = None
-    """Another one to show beside it, such as the untuned base."""
+    model: Measured
+    """The model or adapter to measure; or an export, asked in the program it is made for."""
+    variant: str | None = None
+    """Which file of an export, such as ``Q4_K_M``; by default its last."""
+    against: list[Measured] = []
+    """Others to show beside it, such as the untuned base; one name, or a list."""
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
     metrics: list[MetricUse] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
@@ -34,15 +40,29 @@ class EvaluateConfig(StageConfig):
     max_new_tokens: int = Field(default=128, gt=0)
     """The most tokens of an answer."""
     require: Annotated[dict[str, str], NotIdentity()] = {}
-    """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``."""
+    """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
+    `against`, as ``exact_match: ">= merged - 0.05"``."""
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("require")
     @classmethod
     def _requirements_parse(cls, value: dict[str, str]) -> dict[str, str]:
         for metric, text in value.items():
             if REQUIREMENT.fullmatch(text) is None:
-                raise ValueError(f"the requirement {text!r} on {metric} is not like '>= 0.8'")
+                raise ValueError(f"the requirement {text!r} on {metric} is not like '>= 0.8' or '>= base + 0.1'")
         return value
+
+    @model_validator(mode="after")
+    def _requirements_name_stages(self) -> EvaluateConfig:
+        for metric, text in self.require.items():
+            stage = _parsed(text)["stage"]
+            if stage is not None and stage not in self.against:
+                raise ValueError(f"`require` compares {metric} with '{stage}', which is not among `against`")
+        return self
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         names = {use.name for use in self.metrics}
@@ -54,11 +74,20 @@ class EvaluateConfig(StageConfig):
 
     def gates(self, facts: Mapping[str, Any]) -> list[Gate]:
         scores: Mapping[str, float] = facts["scores"]
-        return [_gate(metric, text, scores.get(metric)) for metric, text in self.require.items()]
+        others = {name: found["scores"] for name, found in zip(self.against, facts["against"], strict=True)}
+        return [_gate(metric, text, scores[metric], others) for metric, text in self.require.items()]
 
 
-def _gate(metric: str, text: str, value: float | None) -> Gate:
+def _parsed(text: str) -> re.Match[str]:
     match = REQUIREMENT.fullmatch(text)
     assert match is not None, "checked when the config was read"
-    holds = value is not None and COMPARISONS[match[1]](value, float(match[2]))
-    return Gate(metric, text.strip(), value, bool(holds))
+    return match
+
+
+def _gate(metric: str, text: str, value: float, others: Mapping[str, Mapping[str, float]]) -> Gate:
+    match = _parsed(text)
+    if match["stage"] is None:
+        bound = float(match["number"])
+    else:
+        bound = others[match["stage"]][metric] + float((match["by"] or "0").replace(" ", ""))
+    return Gate(metric, text.strip(), value, bool(COMPARISONS[match["than"]](value, bound)))

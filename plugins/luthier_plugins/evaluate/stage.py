@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
-from luthier.api import Artifact, DataError, Facts, Metric, Prediction, Row, StageContext
+from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Prediction, Row, StageContext
 from luthier.artifacts.datasets import require_split
 from luthier.train.generate import greedy_answers, token_losses
 from luthier.train.loading import load_model, load_tokenizer
@@ -26,8 +27,10 @@ class Evaluate:
             raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
         metrics: dict[str, Metric] = {use.name: context.component(use) for use in self.config.metrics}
         facts = self._measure("model", context.input("model"), rows, metrics, context)
-        if self.config.against is not None:
-            facts["against"] = self._measure("against", context.input("against"), rows, metrics, context)
+        facts["against"] = [
+            self._measure(f"against-{place}", artifact, rows, metrics, context)
+            for place, artifact in enumerate(context.inputs("against"), 1)
+        ]
         (context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
 
@@ -57,24 +60,45 @@ class Evaluate:
     def _items(
         self, role: str, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
     ) -> dict[str, Sequence[Any]]:
+        ask = self._ask_export if artifact.kind == "export" else self._ask_model
+        items: dict[str, Sequence[Any]] = ask(artifact, rows, needs, context)
+        if "predictions" in items:
+            lines = [json.dumps(asdict(item), ensure_ascii=False) for item in items["predictions"]]
+            (context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        return items
+
+    def _ask_model(
+        self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
+    ) -> dict[str, Sequence[Any]]:
         tokenizer, model = load_tokenizer(artifact), load_model(artifact)
         stops = artifact.facts["stop_token_ids"]
         items: dict[str, Sequence[Any]] = {}
         if "predictions" in needs:
             prompts = [encode_prompt(tokenizer, row["messages"][:-1]) for row in rows]
-            predictions: list[Prediction] = []
             answers = greedy_answers(model, tokenizer, prompts, stops, self.config.max_new_tokens)
-            for row, answer in zip(rows, answers, strict=True):
-                context.progress(len(predictions), len(rows), "answers")
-                predictions.append(Prediction(row["messages"][-2]["content"], answer, row["messages"][-1]["content"]))
-            items["predictions"] = predictions
-            lines = (
-                json.dumps({"prompt": item.prompt, "prediction": item.prediction, "reference": item.reference})
-                for item in predictions
-            )
-            (context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            items["predictions"] = _predictions(rows, answers, context)
         if "losses" in needs:
             items["losses"] = list(
                 token_losses(model, [encode_conversation(tokenizer, row["messages"], stops) for row in rows])
             )
         return items
+
+    def _ask_export(
+        self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
+    ) -> dict[str, Sequence[Any]]:
+        if "losses" in needs:
+            names = ", ".join(use.name for use in self.config.metrics)
+            raise DataError(f"an export answers, but tells no token losses, which one of {names} needs",
+                            hint="measure perplexity on the model it was made from")  # fmt: skip
+        exporter: Exporter = context.make("exporter", artifact.facts["format"])
+        with exporter.serve(artifact, self.config.variant, self.config.max_new_tokens) as program:
+            answers = program.answer([row["messages"][:-1] for row in rows])
+            return {"predictions": _predictions(rows, answers, context)}
+
+
+def _predictions(rows: list[Row], answers: Iterable[str], context: StageContext) -> list[Prediction]:
+    predictions: list[Prediction] = []
+    for row, answer in zip(rows, answers, strict=True):
+        context.progress(len(predictions), len(rows), "answers")
+        predictions.append(Prediction(row["messages"][-2]["content"], answer, row["messages"][-1]["content"]))
+    return predictions

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from luthier.api import Field, Input, MergeUse, StageConfig
+from luthier.api import Field, MergeUse, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
 from pydantic import model_validator
 
-ModelOnly = Annotated[str, Input(("model",))]
 SAME = ("architecture", "tokenizer", "tensors")
 
 
@@ -19,9 +18,10 @@ class MergeConfig(StageConfig):
     kind_made: ClassVar[ArtifactKind] = "model"
     seeded: ClassVar[bool] = False
 
-    models: list[ModelOnly] = Field(min_length=2)
-    """The models, the first of which gives config, tokenizer and chat template."""
-    base: ModelOnly | None = None
+    models: list[ModelInput] = Field(min_length=2)
+    """The models, the first of which gives config, tokenizer and chat template. An adapter is folded into
+    its base first."""
+    base: ModelInput | None = None
     """The common ancestor, for methods that merge task vectors."""
     weights: list[float] | None = None
     """One weight per model; equal weights by default."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from luthier.api import Artifact, Facts, Merge, ModelError, StageContext
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import TensorHeader, model_facts, tensor_headers
+from luthier.train.loading import carry_text_files, full_weights, model_folder
 from luthier_plugins.merge.config import MergeConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class MergeStage:
@@ -26,24 +30,25 @@ class MergeStage:
         base = context.input("base") if self.config.base else None
         if method.needs_base and base is None:
             raise ModelError(f"{self.config.method.name} merges task vectors", hint="name their ancestor as `base`")
-        headers = [tensor_headers(model.path) for model in [*models, *([base] if base else [])]]
+        folders = [full_weights(model, context.work / f"folded-{place}")
+                   for place, model in enumerate([*models, *([base] if base else [])])]  # fmt: skip
+        headers = [tensor_headers(folder) for folder in folders]
         _check_same(headers)
+        # Folding computes in float32; the result is stored like the first model's own weights.
+        stored = tensor_headers(model_folder(models[0]))
         weights = self.config.weights or [1.0] * len(models)
         merged: dict[str, torch.Tensor] = {}
         with ExitStack() as stack:
-            readers = [_Reader(model, stack) for model in models]
-            base_reader = _Reader(base, stack) if base else None
+            readers = [_Reader(folder, header, stack) for folder, header in zip(folders, headers, strict=True)]
             for done, name in enumerate(sorted(headers[0])):
                 context.progress(done, len(headers[0]), "tensors")
-                tensors = [reader.read(name, headers[index]) for index, reader in enumerate(readers)]
-                ancestor = base_reader.read(name, headers[-1]) if base_reader and method.needs_base else None
+                tensors = [reader.read(name) for reader in readers[: len(models)]]
+                ancestor = readers[-1].read(name) if base and method.needs_base else None
                 result = method.merge(tensors, weights, ancestor)
                 if not bool(torch.isfinite(result).all()):
                     raise ModelError("the merged tensor has NaN or infinite values", where=name)
-                merged[name] = result.to(readers[0].dtype(name, headers[0])).contiguous()
-        for path in files_in(models[0].path):
-            if path.suffix != ".safetensors" and path.name not in ("manifest.json", "model.safetensors.index.json"):
-                shutil.copyfile(path, context.out / path.name)
+                merged[name] = result.to(DTYPES[stored[name].dtype]).contiguous()
+        _carry_config(models[0], context.out)
         save_file(merged, context.out / "model.safetensors", metadata={"format": "pt"})
         return {**model_facts(context.out), "merged": len(merged), "method": self.config.method.name}
 
@@ -61,22 +66,25 @@ def _check_same(headers: list[dict[str, TensorHeader]]) -> None:
 class _Reader:
     """Reads single tensors of one model folder as float32."""
 
-    def __init__(self, model: Artifact, stack: ExitStack) -> None:
-        self._folder = model.path
+    def __init__(self, folder: Path, headers: dict[str, TensorHeader], stack: ExitStack) -> None:
+        self._folder = folder
+        self._headers = headers
         self._stack = stack
         self._files: dict[str, safe_open] = {}
 
-    def _tensor(self, name: str, headers: dict[str, TensorHeader]) -> torch.Tensor:
-        file = headers[name].file
+    def read(self, name: str) -> torch.Tensor:
+        file = self._headers[name].file
         if file not in self._files:
             self._files[file] = self._stack.enter_context(safe_open(self._folder / file, framework="pt"))
-        return self._files[file].get_tensor(name)
-
-    def read(self, name: str, headers: dict[str, TensorHeader]) -> torch.Tensor:
-        tensor = self._tensor(name, headers).float()
+        tensor = self._files[file].get_tensor(name).float()
         if not bool(torch.isfinite(tensor).all()):
             raise ModelError(f"the tensor {name} has NaN or infinite values", where=str(self._folder))
         return tensor
 
-    def dtype(self, name: str, headers: dict[str, TensorHeader]) -> torch.dtype:
-        return self._tensor(name, headers).dtype
+
+def _carry_config(model: Artifact, out: Path) -> None:
+    """Everything but weights: the config from the full model, the text files from the model itself."""
+    for path in files_in(model_folder(model)):
+        if path.suffix != ".safetensors" and path.name not in ("manifest.json", "model.safetensors.index.json"):
+            shutil.copyfile(path, out / path.name)
+    carry_text_files(model.path, out)

@@ -1,0 +1,131 @@
+"""The conformance check: what every component of a kind has to do."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.api import protocols
+from luthier.api.component import Component
+from luthier.api.config import Config, StageConfig
+from luthier.registry import Registry, default_registry
+from luthier.testing.behaviour import BEHAVIOUR
+
+HEAVY = ("torch", "transformers", "datasets", "trl", "peft")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One check and how it went; `problem` is None when it passed."""
+
+    check: str
+    problem: str | None
+
+
+def check_component(
+    component: Component, config: Mapping[str, Any] | None = None, *, registry: Registry | None = None
+) -> None:
+    """Check that a component is what it says it is.
+
+    Its references resolve, its config can be described and read back, importing the config loads no heavy
+    library, its `impl` has the methods of its kind, and on a small example it behaves.
+
+    Args:
+        component: The descriptor.
+        config: Values for config fields without defaults.
+        registry: Where sub-components are looked up; by default the installed plugins.
+
+    Raises:
+        AssertionError: names every check that failed.
+    """
+    problems = [f"{finding.check}: {finding.problem}" for finding in findings_of(component, config, registry=registry)
+                if finding.problem]  # fmt: skip
+    if problems:
+        raise AssertionError(f"the {component.kind} '{component.name}':\n" + "\n".join(problems))
+
+
+def findings_of(
+    component: Component, config: Mapping[str, Any] | None = None, *, registry: Registry | None = None
+) -> list[Finding]:
+    """Run every check that applies, one after the other; what builds on a failed one is left out."""
+    registry = registry or default_registry()
+    made: dict[str, Any] = {}
+    found: list[Finding] = []
+    for name, check in _checks(component, dict(config or {}), registry, made):
+        try:
+            check()
+        # Foreign code is under test here: whatever it raises is the finding.
+        except Exception as error:  # noqa: BLE001
+            found.append(Finding(name, f"{type(error).__name__}: {error}"))
+            break
+        found.append(Finding(name, None))
+    return found
+
+
+def _checks(
+    component: Component, values: dict[str, Any], registry: Registry, made: dict[str, Any]
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    def describe() -> None:
+        assert component.summary.strip(), "the summary is empty"
+        assert "\n" not in component.summary, "the summary has more than one line"
+        assert component.revision >= 1, "revisions count from 1"
+
+    def config_class() -> None:
+        made["class"] = _resolve(component.config)
+        expected = StageConfig if component.kind == "stage" else Config
+        assert issubclass(made["class"], expected), f"{component.config} is no {expected.__name__}"
+        silent = [name for name, field in made["class"].model_fields.items() if not field.description]
+        assert not silent, f"these fields have no docstring: {', '.join(silent)}"
+
+    def round_trip() -> None:
+        made["class"].model_json_schema()
+        context = {"components": registry}
+        made["config"] = made["class"].model_validate(values, context=context)
+        again = made["class"].model_validate(made["config"].model_dump(mode="json"), context=context)
+        assert again == made["config"], "the config read back from its own JSON is another one"
+
+    def light() -> None:
+        module = component.config.partition(":")[0]
+        code = f"import sys, {module}; print(','.join(name for name in {HEAVY} if name in sys.modules))"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert not done.stdout.strip(), f"importing {module} loads {done.stdout.strip()}"
+
+    def protocol() -> None:
+        made["impl"] = _resolve(component.impl)
+        kind_class = getattr(protocols, "".join(part.title() for part in component.kind.split("_")))
+        for name in protocols.PROTOCOL_METHODS[component.kind]:
+            assert hasattr(made["impl"], name), f"{component.impl} has no '{name}'"
+            _same_parameters(kind_class, made["impl"], name)
+
+    def behave() -> None:
+        BEHAVIOUR[component.kind](made["impl"](made["config"]))
+
+    yield "the descriptor is complete", describe
+    yield "the config class is documented", config_class
+    yield "the config survives JSON", round_trip
+    yield "importing the config is cheap", light
+    yield "the implementation follows the protocol", protocol
+    if component.kind in BEHAVIOUR:
+        yield "it behaves on a small example", behave
+
+
+def _resolve(reference: str) -> Any:
+    from importlib import import_module
+
+    module, _, name = reference.partition(":")
+    assert name, f"'{reference}' is not written as 'module:Class'"
+    return getattr(import_module(module), name)
+
+
+def _same_parameters(kind_class: type[Any], impl: type[Any], name: str) -> None:
+    wanted = getattr(kind_class, name, None)
+    if not inspect.isfunction(wanted):
+        return
+    asked = list(inspect.signature(wanted).parameters)
+    given = list(inspect.signature(getattr(impl, name)).parameters)
+    assert given[: len(asked)] == asked, f"{name} takes ({', '.join(given)}), expected ({', '.join(asked)})"

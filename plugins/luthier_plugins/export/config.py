@@ -1,0 +1,26 @@
+"""The config of the stage ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from luthier.api import Estimate, ExporterUse, Field, ModelInput, StageConfig
+from luthier.api.artifact import ArtifactKind
+
+
+class ExportConfig(StageConfig):
+    """Writes a model in the format of another program, which then has to load it and behave alike."""
+
+    kind_made: ClassVar[ArtifactKind] = "export"
+    seeded: ClassVar[bool] = False
+
+    model: ModelInput
+    """The model; an adapter is folded into its full-precision base first."""
+    format: ExporterUse = Field(default="gguf")  # type: ignore[assignment]
+    """The format and its settings."""
+
+    def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
+        parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
+        # The check holds the model in fp32.
+        return Estimate(memory=4 * parameters or None)

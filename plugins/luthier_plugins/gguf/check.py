@@ -1,0 +1,124 @@
+"""Proves in llama.cpp that a file reads, stops and thinks like the model it came from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from luthier.api import Facts, Message, ModelError
+from luthier.train.text import encode_prompt, render
+from luthier_plugins.gguf.server import LlamaServer
+
+CORPUS = (
+    "The quick brown fox can't jump over 13 lazy dogs; it's 2026-11-24, 07:45 o'clock.",
+    "  indented\n\n\nblank lines,\ttabs\t\tand trailing spaces   \n",
+    'def f(x: int) -> str:\n    return {"a": [1, 22, 333, 4444], "b": None}["a"][x:]  # ÷ ≠ ≤\r\n',
+    "Größe, naïve façade, Ελληνικά, русский язык, 日本語の文章、中文字符, العربية, हिन्दी, ไทย",
+    "emoji 👩‍👩‍👧 🇩🇪 👍🏽 and symbols §±µ¶ — “quotes” … ½ ²",
+    "I'LL SHE'S we'd They're 'tis rock'n'roll http://example.org/a_b?c=d&e=1#f e-mail@host.de 1,000,000.00",
+    "ABCdefGHI123xyz 0x1F 3.14159e-10 ... !!! ??? ~~~ ```code``` <b>html</b> &amp; $$x^2$$ \\n",
+)
+"""Texts that come apart differently under a wrong pre-tokenizer."""
+CONVERSATIONS: tuple[list[Message], ...] = (
+    [Message(role="user", content="Hello, who are you?")],
+    [
+        Message(role="user", content="First question:\n- one\n- two"),
+        Message(role="assistant", content="An answer, with “quotes”."),
+        Message(role="user", content="  And a second one?  "),
+    ],
+)
+POSITIONS = (8, 24)
+"""How many next-token distributions are compared: the fewest and the most."""
+PROBABILITIES = 1_000_000
+"""How many numbers llama.cpp is asked for in all; each comes as JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """How the original reads and thinks: computed once, compared with every file."""
+
+    texts: dict[str, list[int]]
+    prompts: list[str]
+    dated_prompts: list[str]
+    prefixes: list[list[int]]
+    log_probabilities: list[np.ndarray]
+    stop_ids: list[int]
+
+
+def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> Expected:
+    """What a GGUF file of this model has to agree with.
+
+    Args:
+        model: The model in full precision.
+        stop_ids: The tokens it was trained to stop on.
+    """
+    model.eval()
+    texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in CORPUS}
+    prompts = [render(tokenizer, messages, open_turn=True) for messages in CONVERSATIONS]
+    # llama.cpp gives templates such as Llama 3's today's date, where transformers leaves their fixed one.
+    today = time.strftime("%d %b %Y")
+    dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in CONVERSATIONS]
+    sequences = [encode_prompt(tokenizer, messages) for messages in CONVERSATIONS] + list(texts.values())
+    prefixes: list[list[int]] = []
+    logs: list[np.ndarray] = []
+    positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
+    for ids in sequences:
+        with torch.no_grad():
+            rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu().numpy()
+        step = max(1, len(ids) * len(sequences) // positions)
+        for place in range(len(ids) - 1, 0, -step):
+            prefixes.append(ids[: place + 1])
+            logs.append(rows[place])
+    return Expected(texts, prompts, dated, prefixes, logs, list(stop_ids))
+
+
+def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
+    """Compare a loaded file with the original.
+
+    Returns:
+        The facts ``kl`` (mean, in nats), ``top1`` (share of positions with the same best token) and
+        ``positions``.
+
+    Raises:
+        ModelError: text becomes other ids, a prompt is rendered differently, a stop token does not stop,
+            or the distributions are further apart than `largest_kl`.
+    """
+    where = str(server.file)
+    for text, ids in expected.texts.items():
+        if server.tokenize(text) != ids:
+            raise ModelError(f"llama.cpp reads this text as other tokens than transformers: {text!r}", where=where)
+    for messages, prompt, dated in zip(CONVERSATIONS, expected.prompts, expected.dated_prompts, strict=True):
+        found = server.render(messages)
+        if found not in (prompt, dated):
+            raise ModelError(
+                f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where
+            )
+    for stop in expected.stop_ids:
+        if not server.stops_on(stop, expected.prefixes[0]):
+            raise ModelError(f"llama.cpp does not stop on the stop token {stop}", where=where)
+    return _compare(server, expected, largest_kl)
+
+
+def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
+    divergences: list[float] = []
+    same = 0
+    stop = expected.stop_ids[0] if expected.stop_ids else 0
+    for ids, right in zip(expected.prefixes, expected.log_probabilities, strict=True):
+        found = server.next_log_probabilities(ids, len(right), stop)
+        # A token that llama.cpp does not report has a probability that underflows: nothing to add.
+        seen = np.isfinite(found)
+        divergences.append(float((np.exp(right[seen]) * (right[seen] - found[seen])).sum()))
+        same += int(found.argmax() == right.argmax())
+    kl = float(np.mean(divergences))
+    if not kl <= largest_kl:
+        raise ModelError(
+            f"the file does not behave like the model it came from: mean KL divergence {kl:.3g} nats, "
+            f"at most {largest_kl:g} is expected",
+            where=str(server.file),
+            hint="choose a finer type, or raise `max_kl` if this loss is what you want",
+        )
+    return {"kl": max(kl, 0.0), "top1": same / len(divergences), "positions": len(divergences)}

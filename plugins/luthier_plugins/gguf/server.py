@@ -1,0 +1,118 @@
+"""llama.cpp's own server, in this process, on 127.0.0.1."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from luthier.api import Message, ModelError
+
+SECONDS = 600
+
+
+class LlamaServer:
+    """A GGUF file, loaded in llama.cpp; a context manager, and a `luthier.api.Teacher`.
+
+    Args:
+        file: The GGUF file.
+        context_length: The longest prompt and answer together, in tokens.
+        limit: The most tokens of an answer.
+
+    Raises:
+        ModelError: llama.cpp cannot load the file.
+    """
+
+    def __init__(self, file: Path, *, context_length: int, limit: int = 256) -> None:
+        self.file = file
+        self.limit = limit
+        self._context_length = context_length
+        self._server: Any = None
+
+    def __enter__(self) -> LlamaServer:
+        options: Any = xllamacpp.CommonParams()
+        options.model.path = str(self.file)
+        options.n_ctx = options.n_batch = options.n_ubatch = self._context_length
+        options.n_parallel = 1
+        options.cpuparams.n_threads = os.cpu_count() or 1
+        options.n_gpu_layers = 0
+        options.warmup = False
+        options.embedding = False
+        options.fit_params = False
+        options.use_jinja = True
+        options.ui = False
+        options.cache_ram_mib = 0
+        options.verbosity = -1
+        options.hostnames = ["127.0.0.1"]
+        options.port = 0
+        options.sampling.temp = 0
+        # Otherwise a conversation that ends with the assistant would be taken as the answer's beginning.
+        options.prefill_assistant = False
+        # What is compared is the weights, not llama.cpp's shortcuts.
+        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        options.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
+        try:
+            self._server = xllamacpp.Server(options)
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"llama.cpp cannot load the file: {error}", where=str(self.file)) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server = None
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        # No proxy of the environment stands between this process and itself.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(request, timeout=SECONDS) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise ModelError(f"llama.cpp refuses {path}: {error.read().decode()}", where=str(self.file)) from error
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text in which special tokens are recognised, with nothing added."""
+        return self._post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"]
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that llama.cpp makes of a conversation, open for the assistant."""
+        body = {"messages": list(messages), "add_generation_prompt": True}
+        return self._post("/apply-template", body)["prompt"]
+
+    def answer(self, prompts: Sequence[Sequence[Message]]) -> Iterator[str]:
+        """Greedy answers to conversations, through ``/v1/chat/completions``, as a client would ask."""
+        for messages in prompts:
+            body = {"messages": list(messages), "temperature": 0, "max_tokens": self.limit, "cache_prompt": False}
+            reply = self._post("/v1/chat/completions", body)
+            yield reply["choices"][0]["message"]["content"] or ""
+
+    def stops_on(self, token: int, prompt: Sequence[int]) -> bool:
+        """Whether generation ends when the model says `token`."""
+        body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "logit_bias": [[token, 1000.0]],
+                "cache_prompt": False}  # fmt: skip
+        return self._post("/completion", body)["stop_type"] == "eos"
+
+    def next_log_probabilities(self, ids: Sequence[int], vocabulary_size: int, stop: int) -> np.ndarray:
+        """log p of every token after `ids`: shape (vocabulary_size,), -inf where llama.cpp reports none."""
+        body = {
+            "prompt": list(ids), "n_predict": 1, "n_probs": vocabulary_size, "temperature": 0, "cache_prompt": False,
+            "post_sampling_probs": False,
+            # Probabilities are left out when the sampled token is half a character: have it sample a whole one.
+            "logit_bias": [[stop, 1000.0]],
+        }  # fmt: skip
+        found = np.full(vocabulary_size, -np.inf)
+        for entry in self._post("/completion", body)["completion_probabilities"][0]["top_logprobs"]:
+            found[entry["id"]] = entry["logprob"]
+        return found

@@ -1,0 +1,88 @@
+"""Every component that comes with Luthier passes the check its plugin authors are given; bad ones do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from luthier.api import Component, Config
+from luthier.registry import default_registry
+from luthier.testing import check_component
+
+VALUES: dict[str, dict[str, Any]] = {
+    "augment": {"method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
+    "base": {"source": "./model"},
+    "data": {"source": "rows.jsonl"},
+    "dpo": {"model": "m", "data": "d"},
+    "evaluate": {"model": "m", "data": "d"},
+    "export": {"model": "m"},
+    "init": {"data": ["d"]},
+    "merge": {"models": ["a", "b"]},
+    "orpo": {"model": "m", "data": "d"},
+    "pretrain": {"model": "m", "data": ["d"]},
+    "sft": {"model": "m", "data": "d"},
+    "template": {
+        "templates": [{"messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "ok"}]}],
+        "slots": {"n": {"range": [1, 9]}},
+        "count": 3,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "component", [component for component, _ in default_registry()], ids=lambda item: f"{item.kind}-{item.name}"
+)
+def test_built_in_components_conform(component: Component) -> None:
+    check_component(component, VALUES.get(component.name))
+
+
+class Undocumented(Config):
+    """A config with a silent field."""
+
+    strength: float = 1.0
+
+
+class Spec(Config):
+    """Nothing to choose."""
+
+
+class Changer:
+    """A merge method that changes its inputs."""
+
+    needs_base = False
+
+    def __init__(self, config: Spec) -> None: ...
+
+    def merge(self, tensors: Any, weights: Any, base: Any) -> Any:
+        return tensors[0].mul_(0.5)
+
+
+class Renamed(Changer):
+    """A merge method with other parameters."""
+
+    def merge(self, models: Any, shares: Any) -> Any:
+        return models[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "impl", "message"),
+    [
+        (Undocumented, Changer, "these fields have no docstring: strength"),
+        (Spec, Changer, "the inputs were changed"),
+        (Spec, Renamed, r"merge takes \(self, models, shares\), expected \(self, tensors, weights, base\)"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    config: type, impl: type, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    module = tmp_path / "a_bad_plugin.py"
+    module.write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    import a_bad_plugin  # pyright: ignore
+
+    monkeypatch.setattr(a_bad_plugin, "C", config, raising=False)
+    monkeypatch.setattr(a_bad_plugin, "I", impl, raising=False)
+    component = Component(kind="merge", name="bad", summary="Bad", config="a_bad_plugin:C", impl="a_bad_plugin:I")
+    with pytest.raises(AssertionError, match=message):
+        check_component(component)
