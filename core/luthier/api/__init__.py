@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         TokenLoss,
         Tracker,
     )
-    from luthier.api.training import TrainingConfig
+    from luthier.api.training import PreferenceTrainingConfig, TrainingConfig
 
 _HOME = {
     "artifact": ("ARTIFACT_KINDS", "Artifact", "ArtifactKind"),
@@ -90,7 +90,7 @@ _HOME = {
         "Prediction", "PreferenceBatch", "PreferenceLoss", "Quantizer", "Regularizer", "Reward", "Row",
         "Stage", "Teacher", "TokenLoss", "Tracker",
     ),
-    "training": ("TrainingConfig",),
+    "training": ("PreferenceTrainingConfig", "TrainingConfig"),
 }  # fmt: skip
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -136,6 +136,7 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceLoss",
     "PreferenceLossUse",
+    "PreferenceTrainingConfig",
     "Problem",
     "Quantizer",
     "RecipeError",

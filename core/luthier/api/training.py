@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from luthier.api.config import Estimate, NotIdentity, RegularizerUse, StageConfig
+from luthier.api.artifact import ArtifactKind
+from luthier.api.config import DatasetInput, Estimate, ModelInput, NotIdentity, RegularizerUse, StageConfig
 
 
 class TrainingConfig(StageConfig):
@@ -53,3 +54,21 @@ class TrainingConfig(StageConfig):
         rows = sum(facts["rows"].get("train", 0) for facts in inputs.get("data", []))
         # Weights, gradients and two moments in fp32, four bytes each.
         return Estimate(rows=rows or None, memory=16 * parameters or None, disk=14 * parameters or None)
+
+
+class PreferenceTrainingConfig(TrainingConfig):
+    """What every stage that trains on preference pairs has."""
+
+    model: ModelInput
+    """The model to train; an adapter is trained further, on its base."""
+    data: DatasetInput
+    """Preference pairs."""
+    on_long: Literal["drop", "fail"] = "drop"
+    """What to do with pairs longer than `max_length`: leave them out and say how many, or stop."""
+
+    def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
+        return "adapter" if "adapter" in inputs["model"] else "model"
+
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        formats = [facts["format"] for facts in inputs.get("data", [])]
+        return [f"this stage trains on preference pairs, not on {name}" for name in formats if name != "preference"]

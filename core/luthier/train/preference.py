@@ -15,7 +15,9 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from luthier.api.context import StageContext
 from luthier.api.errors import DataError
 from luthier.api.protocols import Facts, Message, PreferenceBatch, PreferenceLoss
-from luthier.api.training import TrainingConfig
+from luthier.api.training import PreferenceTrainingConfig, TrainingConfig
+from luthier.artifacts.datasets import require_split
+from luthier.train.loading import load_model, load_tokenizer, save_adapter, save_model
 from luthier.train.loop import quiet_libraries, run_trainer, trainer_arguments
 from luthier.train.text import IGNORED, encode_conversation
 
@@ -130,3 +132,31 @@ def train_pairs(
     if adapted and "ref" in model.peft_config:
         model.delete_adapter("ref")
     return facts
+
+
+def tune_on_pairs(loss: PreferenceLoss, beta: float, config: PreferenceTrainingConfig, context: StageContext) -> Facts:
+    """The whole of a stage that trains on preference pairs: read, encode, train, save."""
+    source = context.input("model")
+    tokenizer = load_tokenizer(source)
+    stops = source.facts["stop_token_ids"]
+    rows = require_split(context.input("data"), "train")
+    pairs = [encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], stops) for row in rows]
+    pairs = _short_enough(pairs, config, context)
+    model = load_model(source, trainable=True)
+    facts = train_pairs(model, tokenizer, pairs, loss, beta, config, context)
+    save = save_adapter if source.kind == "adapter" else save_model
+    return {**save(model, source, context.out), "training": {**facts, "pairs": len(pairs)}}
+
+
+def _short_enough(
+    pairs: list[EncodedPair], config: PreferenceTrainingConfig, context: StageContext
+) -> list[EncodedPair]:
+    short = [pair for pair in pairs if len(pair) <= config.max_length]
+    over = len(pairs) - len(short)
+    if over:
+        text = f"{over} of {len(pairs)} pairs are longer than max_length={config.max_length}"
+        if config.on_long == "fail" or not short:
+            longest = max(len(pair) for pair in pairs)
+            raise DataError(text, hint=f"the longest has {longest} tokens; raise `max_length`")
+        context.warn(f"{text} and were left out")
+    return short

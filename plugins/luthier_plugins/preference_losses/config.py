@@ -10,3 +10,7 @@ class SigmoidConfig(Config):
 
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """The assumed share of pairs whose labels are swapped."""
+
+
+class OrpoLossConfig(Config):
+    """The ORPO loss."""

@@ -1,0 +1,39 @@
+"""The ORPO loss."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from luthier.api import PreferenceBatch
+from luthier_plugins.preference_losses.config import OrpoLossConfig
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class Orpo:
+    """-log p(chosen) - beta * log sigmoid(log odds ratio) (Hong et al. 2024, arXiv:2403.07691, equations 4 to 7).
+
+    p is the geometric mean of a completion's token probabilities, and odds = p / (1 - p).
+    """
+
+    needs_reference: ClassVar[bool] = False
+
+    def __init__(self, config: OrpoLossConfig) -> None: ...
+
+    def loss(self, batch: PreferenceBatch, beta: float) -> Tensor:
+        chosen = batch.chosen / batch.chosen_tokens
+        rejected = batch.rejected / batch.rejected_tokens
+        return -chosen - beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
+
+
+def log_odds(log_p: Tensor) -> Tensor:
+    """log(p / (1 - p)), accurate at both ends.
+
+    Args:
+        log_p: Log-probabilities, below 0.
+    """
+    # log(1 - exp(x)) loses its digits near 0 one way and far from 0 the other (Maechler 2012).
+    near = torch.log(-torch.expm1(torch.clamp(log_p, min=-0.7, max=-1e-7)))
+    far = torch.log1p(-torch.exp(torch.clamp(log_p, max=-0.6)))
+    return log_p - torch.where(log_p > -0.693, near, far)
