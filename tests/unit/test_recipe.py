@@ -62,3 +62,12 @@ def test_a_missing_requirement_names_the_remedy(recipe: Path) -> None:
     recipe.write_text(recipe.read_text() + "requires: [luthier-no-such-plugin>=1]\n")
     with pytest.raises(RecipeError, match="pip install 'luthier-no-such-plugin>=1'"):
         Recipe.load(recipe)
+
+
+def test_merge_keys_bring_in_what_an_anchor_holds() -> None:
+    text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\nc:\n  <<: [*a, {x: 9, z: 4}]\n"
+    value = parse(text, "x.yaml").value
+    assert value["b"] == {"x": 1, "y": 3}
+    assert value["c"] == {"x": 1, "y": 2, "z": 4}
+    with pytest.raises(RecipeError, match="x.yaml:2: b: '<<' takes a mapping"):
+        parse("b:\n  <<: 3\n", "x.yaml")

@@ -15,7 +15,10 @@ _Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class _Loader(_Base):  # type: ignore[misc, valid-type]
-    """Safe YAML with the scalars of YAML 1.2: ``no`` and ``on`` are words, ``1e-4`` is a number."""
+    """Safe YAML with the scalars of YAML 1.2: ``no`` and ``on`` are words, ``1e-4`` is a number.
+
+    Merge keys (``<<: *anchor``) are understood, as Docker Compose does: `parse` resolves them.
+    """
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -96,14 +99,31 @@ def _value(loader: Any, node: yaml.Node, path: Path, document: Document) -> Any:
     if not isinstance(node, yaml.MappingNode):
         return loader.construct_object(node)
     result: dict[str, Any] = {}
+    own: set[str] = set()
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node))
         line = key_node.start_mark.line + 1
-        if key in result:
+        if key == "<<" and key_node.style not in ("'", '"'):
+            result = _merged(_value(loader, value_node, path, document), line, path, document) | result
+            continue
+        if key in own:
             raise RecipeError([Problem(f"the key '{key}' stands twice", document.file, line, _dotted((*path, key)))])
+        own.add(key)
         document.lines[(*path, key)] = line
         result[key] = _value(loader, value_node, (*path, key), document)
     return result
+
+
+def _merged(value: Any, line: int, path: Path, document: Document) -> dict[str, Any]:
+    """The keys that ``<<: *anchor`` brings in; the mapping's own keys win over them."""
+    parts = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if not all(isinstance(part, dict) for part in parts):
+        message = "'<<' takes a mapping, or a list of mappings"
+        raise RecipeError([Problem(message, document.file, line, _dotted(path) or None)])
+    found: dict[str, Any] = {}
+    for part in cast("list[dict[str, Any]]", parts):
+        found = part | found
+    return found
 
 
 def _dotted(path: Path) -> str:

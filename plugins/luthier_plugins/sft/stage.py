@@ -21,10 +21,12 @@ class Sft:
 
     def run(self, context: StageContext) -> Facts:
         source = context.input("model")
-        data = context.input("data")
+        datasets = context.inputs("data")
         tokenizer = load_tokenizer(source)
-        train = self._encode(require_split(data, "train"), tokenizer, source, context)
-        validation = self._encode(read_split(data, "validation"), tokenizer, source, context)
+        rows = [row for item in datasets for row in require_split(item, "train")]
+        held_out = [row for item in datasets for row in read_split(item, "validation")]
+        train = self._encode(rows, tokenizer, source, context)
+        validation = self._encode(held_out, tokenizer, source, context)
         model = self._model(source, context)
         trained = sum(label != IGNORED for row in train for label in row.labels)
         facts = train_tokens(model, tokenizer, train, validation, self.config, context)
