@@ -15,7 +15,7 @@ luthier: 1
 name: tracked
 trackers: [jsonl, {uses: tensorboard}]
 stages:
-  start: {uses: init, data: [./chats.jsonl], vocab_size: 300, hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2}
+  start: {uses: init, data: [./chats.jsonl], vocab_size: 300, hidden_size: 32, layers: 1, heads: 2}
   tuned: {uses: sft, model: start, data: ./chats.jsonl, steps: 4, log_every: 1}
 """
 
@@ -48,9 +48,8 @@ def test_orpo_learns_to_prefer(tmp_path: Path) -> None:
     assert tuned.kind == "model"
     assert tuned.facts["training"]["loss_last"] < 0.3 * tuned.facts["training"]["loss_first"]
     talks = [{"messages": [*pair["prompt"], *pair["chosen"]]} for pair in pairs]
-    report = run_stage(
-        tmp_path, "evaluate", inputs={"model": tuned, "against": [model], "data": tiny_dataset(tmp_path, talks, split="test")}
-    )  # fmt: skip
+    held = tiny_dataset(tmp_path, talks, split="test")
+    report = run_stage(tmp_path, "evaluate", inputs={"model": tuned, "against": [model], "data": held})
     assert report.facts["scores"]["exact_match"] == 1.0
     assert report.facts["against"][0]["scores"]["exact_match"] == 0.0
     talk = tiny_dataset(tmp_path, talks)

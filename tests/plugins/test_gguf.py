@@ -79,9 +79,13 @@ def test_quantized_tensors_are_close_to_what_they_were(model: Artifact, export: 
 
 
 def test_a_lost_permutation_is_caught_in_llama_cpp(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Llama, "convert", lambda self, name, tensor: tensor[::-1].copy() if "q_proj" in name else tensor)
+    monkeypatch.setattr(
+        Llama, "convert", lambda self, name, tensor: tensor[::-1].copy() if "q_proj" in name else tensor
+    )
     with pytest.raises(ModelError, match="does not behave like the model it came from"):
-        run_stage(model.path.parents[1], "export", {"format": {"uses": "gguf", "max_kl": 1e-4}}, inputs={"model": model})
+        run_stage(
+            model.path.parents[1], "export", {"format": {"uses": "gguf", "max_kl": 1e-4}}, inputs={"model": model}
+        )
 
 
 def test_a_wrong_pre_tokenizer_is_caught_in_llama_cpp(model: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:

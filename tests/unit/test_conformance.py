@@ -10,18 +10,18 @@ from luthier.registry import default_registry
 from luthier.testing import check_component
 
 VALUES: dict[str, dict[str, Any]] = {
-    "augment": {"method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
-    "base": {"source": "./model"},
-    "data": {"source": "rows.jsonl"},
-    "dpo": {"model": "m", "data": "d"},
-    "evaluate": {"model": "m", "data": "d"},
-    "export": {"model": "m"},
-    "init": {"data": ["d"]},
-    "merge": {"models": ["a", "b"]},
-    "orpo": {"model": "m", "data": "d"},
-    "pretrain": {"model": "m", "data": ["d"]},
-    "sft": {"model": "m", "data": "d"},
-    "template": {
+    "stage-augment": {"method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
+    "stage-base": {"source": "./model"},
+    "stage-data": {"source": "rows.jsonl"},
+    "stage-dpo": {"model": "m", "data": "d"},
+    "stage-evaluate": {"model": "m", "data": "d"},
+    "stage-export": {"model": "m"},
+    "stage-init": {"data": ["d"]},
+    "stage-merge": {"models": ["a", "b"]},
+    "stage-orpo": {"model": "m", "data": "d"},
+    "stage-pretrain": {"model": "m", "data": ["d"]},
+    "stage-sft": {"model": "m", "data": "d"},
+    "augmenter-template": {
         "templates": [{"messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "ok"}]}],
         "slots": {"n": {"range": [1, 9]}},
         "count": 3,
@@ -33,7 +33,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "component", [component for component, _ in default_registry()], ids=lambda item: f"{item.kind}-{item.name}"
 )
 def test_built_in_components_conform(component: Component) -> None:
-    check_component(component, VALUES.get(component.name))
+    check_component(component, VALUES.get(f"{component.kind}-{component.name}"))
 
 
 class Undocumented(Config):

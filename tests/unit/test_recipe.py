@@ -69,5 +69,5 @@ def test_merge_keys_bring_in_what_an_anchor_holds() -> None:
     value = parse(text, "x.yaml").value
     assert value["b"] == {"x": 1, "y": 3}
     assert value["c"] == {"x": 1, "y": 2, "z": 4}
-    with pytest.raises(RecipeError, match="x.yaml:2: b: '<<' takes a mapping"):
+    with pytest.raises(RecipeError, match=r"x\.yaml:2: b: '<<' takes a mapping"):
         parse("b:\n  <<: 3\n", "x.yaml")

@@ -61,13 +61,17 @@ class Store:
             yield Artifact.load(path.parent)
 
     def resolve(self, text: str) -> Artifact:
-        """The artifact meant by a key, the beginning of one (six digits at least), or a folder.
+        """The artifact meant by a key, the beginning of one (six digits at least), a folder, or
+        ``<recipe>/<stage>`` as it was last run.
 
         Raises:
             StoreError: nothing, or more than one artifact, answers to it.
         """
         if (Path(text) / MANIFEST).exists():
             return Artifact.load(Path(text).absolute())
+        recipe, _, stage = text.partition("/")
+        if stage in self.last_keys(recipe):
+            text = digest_value(self.last_keys(recipe)[stage])
         found = [path.parent for path in self.artifacts.glob(f"{text}*/{MANIFEST}")] if len(text) >= 6 else []
         if len(found) != 1:
             what = "no artifact answers" if not found else f"{len(found)} artifacts answer"
@@ -77,6 +81,10 @@ class Store:
     def last_keys(self, recipe: str) -> dict[str, Any]:
         """Key and key payload of every stage the last time this recipe was run, by stage id."""
         return _read_object(self.root / "refs" / f"{recipe}.json")
+
+    def recipes(self) -> list[str]:
+        """The names of all recipes that were run on this store."""
+        return sorted(path.stem for path in (self.root / "refs").glob("*.json"))
 
     def digest_source(self, path: Path) -> str:
         """The digest of a file's or folder's content, remembered by size and modification time."""

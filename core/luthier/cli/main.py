@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import import_module
 
 import click
 
 VERBS = {
+    "chat": ("luthier.cli.chat:chat_command", "Talk with a model, an adapter or an export."),
+    "clean": ("luthier.cli.clean:clean_command", "Remove what no recipe needs any more."),
+    "completion": ("luthier.cli.completion:completion_command", "Print completion for a shell."),
+    "do": ("luthier.cli.do:do_command", "Run one stage without a recipe."),
+    "doctor": ("luthier.cli.doctor:doctor_command", "Show versions, devices and what is missing."),
+    "init": ("luthier.cli.init:init_command", "Write a starter recipe for a data file."),
     "plan": ("luthier.cli.run_verbs:plan_command", "Show what a run would do, and why."),
+    "plugin": ("luthier.cli.plugin_author:plugin_command", "Write a plugin, or check one."),
     "plugins": ("luthier.cli.plugin_verbs:plugins_command", "List the installed components."),
     "run": ("luthier.cli.run_verbs:run_command", "Run a recipe."),
     "schema": ("luthier.cli.plugin_verbs:schema_command", "Print the JSON Schema of recipes."),
-    "show": ("luthier.cli.show:show_command", "Show an artifact or what is in the store."),
+    "show": ("luthier.cli.show:show_command", "Show a run, a stage, an artifact, or what there is."),
 }
 
 
 class Verbs(click.Group):
-    """Lists the verbs without importing them; plugins' verbs are looked up when nothing else fits."""
+    """Lists the verbs without importing them, and those of plugins behind them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(VERBS)
+        return [*sorted(VERBS), *sorted(_plugin_commands())]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in VERBS:
             module, _, name = VERBS[cmd_name][0].partition(":")
             return getattr(import_module(module), name)
-        from luthier.registry import default_registry
-
-        commands = [command for found in default_registry().manager.hook.luthier_commands() for command in found]
-        return next((command for command in commands if command.name == cmd_name), None)
+        return _plugin_commands().get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
-            formatter.write_dl([(name, VERBS[name][1]) for name in self.list_commands(ctx)])
+            formatter.write_dl([(name, about) for name, (_, about) in sorted(VERBS.items())])
+        foreign = _plugin_commands()
+        if foreign:
+            with formatter.section("Verbs of plugins"):
+                formatter.write_dl([(name, foreign[name].get_short_help_str()) for name in sorted(foreign)])
+
+
+def _plugin_commands() -> dict[str, click.Command]:
+    """The verbs that plugins hand over; a plugin cannot replace one of Luthier's own."""
+    from luthier.registry import default_registry
+
+    commands: dict[str, click.Command] = {}
+    for command in default_registry().commands():
+        if command.name and command.name not in VERBS:
+            commands[command.name] = command
+    return commands
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="luthier")
-def luthier() -> None:
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def luthier(debug: bool) -> None:
     """From raw data to a tuned, merged, quantized model that is proven to work.
 
     \b
@@ -59,6 +80,9 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except LuthierError as error:
+        # Click has left its context by now, so the flag is looked for where it was given.
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         click.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:

@@ -13,8 +13,8 @@ import click
 from luthier.api.config import Estimate
 from luthier.planning import Plan, plan
 from luthier.recipe import Recipe
-from luthier.running import RunResult, run
-from luthier.running.events import Event, Listener
+from luthier.running import run
+from luthier.running.events import Event
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,42 +69,17 @@ def run_command(
     unknown = [name for name in only if name not in made.nodes]
     if unknown:
         raise click.BadParameter(f"there is no stage '{unknown[0]}'", param_hint="--only")
-    listener: Listener = _print_json if as_json else _print_line
-    result = run(made, only=only, keep_going=keep_going, listeners=[listener])
-    if not as_json:
-        _summary(result)
+    if as_json:
+        sys.exit(run(made, only=only, keep_going=keep_going, listeners=[_print_json]).exit_code)
+    # rich is only paid for where something is shown.
+    from luthier.cli.display import Display, make_console, summarize
+
+    console = make_console()
+    with Display(console) as display:
+        result = run(made, only=only, keep_going=keep_going, listeners=[display])
+    summarize(result, console)
     sys.exit(result.exit_code)
 
 
 def _print_json(event: Event) -> None:
     click.echo(json.dumps(event, ensure_ascii=False, default=str))
-
-
-def _print_line(event: Event) -> None:
-    stage = event.get("stage", "")
-    match event["event"]:
-        case "stage_started":
-            click.echo(f"{stage}: {event['status']} ({event['reason']})")
-        case "metrics":
-            values = ", ".join(f"{name} {value:.4g}" for name, value in event["values"].items())
-            click.echo(f"{stage}: step {event['step']}: {values}")
-        case "log":
-            click.echo(f"{stage}: {event['message']}")
-        case "warning":
-            click.echo(f"{stage}: warning: {event['message']}", err=True)
-        case "gate":
-            held = "holds" if event["ok"] else "DOES NOT HOLD"
-            click.echo(f"{stage}: gate {event['metric']} {event['required']}: {event['value']} {held}")
-        case _:
-            pass
-
-
-def _summary(result: RunResult) -> None:
-    width = max(len(name) for name in result.stages)
-    click.echo()
-    for name, stage in result.stages.items():
-        made = f"{stage.artifact.kind} {stage.artifact.key[:12]}" if stage.artifact else ""
-        click.echo(f"{name:<{width}}  {stage.outcome:<11} {stage.seconds:7.1f} s  {made}")
-    for stage in result.stages.values():
-        if stage.error is not None:
-            click.echo(f"\nerror: {stage.error}", err=True)

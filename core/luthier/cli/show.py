@@ -1,9 +1,10 @@
-"""``luthier show``: what is in the store."""
+"""``luthier show``: what is in the store, and where it came from."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -11,32 +12,93 @@ from luthier.api.artifact import Artifact
 from luthier.artifacts.store import Store
 
 
-@click.command("show", epilog="Example: luthier show 3fa9c1d2")
-@click.argument("artifact", required=False)
+@click.command("show", epilog="Example: luthier show support/tuned")
+@click.argument("what", required=False)
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
-@click.option("--json", "as_json", is_flag=True, help="The whole manifest.")
-def show_command(artifact: str | None, store: Path | None, as_json: bool) -> None:
-    """Show an artifact (by key, the beginning of one, or folder) with its lineage; without one, all of them."""
+@click.option("--json", "as_json", is_flag=True, help="The whole manifest, or the events of a run.")
+def show_command(what: str | None, store: Path | None, as_json: bool) -> None:
+    """Show a run (by its id), a stage (RECIPE/STAGE), or an artifact (a key, the beginning of one, a folder).
+
+    Without WHAT, list what is in the store.
+    """
     place = Store.at(store)
-    if artifact is None:
-        for item in place:
-            click.echo(f"{item.key[:12]}  {item.kind:<8} {item.manifest['stage']}")
-        return
-    found = place.resolve(artifact)
+    if what is None:
+        _everything(place)
+    elif (place.runs / what / "events.jsonl").exists():
+        _run(place.runs / what / "events.jsonl", as_json)
+    else:
+        found = place.resolve(what)
+        if as_json:
+            click.echo(json.dumps(found.manifest, indent=2))
+        else:
+            _artifact(place, found)
+
+
+def _everything(store: Store) -> None:
+    from luthier.cli.display import describe
+
+    for artifact in store:
+        click.echo(f"{artifact.manifest['stage']:<20} {describe(artifact)}")
+    for path in sorted(store.runs.glob("*")):
+        click.echo(f"run {path.name}")
+
+
+def _run(path: Path, as_json: bool) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
     if as_json:
-        click.echo(json.dumps(found.manifest, indent=2))
+        click.echo("\n".join(lines))
         return
-    click.echo(f"{found.kind} {found.key}\n{found.path}\n{json.dumps(found.facts, indent=2)}")
-    click.echo("made from:")
-    _lineage(place, found, 1)
+    for line in lines:
+        event: dict[str, Any] = json.loads(line)
+        kind, stage = event["event"], event.get("stage", "")
+        match kind:
+            case "stage_cached" | "stage_skipped" | "stage_started":
+                click.echo(f"{stage}: {kind.removeprefix('stage_')}")
+            case "stage_finished":
+                click.echo(f"{stage}: finished, {event['seconds']['total']:.1f} s, {event['key'][:12]}")
+            case "stage_failed" | "stage_interrupted":
+                click.echo(f"{stage}: {kind.removeprefix('stage_')}: {event['message']}")
+            case "warning":
+                click.echo(f"{stage}: warning: {event['message']}")
+            case "gate":
+                click.echo(f"{stage}: gate {event['metric']} {event['required']}: {event['value']}"
+                           f" {'holds' if event['ok'] else 'DOES NOT HOLD'}")  # fmt: skip
+            case "run_finished":
+                click.echo(f"ended with exit code {event['exit_code']}")
+            case _:
+                pass
 
 
-def _lineage(store: Store, artifact: Artifact, depth: int) -> None:
+def _artifact(store: Store, artifact: Artifact) -> None:
+    from rich.markup import escape
+    from rich.tree import Tree
+
+    from luthier.cli.display import describe, make_console
+
+    console = make_console()
+    manifest = artifact.manifest
+    console.print(f"[bold]{escape(manifest['stage'])}[/]  {escape(describe(artifact))}")
+    console.print(escape(str(artifact.path)))
+    if "component" in manifest:
+        component = manifest["component"]
+        console.print(f"made by {component['name']} of {component['provider']} in {manifest['seconds']['total']:.1f} s")
+    for warning in manifest["warnings"]:
+        console.print(f"[yellow]warning: {escape(warning)}[/]")
+    for title, content in (("facts", artifact.facts), ("config", manifest.get("config", {}))):
+        console.print(f"\n[bold]{title}[/]")
+        console.print(escape(json.dumps(content, indent=2, ensure_ascii=False)))
+    tree = Tree(escape(f"{manifest['stage']} ({artifact.kind} {artifact.key[:12]})"))
+    _lineage(store, artifact, tree)
+    console.print("\n[bold]lineage[/]")
+    console.print(tree)
+
+
+def _lineage(store: Store, artifact: Artifact, tree: Any) -> None:
     for field, keys in artifact.manifest["inputs"].items():
         for key in keys:
             parent = store.find(key)
             if parent is None:
-                click.echo(f"{'  ' * depth}{field}: {key[:12]} (not in the store any more)")
+                tree.add(f"{field}: {key[:12]} (not in the store any more)")
                 continue
-            click.echo(f"{'  ' * depth}{field}: {parent.manifest['stage']} ({parent.kind} {key[:12]})")
-            _lineage(store, parent, depth + 1)
+            branch = tree.add(f"{field}: {parent.manifest['stage']} ({parent.kind} {key[:12]})")
+            _lineage(store, parent, branch)

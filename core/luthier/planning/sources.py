@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from luthier.artifacts.store import Store
 from luthier.recipe.document import parse
 
 HUB = "hf:"
+EMBEDDED = "embedded:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -27,7 +29,7 @@ class ResolvedSource:
 
 def is_external(value: str) -> bool:
     """Whether an input's value comes from outside the recipe: a path, or an id with a scheme."""
-    return "/" in value or value.startswith(".") or value.startswith(HUB)
+    return "/" in value or value.startswith((".", HUB, EMBEDDED))
 
 
 def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) -> ResolvedSource:
@@ -42,9 +44,21 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
             raise LuthierError(f"'{value}' is a hub id where a file is expected", hint="download it, and give its path")
         repository, commit = lock.pin(value.removeprefix(HUB))
         return ResolvedSource(f"{HUB}{repository}@{commit}", f"{HUB}{repository}@{commit}")
+    if value.startswith(EMBEDDED):
+        return _embedded(value, store)
     path = (folder / Path(value).expanduser()).absolute()
     if not path.exists():
         raise LuthierError(f"there is no file or folder '{value}'", hint=f"looked for {path}")
+    return ResolvedSource(store.digest_source(path), str(path))
+
+
+def _embedded(value: str, store: Store) -> ResolvedSource:
+    """A model that comes with Luthier."""
+    models = Path(str(files("luthier"))) / "models"
+    path = models / value.removeprefix(EMBEDDED)
+    if not (path / "config.json").exists():
+        names = ", ".join(sorted(item.name for item in models.iterdir()))
+        raise ModelError(f"there is no embedded model '{path.name}'", hint=f"there are: {names}")
     return ResolvedSource(store.digest_source(path), str(path))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pluggy
 
@@ -20,6 +20,8 @@ from luthier.api.errors import PluginError
 from luthier.api.hooks import Hooks
 
 if TYPE_CHECKING:
+    import click
+
     from luthier.api.config import Config
 
 GROUP = "luthier"
@@ -172,6 +174,16 @@ class Registry:
                 f"{type(error).__name__}: {error}",
                 where=reference,
             ) from error
+
+    def commands(self) -> Iterator[click.Command]:
+        """The command-line verbs of plugins; one that fails is logged, or raises in strict mode."""
+        for implementation in self.manager.hook.luthier_commands.get_hookimpls():
+            try:
+                yield from cast("Any", implementation.function)()
+            except Exception:
+                if self._strict:
+                    raise
+                logger.exception("the plugin %s failed in luthier_commands", implementation.plugin_name)
 
     def notify(self, hook: str, **arguments: Any) -> None:
         """Call an observer hook in every plugin; an error is logged and never ends a run."""

@@ -5,6 +5,7 @@ Jobs come in on stdin, events go out on what was stdout; whatever libraries prin
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -22,12 +23,13 @@ from typing import Any, Protocol, TextIO, cast
 from luthier.api.artifact import Artifact
 from luthier.api.component import Kind
 from luthier.api.config import StageConfig, Use
-from luthier.api.errors import Interrupted, LuthierError, ModelError
+from luthier.api.errors import Interrupted, LuthierError, ModelError, StoreError
 from luthier.api.protocols import Tracker
 from luthier.registry import Registry, default_registry
 from luthier.running.job import Job
 
 PROGRESS_EVERY = 0.2
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Listener(Protocol):
@@ -157,12 +159,12 @@ class Worker:
             self.send({"event": "interrupted", "stage": job.stage, "message": error.message})
         # Stages are plugins: whatever they raise is this stage's failure, not the worker's.
         except Exception as error:  # noqa: BLE001
-            known = isinstance(error, LuthierError)
+            known = error if isinstance(error, LuthierError) else _disk_full(error, job)
             self.send({
-                "event": "failed", "stage": job.stage, "known": known, "type": type(error).__name__,
-                "message": error.message if isinstance(error, LuthierError) else f"{type(error).__name__}: {error}",
-                "where": error.where if isinstance(error, LuthierError) else None,
-                "hint": error.hint if isinstance(error, LuthierError) else None,
+                "event": "failed", "stage": job.stage, "known": known is not None, "type": type(error).__name__,
+                "message": known.message if known else f"{type(error).__name__}: {error}",
+                "where": known.where if known else None,
+                "hint": known.hint if known else None,
                 "traceback": traceback.format_exc(),
             })  # fmt: skip
         else:
@@ -171,6 +173,22 @@ class Worker:
                 "event": "result", "stage": job.stage, "facts": facts, "warnings": context.warnings,
                 "seconds": {"load": loaded - started, "run": ended - loaded},
             })  # fmt: skip
+
+
+def _disk_full(error: Exception, job: Job) -> StoreError | None:
+    """The error to show when `error` says that nothing more can be written; None for all others.
+
+    Libraries in Rust and C++ raise errors of their own with the system's number in the text.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if number not in FULL and not any(f"os error {code}" in str(error) for code in FULL):
+        return None
+    return StoreError(
+        f"the disk is full: {error}",
+        where=job.work,
+        hint="free some space (`luthier clean`) or choose another store with --store, then run again: "
+        "what was finished is kept",
+    )
 
 
 def _trackers(job: Job, registry: Registry) -> list[Tracker]:

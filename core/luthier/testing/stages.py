@@ -112,8 +112,8 @@ def tiny_dataset(folder: Path, rows: Sequence[Row] | None = None, *, split: Spli
         out = store.work(key) / "out"
         out.mkdir(parents=True, exist_ok=True)
         write_split(out, split, rows)
-        commit(store, key, "dataset", out,
-               {"stage": "data", "facts": dataset_facts(form, {split: rows}, {}), "warnings": [], "inputs": {}})  # fmt: skip
+        facts = dataset_facts(form, {split: rows}, {})
+        commit(store, key, "dataset", out, {"stage": "data", "facts": facts, "warnings": [], "inputs": {}})
     return Artifact.load(store.folder(key))
 
 

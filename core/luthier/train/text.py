@@ -39,7 +39,9 @@ def render(
     if template.chat_template is None:
         raise DataError("the model has no chat template", hint="tune a model that has one, or train on `text`")
     try:
-        return template.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=open_turn, **variables)
+        return template.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=open_turn, **variables
+        )
     # Templates raise what they like: jinja2.TemplateError, TypeError, ValueError.
     except Exception as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error

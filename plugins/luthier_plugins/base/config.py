@@ -14,5 +14,6 @@ class BaseConfig(StageConfig):
     kind_made: ClassVar[ArtifactKind] = "model"
     seeded: ClassVar[bool] = False
 
-    source: ModelSource
-    """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``."""
+    source: ModelSource = "embedded:nano-base"
+    """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``; or the
+    small model that comes with Luthier, for trying things out on a CPU."""

@@ -28,6 +28,6 @@ class Base:
             context.progress(done, len(files), "files")
             target = context.out / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if path.name != "manifest.json":
+            if path.name not in ("manifest.json", "README.md"):
                 shutil.copyfile(path, target)
         return {**model_facts(context.out), "source": self.config.source}

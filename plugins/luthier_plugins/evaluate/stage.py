@@ -31,6 +31,7 @@ class Evaluate:
             self._measure(f"against-{place}", artifact, rows, metrics, context)
             for place, artifact in enumerate(context.inputs("against"), 1)
         ]
+        facts["table"] = _table(facts)
         (context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
 
@@ -42,6 +43,8 @@ class Evaluate:
         scores = {name: metric.score(items[metric.needs]) for name, metric in metrics.items()}
         context.metrics(scores, 0)
         facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": scores}
+        if artifact.kind == "export" and self.config.variant is not None:
+            facts["variant"] = self.config.variant
         if self.config.by is not None:
             facts["slices"] = {value: self._slice(value, rows, items, metrics) for value in self._values(rows)}
         return facts
@@ -102,3 +105,20 @@ def _predictions(rows: list[Row], answers: Iterable[str], context: StageContext)
         context.progress(len(predictions), len(rows), "answers")
         predictions.append(Prediction(row["messages"][-2]["content"], answer, row["messages"][-1]["content"]))
     return predictions
+
+
+def _table(facts: Facts) -> Facts:
+    """What a run's summary shows of a report: a row for each model, a column for each metric and slice."""
+    names: list[str] = list(facts["scores"])
+    slices: list[str] = list(facts.get("slices", {}))
+    columns = [*names, *(f"{value} {name}" for value in slices for name in names)]
+    rows = [
+        [_label(found), *(found["scores"][name] for name in names),
+         *(found["slices"][value][name] for value in slices for name in names)]
+        for found in [facts, *facts["against"]]
+    ]  # fmt: skip
+    return {"columns": columns, "rows": rows}
+
+
+def _label(found: Facts) -> str:
+    return f"{found['stage']} {found['variant']}" if found.get("variant") else str(found["stage"])

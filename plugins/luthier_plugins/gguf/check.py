@@ -94,9 +94,7 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     for messages, prompt, dated in zip(CONVERSATIONS, expected.prompts, expected.dated_prompts, strict=True):
         found = server.render(messages)
         if found not in (prompt, dated):
-            raise ModelError(
-                f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where
-            )
+            raise ModelError(f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where)
     for stop in expected.stop_ids:
         if not server.stops_on(stop, expected.prefixes[0]):
             raise ModelError(f"llama.cpp does not stop on the stop token {stop}", where=where)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import xllamacpp
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from luthier.api import ModelError
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 T = GGMLQuantizationType
 ROWS_AT_ONCE = 1024

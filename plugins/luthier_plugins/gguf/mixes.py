@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from luthier_plugins.gguf.config import FileType
+
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
 T = GGMLQuantizationType
 
@@ -57,9 +58,7 @@ def tensor_type(file_type: FileType, name: str, shape: Sequence[int], layout: La
     return _that_fits(_wanted(file_type, default, name, layout), shape[-1])
 
 
-def _wanted(
-    file_type: FileType, default: GGMLQuantizationType, name: str, layout: Layout
-) -> GGMLQuantizationType:
+def _wanted(file_type: FileType, default: GGMLQuantizationType, name: str, layout: Layout) -> GGMLQuantizationType:
     if name == "output.weight" or (name == "token_embd.weight" and layout.tied):
         return T.Q8_0 if default == T.Q8_0 else T.Q6_K
     parts = name.split(".")

@@ -16,6 +16,8 @@ import xllamacpp
 from luthier.api import Message, ModelError
 
 SECONDS = 600
+# The wheel has no type stubs.
+llama: Any = xllamacpp
 
 
 class LlamaServer:
@@ -37,7 +39,7 @@ class LlamaServer:
         self._server: Any = None
 
     def __enter__(self) -> LlamaServer:
-        options: Any = xllamacpp.CommonParams()
+        options: Any = llama.CommonParams()
         options.model.path = str(self.file)
         options.n_ctx = options.n_batch = options.n_ubatch = self._context_length
         options.n_parallel = 1
@@ -56,11 +58,11 @@ class LlamaServer:
         # Otherwise a conversation that ends with the assistant would be taken as the answer's beginning.
         options.prefill_assistant = False
         # What is compared is the weights, not llama.cpp's shortcuts.
-        options.cache_type_k = options.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        options.reasoning_format = xllamacpp.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
+        options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+        options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        options.reasoning_format = llama.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
         try:
-            self._server = xllamacpp.Server(options)
+            self._server = llama.Server(options)
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"llama.cpp cannot load the file: {error}", where=str(self.file)) from error
         return self

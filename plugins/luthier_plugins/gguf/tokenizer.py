@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import TokenType
 from luthier.api import ModelError
 from luthier.artifacts.models import chat_template, read_json, stop_token_ids
+
+from gguf import TokenType
 
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -79,9 +80,7 @@ def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
             )
         if part.get("type") == "ByteLevel" and part.get("use_regex", True) and not part.get("add_prefix_space"):
             return "gpt-2"
-    raise ModelError(
-        "the tokenizer's pre_tokenizer is none that llama.cpp knows", where=str(folder / "tokenizer.json")
-    )
+    raise ModelError("the tokenizer's pre_tokenizer is none that llama.cpp knows", where=str(folder / "tokenizer.json"))
 
 
 def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
@@ -110,6 +109,5 @@ def _adds_bos(data: dict[str, Any]) -> bool:
     post: dict[str, Any] = data.get("post_processor") or {}
     parts: list[dict[str, Any]] = post.get("processors", [post])
     return any(
-        part.get("type") == "TemplateProcessing" and "SpecialToken" in (part.get("single") or [{}])[0]
-        for part in parts
+        part.get("type") == "TemplateProcessing" and "SpecialToken" in (part.get("single") or [{}])[0] for part in parts
     )

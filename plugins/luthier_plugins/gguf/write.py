@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
-from gguf import GGMLQuantizationType
 from luthier.artifacts.models import read_json, tensor_headers
 from luthier_plugins.gguf.architectures import Architecture, architecture_for
 from luthier_plugins.gguf.config import FileType
@@ -19,6 +17,9 @@ from luthier_plugins.gguf.kernels import size_in_bytes, to_type
 from luthier_plugins.gguf.mixes import FILE_TYPES, Layout, tensor_type
 from luthier_plugins.gguf.tokenizer import TokenizerData, read_tokenizer
 from safetensors import safe_open
+
+import gguf
+from gguf import GGMLQuantizationType
 
 QUANTIZATION_VERSION = 2
 ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",

@@ -31,7 +31,7 @@ class MergeStage:
         if method.needs_base and base is None:
             raise ModelError(f"{self.config.method.name} merges task vectors", hint="name their ancestor as `base`")
         folders = [full_weights(model, context.work / f"folded-{place}")
-                   for place, model in enumerate([*models, *([base] if base else [])])]  # fmt: skip
+                   for place, model in enumerate(models + ([base] if base else []))]  # fmt: skip
         headers = [tensor_headers(folder) for folder in folders]
         _check_same(headers)
         # Folding computes in float32; the result is stored like the first model's own weights.

@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from jinja2 import StrictUndefined, Template as Compiled, TemplateError
+from jinja2 import StrictUndefined, TemplateError
+from jinja2 import Template as Compiled
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from luthier.api import DataError, Row
 from luthier_plugins.template.config import LettersSlot, RangeSlot, TemplateConfig

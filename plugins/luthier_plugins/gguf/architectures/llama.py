@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import gguf
 import numpy as np
 from luthier.api import ModelError
 from luthier_plugins.gguf.architectures import Metadata
+
+import gguf
 
 
 class Llama:

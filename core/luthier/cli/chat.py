@@ -1,0 +1,90 @@
+"""``luthier chat``: talk with a model, an adapter or an exported file."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import ModelError
+from luthier.artifacts.store import Store
+from luthier.running.runner import QUIET
+
+Turns = list[dict[str, str]]
+
+
+@click.command("chat", epilog='Example: luthier chat support/tuned --ask "How do I reset it?"')
+@click.argument("artifact")
+@click.option("--ask", multiple=True, metavar="TEXT", help="Ask this, print the answer, and end; may be repeated.")
+@click.option("--system", help="A system message in front of the conversation.")
+@click.option("--variant", default="", help="Which file of an export, such as Q4_K_M; by default its last.")
+@click.option("--max-new-tokens", "limit", default=256, show_default=True, help="The most tokens of an answer.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
+def chat_command(
+    artifact: str, ask: tuple[str, ...], system: str | None, variant: str, limit: int, store: Path | None
+) -> None:
+    """Talk with a model, an adapter, or an export in the program it is made for.
+
+    ARTIFACT is RECIPE/STAGE, a key or the beginning of one, or a folder. Answers are greedy. An empty line ends.
+    """
+    found = Store.at(store).resolve(artifact)
+    start: Turns = [{"role": "system", "content": system}] if system else []
+    with _talking(found, variant, limit) as answer:
+        for text in ask:
+            click.echo(f"> {text}")
+            click.echo(answer([*start, {"role": "user", "content": text}]))
+        if not ask:
+            _converse(start, answer)
+
+
+def _converse(turns: Turns, answer: Any) -> None:
+    while True:
+        text = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+        if not text:
+            return
+        turns = [*turns, {"role": "user", "content": text}]
+        reply = answer(turns)
+        click.echo(reply)
+        turns = [*turns, {"role": "assistant", "content": reply}]
+
+
+@contextmanager
+def _talking(artifact: Artifact, variant: str, limit: int) -> Generator[Any]:
+    command = [sys.executable, "-m", "luthier.running.talk", str(artifact.path), variant, str(limit)]
+    environment = {**QUIET, **os.environ}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        _receive(process)
+
+        def answer(turns: Turns) -> str:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(turns) + "\n")
+            process.stdin.flush()
+            return str(_receive(process)["answer"])
+
+        yield answer
+        process.stdin.close()
+
+
+def _receive(process: subprocess.Popen[str]) -> dict[str, Any]:
+    assert process.stdout is not None
+    assert process.stderr is not None
+    line = process.stdout.readline()
+    if not line:
+        last = process.stderr.read().strip().rpartition("\n")[2]
+        raise ModelError(f"the process that holds the model ended: {last}")
+    found: dict[str, Any] = json.loads(line)
+    if "error" in found:
+        raise ModelError(found["error"])
+    return found

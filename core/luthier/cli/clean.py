@@ -1,0 +1,59 @@
+"""``luthier clean``: remove what no recipe needs any more."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import click
+
+from luthier.artifacts.digest import digest_value
+from luthier.artifacts.store import Store
+
+
+@click.command("clean", epilog="Example: luthier clean --dry-run")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--scratch", is_flag=True, help="Also remove scratch folders that a stage could resume from.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
+def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
+    """Remove artifacts that no recipe's last run made or used, and scratch folders without a checkpoint.
+
+    What is being made right now is left alone.
+    """
+    place = Store.at(store)
+    total = 0
+    for path in garbage(place, scratch=scratch):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        total += size
+        click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
+        if not dry_run:
+            shutil.rmtree(path)
+    click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")
+
+
+def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
+    """The folders that can go: unused artifacts, and scratch folders that nobody is working in."""
+    needed = _needed(store)
+    locked = {path.stem for path in store.locks.glob("*.lock")}
+    found = [artifact.path for artifact in store if artifact.key not in needed | locked]
+    for path in sorted((store.root / "work").glob("*")):
+        resumable = any(path.glob("**/checkpoint-*"))
+        if path.name not in locked and (scratch or not resumable):
+            found.append(path)
+    return found
+
+
+def _needed(store: Store) -> set[str]:
+    """The keys of every recipe's last run, and of all they were made from."""
+    payloads = [payload for name in store.recipes() for payload in store.last_keys(name).values()]
+    pending = [digest_value(payload) for payload in payloads]
+    needed: set[str] = set()
+    while pending:
+        key = pending.pop()
+        artifact = store.find(key) if key not in needed else None
+        needed.add(key)
+        if artifact is not None:
+            pending += [item for items in artifact.manifest["inputs"].values() for item in items]
+            # An adapter is worthless without the model it sits on, however it came to it.
+            pending += [artifact.facts["base"]] if artifact.kind == "adapter" else []
+    return needed

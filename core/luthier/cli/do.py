@@ -1,0 +1,86 @@
+"""``luthier do``: one stage without a recipe."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from luthier.api.config import Input, Source, marker
+from luthier.artifacts.store import Store
+from luthier.planning import plan
+from luthier.recipe import Recipe
+from luthier.recipe.document import parse_scalar
+from luthier.registry import default_registry
+from luthier.running import run
+
+EXAMPLE = "Example: luthier do merge models=a,b method.uses=slerp method.t=0.4 --out merged/"
+
+
+@click.command("do", epilog=EXAMPLE)
+@click.argument("stage")
+@click.argument("values", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--out", type=click.Path(path_type=Path), help="Copy the result to this new folder.")
+@click.option("--seed", default=0, show_default=True, help="The seed.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
+def do_command(stage: str, values: tuple[str, ...], out: Path | None, seed: int, store: Path | None) -> None:
+    """Run one stage: the same keys as in a recipe, dots for what is inside, commas for lists.
+
+    Inputs are folders, hub ids, or artifacts of the store (RECIPE/STAGE, or the beginning of a key).
+    """
+    from luthier.cli.display import Display, make_console, summarize
+
+    if out is not None and out.exists():
+        raise click.BadParameter(f"'{out}' exists already", param_hint="--out")
+    place = Store.at(store)
+    config = _config(stage, values, place)
+    recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
+    console = make_console()
+    with Display(console) as display:
+        result = run(plan(recipe, place), listeners=[display])
+    summarize(result, console)
+    if out is not None and result.exit_code in (0, 3):
+        shutil.copytree(result.artifact(stage).path, out)
+        console.print(f"\ncopied to {out}")
+    sys.exit(result.exit_code)
+
+
+def _config(stage: str, values: tuple[str, ...], store: Store) -> dict[str, Any]:
+    registry = default_registry()
+    config_class = registry.config_class(registry.get("stage", stage))
+    config: dict[str, Any] = {"uses": stage}
+    for text in values:
+        path, equals, value = text.partition("=")
+        if not equals:
+            raise click.BadParameter(f"'{text}' has no '='; write KEY=VALUE")
+        *parents, last = path.split(".")
+        inside: dict[str, Any] = config
+        for part in parents:
+            inner: Any = inside.get(part, {})
+            # `method=slerp` and then `method.t=0.4`.
+            inner = {"uses": inner} if isinstance(inner, str) else inner
+            inside[part] = inner
+            inside = inner
+        inside[last] = _value(config_class, path, value, store)
+    return config
+
+
+def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
+    field = config_class.model_fields.get(path)
+    many = field is not None and "list" in str(field.annotation)
+    items: list[Any] = [parse_scalar(part) for part in text.split(",")] if many else [parse_scalar(text)]
+    if field is not None and marker(config_class, path, Input) is not None:
+        items = [_place(str(item), store) for item in items]
+    if field is not None and marker(config_class, path, Source) is not None and Path(text).exists():
+        items = [str(Path(text).absolute())]
+    return items if many else items[0]
+
+
+def _place(text: str, store: Store) -> str:
+    """An input as a recipe would name it: a path or hub id as it is, an artifact of the store by its folder."""
+    if Path(text).exists() or ":" in text:
+        return text if ":" in text else str(Path(text).absolute())
+    return str(store.resolve(text).path)
