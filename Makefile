@@ -1,8 +1,9 @@
-# `make test` passes the tests; it sets up .venv first.
+# Two commands: `make quickstart` runs the main job, `make test` passes the tests. Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup test lint
+.PHONY: setup quickstart test lint docs benchmark
 
 setup: .venv/.ready
 
@@ -12,11 +13,25 @@ setup: .venv/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+quickstart: setup
+	$(BIN)/luthier run recipes/quickstart.yaml
+	$(BIN)/luthier chat quickstart/gguf --variant Q4_K_M \
+		--ask "could you turn on the lamp in the office" \
+		--ask "it is windy, close the window in the cellar" \
+		--ask "set the kitchen speaker to 25 percent" \
+		--ask "remind me at 4 pm to clean the oven"
+
 test: setup
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=xml
 
 lint: setup
-	$(BIN)/ruff check core plugins tests
-	$(BIN)/ruff format --check core plugins tests
+	$(BIN)/ruff check core plugins tests docs
+	$(BIN)/ruff format --check core plugins tests docs
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+docs: setup
+	$(BIN)/python docs/generate.py
+
+benchmark: setup
+	$(BIN)/python tests/benchmarks/shell.py
