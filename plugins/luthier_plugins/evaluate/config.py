@@ -12,6 +12,8 @@ from luthier.api.artifact import ArtifactKind
 from pydantic import field_validator, model_validator
 
 COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+ROUNDING = 1e-9
+"""0.9 - 0.3 is a little more than 0.6 in floating point; a gate does not fall for that."""
 NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 REQUIREMENT = re.compile(
     rf"\s*(?P<than>>=|<=|>|<)\s*(?:(?P<number>-?{NUMBER})|(?P<stage>[A-Za-z][\w-]*?)(?:\s*(?P<by>[-+]\s*{NUMBER}))?)\s*"
@@ -90,4 +92,6 @@ def _gate(metric: str, text: str, value: float, others: Mapping[str, Mapping[str
         bound = float(match["number"])
     else:
         bound = others[match["stage"]][metric] + float((match["by"] or "0").replace(" ", ""))
+    if "=" in match["than"] and abs(value - bound) <= ROUNDING:
+        bound = value
     return Gate(metric, text.strip(), value, bool(COMPARISONS[match["than"]](value, bound)))
