@@ -102,7 +102,7 @@ def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
     base = source.facts["base"] if source.kind == "adapter" else source.key
     return {
         "base": base,
-        "adapter": config.peft_type.value.lower(),
+        "adapter": "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower(),
         "r": getattr(config, "r", None),
         "architecture": source.facts["architecture"],
         "dtype": source.facts["dtype"],
