@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from luthier.recipe.document import parse
 
+ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft")
 
 
@@ -23,6 +26,18 @@ def test_looking_loads_nothing_heavy(recipe: Path, tmp_path: Path, arguments: li
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_schema_accepts_every_recipe_and_page(cli) -> None:
+    schema = json.loads(cli("schema").stdout)
+    texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        texts += re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    # A recipe that requires a plugin is only valid where it is installed.
+    texts = [text for text in texts if "\nrequires:" not in text]
+    assert len(texts) >= 6
+    for text in texts:
+        jsonschema.validate(parse(text, "recipe.yaml").value, schema)
 
 
 def test_the_schema_accepts_what_recipes_accept(recipe: Path, cli) -> None:

@@ -166,6 +166,22 @@ class SubComponent:
         return Use(component, config_class.model_validate(rest, context=info.context))
 
 
+@dataclass(frozen=True, slots=True)
+class OneOrMany:
+    """Marks a list field for which a recipe may write one value alone."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._listed, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        listed = handler(schema)
+        return {"anyOf": [listed.get("items", {}), listed]}
+
+    @staticmethod
+    def _listed(value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 def dump_use(use: Use) -> dict[str, Any]:
     """The recipe form of a sub-component, defaults filled in."""
     return {"uses": use.name, **use.config.model_dump(mode="json")}
@@ -182,6 +198,7 @@ RegularizerUse = Annotated[Use, SubComponent("regularizer")]
 TrackerUse = Annotated[Use, SubComponent("tracker")]
 
 DatasetInput = Annotated[str, Input(("dataset",))]
+DatasetInputs = Annotated[list[DatasetInput], Field(min_length=1), OneOrMany()]
 ModelInput = Annotated[str, Input(("model", "adapter"))]
 FileSource = Annotated[str, Source("file")]
 ModelSource = Annotated[str, Source("model")]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, StageConfig
+from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, OneOrMany, StageConfig
 from luthier.api.artifact import ArtifactKind
 from pydantic import field_validator, model_validator
 
@@ -31,7 +31,7 @@ class EvaluateConfig(StageConfig):
     """The model or adapter to measure; or an export, asked in the program it is made for."""
     variant: str | None = None
     """Which file of an export, such as ``Q4_K_M``; by default its last."""
-    against: list[Measured] = []
+    against: Annotated[list[Measured], OneOrMany()] = []
     """Others to show beside it, such as the untuned base; one name, or a list."""
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
@@ -44,11 +44,6 @@ class EvaluateConfig(StageConfig):
     require: Annotated[dict[str, str], NotIdentity()] = {}
     """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
     `against`, as ``exact_match: ">= merged - 0.05"``."""
-
-    @field_validator("against", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     @field_validator("require")
     @classmethod

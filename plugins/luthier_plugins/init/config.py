@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from luthier.api import DatasetInput, Field, StageConfig
+from luthier.api import DatasetInputs, Field, StageConfig
 from luthier.api.artifact import ArtifactKind
 from pydantic import model_validator
 
@@ -14,7 +14,7 @@ class InitConfig(StageConfig):
 
     kind_made: ClassVar[ArtifactKind] = "model"
 
-    data: list[DatasetInput] = Field(min_length=1)
+    data: DatasetInputs
     """What the tokenizer is trained on."""
     vocab_size: int = Field(default=1024, ge=300)
     """Tokens in the vocabulary, special ones included."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from luthier.api import DatasetInput, Field, Input, TrainingConfig
+from luthier.api import DatasetInputs, Field, Input, TrainingConfig
 from luthier.api.artifact import ArtifactKind
 
 
@@ -15,7 +15,7 @@ class PretrainConfig(TrainingConfig):
 
     model: Annotated[str, Input(("model",))]
     """The model to train on."""
-    data: list[DatasetInput] = Field(min_length=1)
+    data: DatasetInputs
     """Texts or conversations; all are shuffled together."""
     max_length: int = Field(default=512, gt=1)
     """The length of a packed block in tokens; nothing is cut off."""

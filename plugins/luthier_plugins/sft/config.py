@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from luthier.api import AdapterUse, DatasetInput, Field, ModelInput, TrainingConfig
+from luthier.api import AdapterUse, DatasetInputs, ModelInput, TrainingConfig
 from luthier.api.artifact import ArtifactKind
-from pydantic import field_validator
 
 
 class SftConfig(TrainingConfig):
@@ -15,17 +14,12 @@ class SftConfig(TrainingConfig):
 
     model: ModelInput
     """The model to tune; an adapter is trained further, on its base."""
-    data: list[DatasetInput] = Field(min_length=1)
+    data: DatasetInputs
     """Conversations: one dataset, or several that are trained on together."""
     adapter: AdapterUse | None = None
     """Train an adapter instead of all weights."""
     on_long: Literal["drop", "fail"] = "drop"
     """What to do with rows longer than `max_length`: leave them out and say how many, or stop."""
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
 
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         return "adapter" if self.adapter is not None or "adapter" in inputs["model"] else "model"
