@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from luthier import run
+from luthier import Recipe, run
+from luthier.artifacts.digest import digest_file
 from luthier.artifacts.models import chat_template, read_json
 from luthier.artifacts.store import Store
 
@@ -35,6 +37,18 @@ stages:
   four-bit: {uses: sft, model: base, data: chats, steps: 2, log_every: 1, adapter: {uses: qlora, r: 2}}
   soup: {uses: merge, models: [base, full], method: {uses: ties, density: 0.5}, base: blank}
 """
+
+
+def test_a_stage_does_not_depend_on_what_ran_before_it(chats: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    alone = run(tmp_path / "tiny.yaml", store=tmp_path / "s", only=["light"]).artifact("light")
+    first = digest_file(alone.path / "adapter_model.safetensors")
+    shutil.rmtree(alone.path)
+    # In the same worker, `full` draws random numbers before `light` does.
+    recipe = Recipe.load(tmp_path / "tiny.yaml", overrides=["stages.light.after=[full]"])
+    again = run(recipe, store=tmp_path / "s", only=["light"])
+    assert again.stages["full"].outcome == again.stages["light"].outcome == "done"
+    assert digest_file(again.artifact("light").path / "adapter_model.safetensors") == first
 
 
 @pytest.fixture

@@ -145,8 +145,8 @@ class Worker:
             shutil.rmtree(context.out, ignore_errors=True)
             context.out.mkdir(parents=True)
             context.trackers = _trackers(job, registry)
-            random.seed(job.seed)
             stage = registry.impl_class(component)(config)
+            seed_everything(job.seed)
             loaded = time.perf_counter()
             try:
                 for tracker in context.trackers:
@@ -173,6 +173,16 @@ class Worker:
                 "event": "result", "stage": job.stage, "facts": facts, "warnings": context.warnings,
                 "seconds": {"load": loaded - started, "run": ended - loaded},
             })  # fmt: skip
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every source of random numbers that is loaded, so that no stage depends on those that ran before it."""
+    random.seed(seed)
+    loaded: dict[str, Any] = dict(sys.modules)
+    if "numpy" in loaded:
+        loaded["numpy"].random.seed(seed % 2**32)
+    if "torch" in loaded:
+        loaded["torch"].manual_seed(seed)
 
 
 def _disk_full(error: Exception, job: Job) -> StoreError | None:

@@ -16,7 +16,7 @@ from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.commit import commit
 from luthier.running.job import Job
-from luthier.running.worker import Context
+from luthier.running.worker import Context, seed_everything
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while 12 grey geese fly south.",
@@ -90,7 +90,9 @@ def run_stage(
         trackers=[],
     )
     context = Context(job, registry, _Listener())
-    facts = registry.impl_class(component)(made).run(context)
+    stage = registry.impl_class(component)(made)
+    seed_everything(seed)
+    facts = stage.run(context)
     about = {"stage": uses, "facts": facts, "warnings": context.warnings,
              "inputs": {name: [item.key for item in items] for name, items in given.items()}}  # fmt: skip
     return commit(store, key, made.produces(kinds), work / "out", about)
