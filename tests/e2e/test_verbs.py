@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from luthier import Recipe, plan, run
 from luthier.artifacts.store import Store
+from luthier.cli.clean import garbage
 
 RECIPE = """\
 luthier: 1
@@ -104,6 +105,31 @@ def test_clean_keeps_what_the_last_run_needs(done: Path, tmp_path: Path) -> None
     assert len(list(store)) < len(before)
     statuses = {node.status for node in plan(Recipe.load(folder / "small.yaml"), store).nodes.values()}
     assert statuses == {"cached"}
+
+
+def test_clean_leaves_a_run_alone_that_goes_on(done: Path, tmp_path: Path) -> None:
+    store = Store.at(tmp_path / "s")
+    seen: list[list[str]] = []
+
+    def look(event: dict[str, object]) -> None:
+        if event["event"] == "stage_started" and event["stage"] == "blank":
+            seen.append([path.name for path in garbage(store)])
+
+    result = run(done / "small.yaml", store=store, only=["blank"], listeners=[look])
+    assert seen == [[]]
+    assert result.exit_code == 0
+
+
+def test_clean_frees_what_a_stage_made_that_the_recipe_has_no_more(chats: Path, tmp_path: Path) -> None:
+    one = "luthier: 1\nname: two\nstages:\n  a: {uses: data, source: chats.jsonl}\n"
+    (tmp_path / "more.jsonl").write_text(chats.read_text() * 2)
+    (tmp_path / "two.yaml").write_text(one + "  b: {uses: data, source: more.jsonl}\n")
+    store = Store.at(tmp_path / "s")
+    dropped = run(tmp_path / "two.yaml", store=store).artifact("b")
+    assert garbage(store) == []
+    (tmp_path / "two.yaml").write_text(one)
+    assert run(tmp_path / "two.yaml", store=store).exit_code == 0
+    assert garbage(store) == [dropped.path]
 
 
 def test_init_writes_a_recipe_that_plans(done: Path, tmp_path: Path) -> None:

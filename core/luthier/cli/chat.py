@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
@@ -60,29 +61,32 @@ def _converse(turns: Turns, answer: Any) -> None:
 def _talking(artifact: Artifact, variant: str, limit: int) -> Generator[Any]:
     command = [sys.executable, "-m", "luthier.running.talk", str(artifact.path), variant, str(limit)]
     environment = {**QUIET, **os.environ}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    # A file, because a pipe that nobody reads would stop a library that has much to say.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as log,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        ) as process,
+    ):
         assert process.stdin is not None
-        assert process.stdout is not None
-        _receive(process)
+        _receive(process, log)
 
         def answer(turns: Turns) -> str:
             assert process.stdin is not None
             process.stdin.write(json.dumps(turns) + "\n")
             process.stdin.flush()
-            return str(_receive(process)["answer"])
+            return str(_receive(process, log)["answer"])
 
         yield answer
         process.stdin.close()
 
 
-def _receive(process: subprocess.Popen[str]) -> dict[str, Any]:
+def _receive(process: subprocess.Popen[str], log: IO[str]) -> dict[str, Any]:
     assert process.stdout is not None
-    assert process.stderr is not None
     line = process.stdout.readline()
     if not line:
-        last = process.stderr.read().strip().rpartition("\n")[2]
+        log.seek(0)
+        last = log.read().strip().rpartition("\n")[2]
         raise ModelError(f"the process that holds the model ended: {last}")
     found: dict[str, Any] = json.loads(line)
     if "error" in found:

@@ -131,7 +131,6 @@ class _Runner:
             finally:
                 if self.worker is not None:
                     self.worker.close()
-                self._remember()
                 result = RunResult(self.id, self.plan, self.results)
                 self.events("run_finished", run=self.id, exit_code=result.exit_code)
                 self.events.close()
@@ -158,6 +157,8 @@ class _Runner:
             self.plan.recipe.registry.notify("luthier_stage_failed", stage=node.id, key=node.key, error=str(error))
         result.seconds = time.perf_counter() - started
         self.results[node.id] = result
+        # At once, so that `clean` in another terminal sees that the artifact is needed.
+        self._remember()
         if result.artifact is not None:
             self._judge(result, result.artifact)
 
@@ -301,8 +302,10 @@ class _Runner:
         """Keep each stage's key payload, so that the next plan can say what changed."""
         done = {name: stage.node.payload for name, stage in self.results.items() if stage.artifact is not None}
         path = self.store.root / "refs" / f"{self.plan.recipe.name}.json"
-        known = self.store.last_keys(self.plan.recipe.name)
-        if all(known.get(name) == payload for name, payload in done.items()):
+        # A stage that the recipe has no more is forgotten, so that `clean` can free what it made.
+        last = self.store.last_keys(self.plan.recipe.name)
+        known = {name: payload for name, payload in last.items() if name in self.plan.nodes}
+        if known == last and all(known.get(name) == payload for name, payload in done.items()):
             return
         # The artifacts are safe already; a full disk only costs the next plan its reasons.
         with suppress(OSError):
