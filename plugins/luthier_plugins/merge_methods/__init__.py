@@ -15,10 +15,31 @@ def luthier_components() -> list[Component]:
         ),
         Component(
             kind="merge",
+            name="mergekit",
+            summary="Any method that is registered with mergekit, tensor by tensor",
+            config="luthier_plugins.merge_methods.config:MergekitConfig",
+            impl="luthier_plugins.merge_methods.mergekit:Mergekit",
+        ),
+        Component(
+            kind="merge",
+            name="model_stock",
+            summary="Towards the models' mean, as far as their task vectors agree in direction",
+            config="luthier_plugins.merge_methods.config:ModelStockConfig",
+            impl="luthier_plugins.merge_methods.model_stock:ModelStock",
+        ),
+        Component(
+            kind="merge",
             name="slerp",
             summary="Spherical interpolation between two models",
             config="luthier_plugins.merge_methods.config:SlerpConfig",
             impl="luthier_plugins.merge_methods.slerp:Slerp",
+        ),
+        Component(
+            kind="merge",
+            name="task_arithmetic",
+            summary="Add up the task vectors",
+            config="luthier_plugins.merge_methods.config:TaskArithmeticConfig",
+            impl="luthier_plugins.merge_methods.task_arithmetic:TaskArithmetic",
         ),
         Component(
             kind="merge",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from luthier.api import Config, Field
 
 
@@ -26,3 +28,25 @@ class TiesConfig(Config):
     """The share of each task vector's entries that is kept, the largest by magnitude."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+
+class TaskArithmeticConfig(Config):
+    """Adds up task vectors."""
+
+    scale: float = 1.0
+    """What the sum is multiplied with (lambda in the paper)."""
+
+
+class ModelStockConfig(Config):
+    """Nothing to choose: the angles between the task vectors decide."""
+
+
+class MergekitConfig(Config):
+    """A method of mergekit."""
+
+    name: str = "linear"
+    """Its name there, such as ``dare_ties``."""
+    parameters: dict[str, Any] = {}
+    """Its parameters, such as ``{density: 0.5}``."""
+    seed: int = Field(default=0, ge=0)
+    """The seed of methods with random masks."""
