@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,10 +13,8 @@ from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import TensorHeader, model_facts, tensor_headers
 from luthier.train.loading import carry_text_files, full_weights, model_folder
 from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.writer import DTYPES, StreamedFile
 from safetensors import safe_open
-from safetensors.torch import save_file
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class MergeStage:
@@ -36,21 +35,43 @@ class MergeStage:
         _check_same(headers)
         # Folding computes in float32; the result is stored like the first model's own weights.
         stored = tensor_headers(model_folder(models[0]))
+        _check_storable(stored)
         weights = self.config.weights or [1.0] * len(models)
-        merged: dict[str, torch.Tensor] = {}
+        file = StreamedFile(context.out / "model.safetensors", stored)
         with ExitStack() as stack:
             readers = [_Reader(folder, header, stack) for folder, header in zip(folders, headers, strict=True)]
-            for done, name in enumerate(sorted(headers[0])):
-                context.progress(done, len(headers[0]), "tensors")
-                tensors = [reader.read(name) for reader in readers[: len(models)]]
-                ancestor = readers[-1].read(name) if base and method.needs_base else None
-                result = method.merge(tensors, weights, ancestor)
-                if not bool(torch.isfinite(result).all()):
-                    raise ModelError("the merged tensor has NaN or infinite values", where=name)
-                merged[name] = result.to(DTYPES[stored[name].dtype]).contiguous()
+            bases = readers[len(models) :] if method.needs_base else []
+            file.write(_merged(file.order, method, weights, readers[: len(models)], bases, context))
         _carry_config(models[0], context.out)
-        save_file(merged, context.out / "model.safetensors", metadata={"format": "pt"})
-        return {**model_facts(context.out), "merged": len(merged), "method": self.config.method.name}
+        return {**model_facts(context.out), "merged": len(stored), "method": self.config.method.name}
+
+
+def _merged(
+    names: Sequence[str],
+    method: Merge,
+    weights: Sequence[float],
+    models: Sequence[_Reader],
+    bases: Sequence[_Reader],
+    context: StageContext,
+) -> Iterator[torch.Tensor]:
+    """One merged tensor after the other; only one parameter of each model is in memory."""
+    for done, name in enumerate(names):
+        context.progress(done, len(names), "tensors")
+        ancestor = bases[0].read(name) if bases else None
+        result = method.merge([model.read(name) for model in models], weights, ancestor)
+        if not bool(torch.isfinite(result).all()):
+            raise ModelError("the merged tensor has NaN or infinite values", where=name)
+        yield result
+
+
+def _check_storable(headers: Mapping[str, TensorHeader]) -> None:
+    odd = sorted(name for name, header in headers.items() if header.dtype not in DTYPES)
+    if odd:
+        raise ModelError(
+            f"the dtype {headers[odd[0]].dtype} cannot be merged",
+            where=odd[0],
+            hint="merge the full-precision models, and quantize the result",
+        )
 
 
 def _check_same(headers: list[dict[str, TensorHeader]]) -> None:
