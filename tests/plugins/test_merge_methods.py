@@ -1,4 +1,4 @@
-"""The merge methods: their laws, and mergekit as the reference."""
+"""The laws of the merge methods, on random parameters."""
 
 from __future__ import annotations
 
@@ -6,85 +6,256 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier_plugins.merge_methods.config import LinearConfig, SlerpConfig, TiesConfig
-from luthier_plugins.merge_methods.linear import Linear
-from luthier_plugins.merge_methods.slerp import Slerp
-from luthier_plugins.merge_methods.ties import Ties, trim
-from mergekit.merge_methods.slerp import slerp as mergekit_slerp
-from mergekit.sparsify import magnitude
+from luthier.api import MergePlace, ModelError
+from luthier.registry import default_registry
+from luthier.train.merging import Grid, Noise, merge_tensors
+from luthier_plugins.merge_methods import selection
+from luthier_plugins.merge_methods.selection import largest
+from torch import Tensor
 
 seeds = st.integers(0, 10_000)
+ALL = [name for name in default_registry().names("merge") if name != "mergekit"]
 
 
-def tensors(seed: int, count: int) -> list[torch.Tensor]:
+def method(name: str, **values: object):
+    """A method with its config, as a recipe makes it."""
+    registry = default_registry()
+    component = registry.get("merge", name)
+    return registry.impl_class(component)(config_of(name, **values))
+
+
+def config_of(name: str, **values: object):
+    """A method's config."""
+    registry = default_registry()
+    if name in ("fisher", "regmean"):
+        values = {"data": "rows", **values}
+    return registry.config_class(registry.get("merge", name)).model_validate(values, context={"components": registry})
+
+
+def tensors(seed: int, count: int, *shape: int) -> list[Tensor]:
     """Random parameters of one shape."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(7, 5, generator=generator) for _ in range(count)]
+    return [torch.randn(shape or (7, 5), generator=generator) for _ in range(count)]
+
+
+def near(seed: int, count: int, *shape: int) -> tuple[Tensor, list[Tensor]]:
+    """A base and models near it."""
+    base, *changes = tensors(seed, count + 1, *shape)
+    return base, [base + 0.3 * change for change in changes]
+
+
+def needs(name: str) -> tuple[int, bool]:
+    """How many models to give a method, and whether it takes a base."""
+    config = config_of(name)
+    least, most = config.models
+    return max(least, min(3, most or 3)), config.base == "required"
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", [(6,), (1, 1), (5, 4), (3, 4, 5)], ids=str)
+def test_every_method_takes_every_shape(name: str, shape: tuple[int, ...]) -> None:
+    count, takes_base = needs(name)
+    base, models = near(1, count, *shape)
+    merged = merge_tensors(method(name), models, base=base if takes_base else None)
+    assert merged.shape == shape
+    assert bool(torch.isfinite(merged).all())
 
 
 @given(seeds, st.integers(2, 4), st.lists(st.floats(0.1, 5), min_size=4, max_size=4))
 def test_linear_of_equal_models_is_the_model_bit_for_bit(seed: int, count: int, weights: list[float]) -> None:
     (one,) = tensors(seed, 1)
-    assert torch.equal(Linear(LinearConfig()).merge([one] * count, weights[:count], None), one)
+    assert torch.equal(merge_tensors(method("linear"), [one] * count, weights[:count]), one)
 
 
 @given(seeds)
 def test_linear_with_one_hot_weights_is_that_model(seed: int) -> None:
     a, b = tensors(seed, 2)
-    torch.testing.assert_close(Linear(LinearConfig()).merge([a, b], [0.0, 1.0], None), b)
-    torch.testing.assert_close(Linear(LinearConfig(normalize=False)).merge([a, b], [2.0, 1.0], None), 2 * a + b)
+    torch.testing.assert_close(merge_tensors(method("linear"), [a, b], [0.0, 1.0]), b)
+    torch.testing.assert_close(merge_tensors(method("linear", normalize=False), [a, b], [2.0, 1.0]), 2 * a + b)
 
 
 @given(seeds)
 def test_slerp_ends_at_its_models_and_is_symmetric(seed: int) -> None:
     a, b = tensors(seed, 2)
-    assert torch.equal(Slerp(SlerpConfig(t=0)).merge([a, b], [1, 1], None), a)
-    assert torch.equal(Slerp(SlerpConfig(t=1)).merge([a, b], [1, 1], None), b)
-    there = Slerp(SlerpConfig(t=0.3)).merge([a, b], [1, 1], None)
-    back = Slerp(SlerpConfig(t=0.7)).merge([b, a], [1, 1], None)
-    torch.testing.assert_close(there, back)
+    assert torch.equal(merge_tensors(method("slerp", t=0), [a, b]), a)
+    assert torch.equal(merge_tensors(method("slerp", t=1), [a, b]), b)
+    there = merge_tensors(method("slerp", t=0.3), [a, b])
+    torch.testing.assert_close(there, merge_tensors(method("slerp", t=0.7), [b, a]))
+
+
+@given(seeds, st.floats(0.1, 0.9), st.floats(0.01, 50))
+def test_slerp_follows_a_common_scale_and_keeps_the_length_on_the_sphere(seed: int, t: float, scale: float) -> None:
+    a, b = tensors(seed, 2)
+    merged = merge_tensors(method("slerp", t=t), [a, b])
+    torch.testing.assert_close(merge_tensors(method("slerp", t=t), [scale * a, scale * b]), scale * merged)
+    left, right = a / a.norm(), b / b.norm()
+    assert float(merge_tensors(method("slerp", t=t), [left, right]).norm()) == pytest.approx(1, abs=1e-3)
+
+
+def test_slerp_of_collinear_antipodal_and_zero_tensors_is_a_straight_line() -> None:
+    (a,) = tensors(0, 1)
+    torch.testing.assert_close(merge_tensors(method("slerp", t=0.25), [a, 3 * a]), 1.5 * a)
+    torch.testing.assert_close(merge_tensors(method("slerp", t=0.25), [a, -a]), 0.5 * a)
+    zero = torch.zeros_like(a)
+    assert torch.equal(merge_tensors(method("slerp"), [zero, zero]), zero)
+    assert torch.equal(merge_tensors(method("slerp", t=0.4), [a, a]), a)
 
 
 @given(seeds, st.floats(0.05, 0.95))
-def test_slerp_equals_mergekit(seed: int, t: float) -> None:
-    # mergekit keeps a leading axis of outputs; one output is the whole tensor.
-    a, b = (tensor.flatten() for tensor in tensors(seed, 2))
-    ours = Slerp(SlerpConfig(t=t)).merge([a, b], [1, 1], None)
-    torch.testing.assert_close(ours, mergekit_slerp(torch.tensor([t]), a[None], b[None])[0], rtol=1e-4, atol=1e-5)
+def test_nuslerp_is_slerp_by_weights_and_karcher_its_middle(seed: int, t: float) -> None:
+    a, b = tensors(seed, 2)
+    merged = merge_tensors(method("nuslerp"), [a, b], [1 - t, t])
+    torch.testing.assert_close(merged, merge_tensors(method("slerp", t=t), [a, b]))
+    one, two = a / a.norm(), b / b.norm()
+    middle = merge_tensors(method("slerp"), [one, two])
+    torch.testing.assert_close(merge_tensors(method("karcher"), [one, two]), middle, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merge_tensors(method("multislerp"), [one, two]), middle, rtol=1e-4, atol=1e-5)
 
 
-def test_slerp_of_collinear_tensors_is_a_straight_line() -> None:
-    (a,) = tensors(0, 1)
-    torch.testing.assert_close(Slerp(SlerpConfig(t=0.25)).merge([a, 3 * a], [1, 1], None), 1.5 * a)
-    zero = torch.zeros_like(a)
-    assert torch.equal(Slerp(SlerpConfig()).merge([zero, zero], [1, 1], None), zero)
+@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
+                                  "della_linear", "sce"])  # fmt: skip
+@given(seeds)
+def test_density_zero_is_the_base(name: str, seed: int) -> None:
+    base, models = near(seed, 2)
+    assert torch.equal(merge_tensors(method(name, density=0), models, base=base), base)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear", "breadcrumbs"])
+@given(seeds, st.floats(0.1, 2), st.floats(0.1, 2))
+def test_density_one_is_task_arithmetic(name: str, seed: int, one: float, two: float) -> None:
+    base, models = near(seed, 2)
+    extra = {"gamma": 0} if name == "breadcrumbs" else {}
+    merged = merge_tensors(method(name, density=1, **extra), models, [one, two], base)
+    torch.testing.assert_close(merged, merge_tensors(method("task_arithmetic"), models, [one, two], base))
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "della_linear"])
+def test_dropping_at_random_keeps_the_expectation(name: str) -> None:
+    base, models = near(5, 2, 40, 10)
+    trials = 400
+    total = torch.zeros_like(base)
+    for seed in range(trials):
+        total += merge_tensors(method(name, density=0.4), models, base=base, noise=Noise(seed, ["a", "b"], "w"))
+    exact = merge_tensors(method("task_arithmetic"), models, base=base)
+    # An entry's standard error: sqrt((1 - p) / p / trials) of its change, p at least 0.25; five of them.
+    bound = 5 * (3 / trials) ** 0.5 * sum((model - base).abs() for model in models) + 1e-5
+    assert bool(((total / trials - exact).abs() <= bound).all())
 
 
 @given(seeds)
-def test_ties_at_density_zero_is_the_base(seed: int) -> None:
-    base, a, b = tensors(seed, 3)
-    assert torch.equal(Ties(TiesConfig(density=0)).merge([a, b], [1, 1], base), base)
+def test_model_stock_of_equal_models_is_the_model_of_opposite_ones_the_base(seed: int) -> None:
+    base, (one,) = near(seed, 1)
+    for rows in (False, True):
+        stock = method("model_stock", filter_wise=rows)
+        torch.testing.assert_close(merge_tensors(stock, [one, one, one], base=base), one)
+        torch.testing.assert_close(merge_tensors(stock, [one, 2 * base - one], base=base), base)
 
 
-@given(seeds, st.floats(0.1, 1.0))
-def test_trim_equals_mergekit(seed: int, density: float) -> None:
-    (delta,) = tensors(seed, 1)
-    # mergekit rounds the number of kept entries down, Luthier to the nearest.
-    exact = int(density * delta.numel()) / delta.numel()
-    torch.testing.assert_close(trim(delta, exact), magnitude(delta, density=exact + 1e-6))
+SYMMETRIC = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "breadcrumbs", "model_stock",
+             "sce", "ram", "multislerp", "karcher", "iso_c", "tsv_m"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYMMETRIC)
+@given(seeds, st.permutations([0, 1, 2]))
+def test_the_order_of_the_models_does_not_matter(name: str, seed: int, order: list[int]) -> None:
+    base, models = near(seed, 3)
+    _, takes_base = needs(name)
+    weights = [1.0, 2.0, 0.5] if config_of(name).weighted else [1.0] * 3
+    contents = ["a", "b", "c"]
+    made = method(name)
+    merged = [
+        merge_tensors(made, [models[i] for i in places], [weights[i] for i in places], base if takes_base else None,
+                      noise=Noise(3, [contents[i] for i in places], "w"))
+        for places in ([0, 1, 2], order)
+    ]  # fmt: skip
+    torch.testing.assert_close(merged[0], merged[1], rtol=1e-4, atol=1e-5)
 
 
 def test_ties_keeps_what_agrees_with_the_elected_sign() -> None:
     base = torch.zeros(4)
     a, b = torch.tensor([4.0, 1.0, -3.0, 0.1]), torch.tensor([2.0, -5.0, -1.0, 0.2])
-    merged = Ties(TiesConfig(density=0.75)).merge([a, b], [1, 1], base)
+    merged = merge_tensors(method("ties", density=0.75), [a, b], base=base)
     assert torch.allclose(merged, torch.tensor([3.0, -5.0, -2.0, 0.0]))
 
 
-def test_trim_breaks_ties_by_the_lowest_index() -> None:
-    assert trim(torch.tensor([1.0, -1.0, 1.0, 0.5]), 0.5).tolist() == [1.0, -1.0, 0.0, 0.0]
+class Walk:
+    """A scan over one tensor in parts of some rows."""
+
+    def __init__(self, tensor: Tensor, height: int) -> None:
+        self.place = MergePlace("w", tuple(tensor.shape), models=1)
+        self.weights = [1.0]
+        self._parts = [tensor[first : first + height] for first in range(0, len(tensor), height)]
+        self._starts = [first * tensor.shape[1] for first in range(0, len(tensor), height)]
+
+    def each(self, look):
+        from luthier.api import MergePart
+
+        return [look(MergePart(self.place, start, [part], [1.0]))
+                for part, start in zip(self._parts, self._starts, strict=True)]  # fmt: skip
+
+    def __call__(self, look):
+        return sum(self.each(look)[1:], self.each(look)[0])
 
 
-def test_slerp_takes_two_models() -> None:
-    with pytest.raises(Exception, match="slerp takes two models, not 3"):
-        Slerp(SlerpConfig()).merge(tensors(0, 3), [1, 1, 1], None)
+values = st.sampled_from([0.0, 1.0, 0.5, 2.0, 1e-30, 3.0, 1.0000001])
+
+
+@pytest.mark.parametrize("in_memory", [0, 1 << 22])
+@given(st.lists(values, min_size=12, max_size=12), st.integers(0, 12), st.integers(1, 4))
+def test_selection_is_a_stable_sort_by_size_lowest_index_first(
+    in_memory: int, items: list[float], count: int, height: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "IN_MEMORY", in_memory)
+        check_selection(items, count, height)
+
+
+def check_selection(items: list[float], count: int, height: int) -> None:
+    """Both ways to select have to give what sorting gives."""
+    tensor = torch.tensor(items).view(4, 3) + 0.0
+    scan = Walk(tensor, height)
+    ((cut,),) = largest(scan, lambda part: part.tensors, [[count]])
+    held = torch.cat(scan.each(lambda part: cut.holds(part.tensors[0], part.start))).flatten()
+    order = sorted(range(12), key=lambda index: (-items[index], index))
+    assert held.nonzero().flatten().tolist() == sorted(order[:count])
+
+
+def test_parts_are_whole_rows_whatever_the_shape() -> None:
+    for shape in [(3,), (1000, 1000), (4, 700, 900), (2, 1 << 19), (), (0, 5)]:
+        grid = Grid.of(shape)
+        spans = list(grid.spans())
+        assert [first for first, _ in spans[1:]] == [last for _, last in spans[:-1]]
+        assert (spans[-1][1] if spans else 0) == grid.rows
+
+
+def test_random_numbers_are_a_matter_of_the_place() -> None:
+    noise = Noise(1, ["x", "y"], "w")
+    whole = noise(0, 0, 1000)
+    assert torch.equal(noise(0, 137, 50), whole[137:187])
+    assert not torch.equal(noise(1, 0, 1000), whole)
+    assert not torch.equal(Noise(2, ["x"], "w")(0, 0, 1000), whole)
+    assert 0.45 < float(whole.mean()) < 0.55
+
+
+def test_settings_follow_layers_and_filters() -> None:
+    config = config_of("ties", density={"per_model": [[0.2, 0.6], [{"filter": "mlp", "value": 0.1}, {"value": 1.0}]]})
+    place = MergePlace("model.layers.1.mlp.up_proj.weight", (2, 2), depth=0.25, models=2)
+    assert place.values(config.density) == pytest.approx([0.3, 0.1])
+    other = MergePlace("model.layers.1.self_attn.q_proj.weight", (2, 2), depth=1.0, models=2)
+    assert other.values(config.density) == pytest.approx([0.6, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [(1.5, "1.5 is not between 0 and 1"), ([0.5, 2], "2 is not between 0 and 1"), ([], "empty list"),
+     ([{"filter": "mlp", "value": 0.5}], "needs no filter")],
+)  # fmt: skip
+def test_settings_that_say_nothing_or_too_much_are_refused(setting: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of("ties", density=setting)
+
+
+def test_della_names_probabilities_that_are_none() -> None:
+    base, models = near(0, 2)
+    with pytest.raises(ModelError, match="probabilities from"):
+        merge_tensors(method("della", density=0.9, epsilon=0.2), models, base=base)

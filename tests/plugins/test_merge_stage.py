@@ -1,8 +1,11 @@
-"""The merge stage: what it writes, what it refuses."""
+"""The merge stage: what it writes, what it refuses, and that nothing about how it works changes a bit."""
 
 from __future__ import annotations
 
+import json
 import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,78 +13,272 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from luthier.api import Artifact, ModelError
-from luthier.artifacts.models import TensorHeader
-from luthier.testing import run_stage, tiny_model
-from luthier_plugins.merge.writer import DTYPES, StreamedFile
+from luthier.registry import default_registry
+from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.train import merging
+from luthier.train.loading import fold, load_model
+from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.engine import Engine, Settings
+from luthier_plugins.merge.layout import Inputs, lay_out
+from luthier_plugins.merge.reader import DTYPES, Scratch, Weights
+from luthier_plugins.merge.writer import Described, Output
+from luthier_plugins.merge_methods import selection
 from safetensors.torch import load_file, save_file
 
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3)
-
-
-@given(st.dictionaries(st.text("abc.", min_size=1, max_size=6), st.tuples(st.sampled_from(sorted(DTYPES)), shapes)))
-def test_a_streamed_file_is_what_safetensors_reads(tmp_path_factory, tensors: dict) -> None:
-    headers = {name: TensorHeader(dtype, tuple(shape), "x") for name, (dtype, shape) in tensors.items()}
-    path = tmp_path_factory.mktemp("f") / "x.safetensors"
-    file = StreamedFile(path, headers)
-    values = {name: torch.randn(headers[name].shape).to(DTYPES[headers[name].dtype]) for name in headers}
-    file.write(values[name] for name in file.order)
-    found = load_file(path)
-    assert set(found) == set(values)
-    assert all(torch.equal(found[name], values[name]) for name in values)
-    assert all(found[name].dtype == values[name].dtype for name in values)
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Artifact]:
-    """Two models with other weights, stored in bfloat16."""
-    store = tmp_path_factory.mktemp("store")
-    first, second = (tiny_model(store, seed=seed, dtype="bfloat16") for seed in (0, 1))
-    return first, second
-
-
-def test_the_soup_is_the_mean_in_the_dtype_of_the_first(pair: tuple[Artifact, Artifact]) -> None:
-    merged = run_stage(pair[0].path.parents[1], "merge", inputs={"models": pair})
-    one, two, soup = (load_file(item.path / "model.safetensors") for item in (*pair, merged))
-    assert merged.facts["dtype"] == "BF16"
-    for name, tensor in soup.items():
-        mean = ((one[name].float() + two[name].float()) / 2).to(torch.bfloat16)
-        torch.testing.assert_close(tensor, mean)
-
-
-def changed(pair: tuple[Artifact, Artifact], folder: Path, change) -> Artifact:
-    """The second model with other tensors."""
-    shutil.copytree(pair[1].path, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return Artifact.load(folder)
-
-
+CHATS = [{"messages": [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}]}] * 8
 NAME = "model.layers.0.mlp.up_proj.weight"
 
 
-def with_nan(tensors: dict[str, torch.Tensor]) -> None:
+@given(
+    st.dictionaries(
+        st.text("abc.", min_size=1, max_size=6), st.tuples(st.sampled_from(sorted(DTYPES)), shapes), min_size=1
+    ),
+    st.integers(1, 400),
+)
+def test_files_written_in_any_order_are_what_safetensors_reads(tmp_path_factory, tensors: dict, limit: int) -> None:
+    folder = tmp_path_factory.mktemp("f")
+    described = {name: Described(dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
+    values = {name: torch.randn(about.shape) for name, about in described.items()}
+    output = Output(folder, described, limit)
+    for name in reversed(described):
+        flat = values[name].flatten()
+        for start in range(0, flat.numel(), 3):
+            output.write(name, start, flat[start : start + 3], Scratch())
+    output.close()
+    found = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert set(found) == set(values)
+    for name, tensor in found.items():
+        assert torch.equal(tensor, values[name].to(DTYPES[described[name].dtype]))
+    index = folder / "model.safetensors.index.json"
+    assert index.exists() == (len(list(folder.glob("*.safetensors"))) > 1)
+    assert not index.exists() or set(json.loads(index.read_text())["weight_map"]) == set(values)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def models(store: Path) -> list[Artifact]:
+    """Three models with other weights, stored in bfloat16."""
+    return [tiny_model(store, seed=seed, dtype="bfloat16") for seed in range(3)]
+
+
+def weights(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """All tensors of a model."""
+    return {name: tensor for path in artifact.path.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def test_the_soup_is_the_mean_in_the_dtype_of_the_first(store: Path, models: list[Artifact]) -> None:
+    merged = run_stage(store, "merge", inputs={"models": models[:2]})
+    one, two, soup = weights(models[0]), weights(models[1]), weights(merged)
+    assert merged.facts["dtype"] == "BF16"
+    assert merged.facts["proof"] == {"loaded": "memory", "forward": "finite"}
+    for name, tensor in soup.items():
+        torch.testing.assert_close(tensor, ((one[name].float() + two[name].float()) / 2).to(torch.bfloat16))
+
+
+def merged_by(
+    folder: Path, models: list[Artifact], base: Artifact | None, values: dict, seed: int = 0, **settings: int
+) -> dict[str, torch.Tensor]:
+    """What the engine makes, with no stage around it."""
+    registry = default_registry()
+    context = {"components": registry}
+    given = {"models": ["m"] * len(models), "method": values, "dtype": "float32", **({"base": "b"} if base else {})}
+    config = MergeConfig.model_validate(given, context=context)
+    method = registry.impl_class(config.method.component)(config.method.config)
+    inputs = Inputs([Weights(model) for model in models], Weights(base) if base else None)
+    layout = lay_out(config, inputs, seed, config.dtype)
+    # Loaded tensors are views of the file: each run has one of its own.
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    output = Output(folder, layout.tensors, 1 << 30)
+    Engine(method, output, Settings(**settings), lambda done, total: None).run(layout.tasks)
+    output.close()
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("method", [{"uses": "linear"}, {"uses": "ties", "density": 0.3}, {"uses": "dare_ties"},
+                                    {"uses": "della"}, {"uses": "sce", "density": 0.4}, {"uses": "tsv_m"},
+                                    {"uses": "multislerp"}], ids=lambda value: value["uses"])  # fmt: skip
+def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
+    tmp_path: Path, models: list[Artifact], method: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merging, "BLOCK", 1000)
+    base = None if method["uses"] == "linear" else models[2]
+    first = merged_by(tmp_path, models[:2], base, method, workers=1, chunk=1 << 21)
+    # Small chunks split most tensors among the workers, and what is split is not held in memory to select from.
+    monkeypatch.setattr(selection, "IN_MEMORY", 0)
+    for workers, chunk in ((1, 1), (2, 1500), (4, 4000)):
+        other = merged_by(tmp_path, models[:2], base, method, workers=workers, chunk=chunk)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+def test_random_masks_follow_the_model_and_not_its_place(tmp_path: Path, models: list[Artifact]) -> None:
+    values = {"uses": "dare_linear", "density": 0.5}
+    there = merged_by(tmp_path, models[:2], models[2], values)
+    back = merged_by(tmp_path, models[1::-1], models[2], values)
+    for name, tensor in there.items():
+        torch.testing.assert_close(tensor, back[name])
+    again = merged_by(tmp_path, models[:2], models[2], values, seed=1)
+    assert not torch.equal(again[NAME], there[NAME])
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def adapter(request: pytest.FixtureRequest, store: Path, models: list[Artifact]) -> Artifact:
+    """A trained adapter on the first model."""
+    config = {"adapter": {"uses": request.param, "r": 4}, "steps": 4, "learning_rate": 0.05}
+    data = tiny_dataset(store, CHATS)
+    return run_stage(store, "sft", config, inputs={"model": models[0], "data": [data]})
+
+
+def test_an_adapter_is_added_as_peft_folds_it(store: Path, models: list[Artifact], adapter: Artifact) -> None:
+    config = {"method": "passthrough", "dtype": "float32"}
+    merged = weights(run_stage(store, "merge", config, inputs={"models": [adapter]}))
+    folded = fold(load_model(adapter)).state_dict()
+    changed = 0
+    for name, tensor in merged.items():
+        torch.testing.assert_close(tensor, folded[name], rtol=1e-5, atol=1e-6)
+        changed += not torch.equal(tensor, weights(models[0])[name].float())
+    assert changed >= 14, "every linear layer of both layers is tuned"
+
+
+def test_slices_stack_layers_of_several_models(store: Path, models: list[Artifact]) -> None:
+    config = {"method": "passthrough", "slices": [{"sources": [{"layers": [0, 2]}]}, {"sources": [{"layers": [1, 2]}]}]}
+    inputs = {"slices.0.sources.0.model": models[0], "slices.1.sources.0.model": models[1]}
+    merged = run_stage(store, "merge", config, inputs=inputs)
+    assert json.loads((merged.path / "config.json").read_text())["num_hidden_layers"] == 3
+    tensors = weights(merged)
+    third = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(tensors[third], weights(models[1])["model.layers.1.mlp.up_proj.weight"])
+    assert torch.equal(tensors["model.norm.weight"], weights(models[1])["model.norm.weight"])
+    assert torch.equal(tensors["model.embed_tokens.weight"], weights(models[0])["model.embed_tokens.weight"])
+
+
+def test_gradients_and_filters_weigh_layers_apart(store: Path, models: list[Artifact]) -> None:
+    mixed = [[1, 0], [{"filter": "mlp", "value": [0, 1]}, {"value": 1}]]
+    merged = weights(run_stage(store, "merge", {"weights": mixed, "dtype": "float32"}, inputs={"models": models[:2]}))
+    one, two = weights(models[0]), weights(models[1])
+    first, last = NAME, NAME.replace("layers.0", "layers.1")
+    assert torch.equal(merged[first], one[first].float())
+    torch.testing.assert_close(merged[last], two[last].float())
+    query = "model.layers.0.self_attn.q_proj.weight"
+    torch.testing.assert_close(merged[query], (one[query].float() + two[query].float()) / 2)
+
+
+def test_shards_have_an_index_and_load(store: Path, models: list[Artifact]) -> None:
+    merged = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
+    assert len(list(merged.path.glob("model-*-of-*.safetensors"))) > 2
+    whole = run_stage(store, "merge", {}, inputs={"models": models[:2]})
+    assert all(torch.equal(tensor, weights(merged)[name]) for name, tensor in weights(whole).items())
+    # The sharded model is an input like any other.
+    again = run_stage(store, "merge", {}, inputs={"models": [merged, merged]})
+    assert all(torch.equal(tensor, weights(merged)[name]) for name, tensor in weights(again).items())
+
+
+def changed(model: Artifact, folder: Path, change: Callable[[dict[str, torch.Tensor], dict], None]) -> Artifact:
+    """A model with other tensors or another config."""
+    shutil.copytree(model.path, folder)
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    change(tensors, config)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return Artifact.load(folder)
+
+
+def with_nan(tensors: dict, config: dict) -> None:
     tensors[NAME][0, 0] = float("nan")
 
 
-def without_one(tensors: dict[str, torch.Tensor]) -> None:
+def with_infinity(tensors: dict, config: dict) -> None:
+    tensors[NAME][-1, -1] = float("-inf")
+
+
+def without_one(tensors: dict, config: dict) -> None:
     del tensors[NAME]
 
 
-def with_other_shape(tensors: dict[str, torch.Tensor]) -> None:
+def with_one_more(tensors: dict, config: dict) -> None:
+    tensors[NAME + "_scale"] = torch.ones(1)
+
+
+def with_other_shape(tensors: dict, config: dict) -> None:
     tensors[NAME] = tensors[NAME][:-1].contiguous()
 
 
+def with_integers(tensors: dict, config: dict) -> None:
+    tensors[NAME] = tensors[NAME].to(torch.float8_e4m3fn)
+
+
+def with_other_rope(tensors: dict, config: dict) -> None:
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": 5.0}
+
+
+def tied(tensors: dict, config: dict) -> None:
+    config["tie_word_embeddings"] = not config["tie_word_embeddings"]
+
+
+def deeper(tensors: dict, config: dict) -> None:
+    config["num_hidden_layers"] = 7
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [(with_nan, "has NaN or infinite values"), (without_one, "do not have the same tensors"),
-     (with_other_shape, "the shapes differ")],
-)  # fmt: skip
+    ("change", "messages"),
+    [
+        (with_nan, ["has NaN or infinite values", NAME]),
+        (with_infinity, ["has NaN or infinite values", NAME]),
+        (without_one, ["lacks the tensors", NAME]),
+        (with_one_more, ["lacks the tensors", "up_proj.weight_scale"]),
+        (with_other_shape, ["the shape of", NAME]),
+        (with_integers, ["F8_E4M3", "full-precision"]),
+        (with_other_rope, ["rope_theta"]),
+        (tied, ["tie_word_embeddings"]),
+        (deeper, ["num_hidden_layers: 2 and 7"]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_what_cannot_be_merged_is_refused_by_name(
-    pair: tuple[Artifact, Artifact], tmp_path: Path, change, message: str
+    store: Path, models: list[Artifact], tmp_path: Path, change: Callable, messages: list[str]
 ) -> None:
-    spoiled = changed(pair, tmp_path / pair[1].key, change)
+    spoiled = changed(models[1], tmp_path / models[1].key, change)
     with pytest.raises(ModelError) as caught:
-        run_stage(pair[0].path.parents[1], "merge", inputs={"models": [pair[0], spoiled]})
-    assert message in str(caught.value)
-    assert NAME in str(caught.value)
+        run_stage(store, "merge", inputs={"models": [models[0], spoiled]})
+    assert all(message in str(caught.value) for message in messages), caught.value
+
+
+def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    def several(tensors: dict, config: dict) -> None:
+        without_one(tensors, config)
+        with_other_rope(tensors, config)
+        deeper(tensors, config)
+
+    spoiled = changed(models[1], tmp_path / models[1].key, several)
+    with pytest.raises(ModelError, match="3 problems") as caught:
+        run_stage(store, "merge", inputs={"models": [models[0], spoiled]})
+    assert all(text in str(caught.value) for text in (NAME, "rope_theta", "num_hidden_layers"))
+
+
+def test_values_that_do_not_fit_the_dtype_are_refused(store: Path, models: list[Artifact]) -> None:
+    config = {"method": {"uses": "linear", "normalize": False}, "weights": [1e7, 1], "dtype": "float16"}
+    with pytest.raises(ModelError, match="do not fit into float16"):
+        run_stage(store, "merge", config, inputs={"models": models[:2]})
+
+
+def test_a_model_that_does_not_load_whole_is_not_stored(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    def counted(tensors: dict, config: dict) -> None:
+        tensors["model.steps"] = torch.tensor([3, 4])
+
+    two = [changed(model, tmp_path / model.key, counted) for model in models[:2]]
+    with pytest.raises(ModelError, match=r"unexpected keys: .'model.steps'"):
+        run_stage(store, "merge", inputs={"models": two})
+
+
+def test_an_adapter_for_another_model_cannot_sneak_in(store: Path, models: list[Artifact], adapter: Artifact) -> None:
+    manifest = json.loads((adapter.path / "manifest.json").read_text())
+    assert manifest["facts"]["base"] == models[0].key, "the base is the adapter's own, whatever else is merged"
+    merged = run_stage(store, "merge", {"dtype": "float32"}, inputs={"models": [adapter, models[1]]})
+    folded, other = fold(load_model(adapter)).state_dict(), weights(models[1])
+    torch.testing.assert_close(weights(merged)[NAME], (folded[NAME] + other[NAME].float()) / 2, rtol=1e-4, atol=1e-5)

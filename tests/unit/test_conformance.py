@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from luthier.api import Component, Config
+from luthier.api import Component, Config, MergeMethodConfig
 from luthier.registry import default_registry
 from luthier.testing import check_component
 
@@ -21,6 +21,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-orpo": {"model": "m", "data": "d"},
     "stage-pretrain": {"model": "m", "data": ["d"]},
     "stage-sft": {"model": "m", "data": "d"},
+    "merge-fisher": {"data": "d"},
+    "merge-regmean": {"data": "d"},
     "augmenter-template": {
         "templates": [{"messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "ok"}]}],
         "slots": {"n": {"range": [1, 9]}},
@@ -42,19 +44,19 @@ class Undocumented(Config):
     strength: float = 1.0
 
 
-class Spec(Config):
+class Spec(MergeMethodConfig):
     """Nothing to choose."""
 
 
 class Changer:
     """A merge method that changes its inputs."""
 
-    needs_base = False
+    granularity = "elementwise"
 
     def __init__(self, config: Spec) -> None: ...
 
-    def merge(self, tensors: Any, weights: Any, base: Any) -> Any:
-        return tensors[0].mul_(0.5)
+    def merge(self, part: Any) -> Any:
+        return part.tensors[0].mul_(0.5)
 
 
 class Renamed(Changer):
@@ -69,7 +71,7 @@ class Renamed(Changer):
     [
         (Undocumented, Changer, "these fields have no docstring: strength"),
         (Spec, Changer, "the inputs were changed"),
-        (Spec, Renamed, r"merge takes \(self, models, shares\), expected \(self, tensors, weights, base\)"),
+        (Spec, Renamed, r"merge takes \(self, models, shares\), expected \(self, part\)"),
     ],
 )
 def test_what_is_wrong_is_named(

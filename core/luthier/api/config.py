@@ -90,9 +90,11 @@ class Input:
 
     Attributes:
         kinds: The kinds of artifact it accepts.
+        words: Values that are words of the field's own and name no artifact.
     """
 
     kinds: tuple[ArtifactKind, ...]
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +238,8 @@ def references(config: BaseModel, kind: type[Any], prefix: str = "") -> Iterator
         found = marker(type(config), name, kind)
         if found is not None:
             values = cast("list[Any]", value) if isinstance(value, list) else [value]
-            yield path, found, [str(item) for item in values if item is not None]
+            words: tuple[str, ...] = getattr(found, "words", ())
+            yield path, found, [str(item) for item in values if item is not None and item not in words]
         for child_path, child in _children(path, value):
             yield from references(child, kind, f"{child_path}.")
 
@@ -258,9 +261,12 @@ def identity(config: BaseModel) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for name in type(config).model_fields:
-        if any(marker(type(config), name, kind) is not None for kind in (NotIdentity, Input, Source)):
+        value = getattr(config, name)
+        names_input = marker(type(config), name, Input)
+        is_input = names_input is not None and value not in names_input.words
+        if is_input or any(marker(type(config), name, kind) is not None for kind in (NotIdentity, Source)):
             continue
-        result[name] = _identity_of(getattr(config, name))
+        result[name] = _identity_of(value)
     return result
 
 

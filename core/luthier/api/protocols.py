@@ -94,25 +94,6 @@ class PreferenceLoss(Protocol):
         ...
 
 
-class Merge(Protocol):
-    """Kind ``merge``: how tensors of several models become one."""
-
-    needs_base: ClassVar[bool]
-
-    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:
-        """Merge one parameter.
-
-        Args:
-            tensors: That parameter of each model, float32, all of the same shape.
-            weights: The models' weights as the user gave them.
-            base: That parameter of the base model when `needs_base`, float32.
-
-        Returns:
-            The merged parameter, float32, of the same shape. The inputs must not be changed.
-        """
-        ...
-
-
 class Quantizer(Protocol):
     """Kind ``quantizer``: weights with fewer bits, in a format of the Hugging Face world."""
 
@@ -233,7 +214,7 @@ PROTOCOL_METHODS: dict[str, tuple[str, ...]] = {
     "adapter": ("load_options", "wrap"),
     "regularizer": ("start", "penalty"),
     "preference_loss": ("loss", "needs_reference"),
-    "merge": ("merge", "needs_base"),
+    "merge": ("merge", "granularity"),
     "quantizer": ("quantize",),
     "exporter": ("export", "serve"),
     "augmenter": ("rows",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +14,26 @@ from luthier.artifacts.digest import digest_file, digest_value
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")  # fmt: skip
+CARRIED = (*TOKENIZER_FILES, "generation_config.json")
+"""What describes text and generation, and has to survive every stage byte for byte."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One tensor as a safetensors header describes it: its dtype name, shape and file."""
+    """One tensor as a safetensors header describes it.
+
+    Attributes:
+        dtype: The dtype's name there, such as ``BF16``.
+        shape: The shape.
+        file: The name of the file.
+        start: The place of its first byte in the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
+    start: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +71,10 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
         raise ModelError(
             f"has {size} bytes where its header says {8 + length + end}", where=str(path), hint="copy it again"
         )
-    return {name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name) for name, entry in header.items()}
+    return {
+        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }
 
 
 def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -127,6 +141,13 @@ def chat_template(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     template = read_json(config).get("chat_template") if config.exists() else None
     return template if isinstance(template, str) else None
+
+
+def carry_text_files(source: Path, out: Path) -> None:
+    """Copy tokenizer, chat template and generation config unchanged."""
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
 def tokenizer_digest(folder: Path) -> str:

@@ -225,8 +225,9 @@ class _Reader:
         except PluginError as error:
             self._fail((*path, "uses"), error.message, error.hint)
             return None
+        context = {"components": self.registry, "folder": self.folder}
         try:
-            return Use(component, config_class.model_validate(values, context={"components": self.registry}))
+            return Use(component, config_class.model_validate(values, context=context))
         except ValidationError as error:
             self.problems += from_validation(error, config_class, values, self.document, path, self.registry)
             return None

@@ -7,29 +7,37 @@ import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from luthier.api.component import Kind
+from luthier.api.merging import Granularity, MergeMethodConfig
 from luthier.api.protocols import Prediction, PreferenceBatch, TokenLoss
 
 
-def _merge(impl: Any) -> None:
+def _merge(impl: Any, config: Any) -> None:
     import torch
+
+    from luthier.train.merging import merge_tensors
+
+    assert isinstance(config, MergeMethodConfig), f"{type(config).__name__} is no MergeMethodConfig"
+    assert impl.granularity in get_args(Granularity), f"the granularity is '{impl.granularity}'"
 
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(8, 6, generator=generator)
-    tensors = [base + 0.1 * torch.randn(8, 6, generator=generator) for _ in range(2)]
+    least, most = config.models
+    tensors = [base + 0.1 * torch.randn(8, 6, generator=generator) for _ in range(max(least, min(2, most or 2)))]
     before = [tensor.clone() for tensor in [*tensors, base]]
-    results = [impl.merge(tensors, [1.0, 1.0], base if impl.needs_base else None) for _ in range(2)]
+    ancestor = None if config.base == "unused" else base
+    results = [merge_tensors(impl, tensors, base=ancestor) for _ in range(2)]
     assert results[0].shape == base.shape, f"the result has the shape {tuple(results[0].shape)}"
     assert results[0].dtype == torch.float32, f"the result has the dtype {results[0].dtype}"
     assert bool(torch.isfinite(results[0]).all()), "the result has NaN or infinite values"
-    assert torch.equal(results[0], results[1]), "the same inputs give two different results"
     same = all(torch.equal(old, new) for old, new in zip(before, [*tensors, base], strict=True))
     assert same, "the inputs were changed"
+    assert torch.equal(results[0], results[1]), "the same inputs give two different results"
 
 
-def _metric(impl: Any) -> None:
+def _metric(impl: Any, config: Any) -> None:
     items: list[Any] = [Prediction("2 + 2?", "4", "4"), Prediction("3 + 3?", "5", "6")]
     if impl.needs == "losses":
         items = [TokenLoss(2.5, 3), TokenLoss(0.5, 2)]
@@ -38,7 +46,7 @@ def _metric(impl: Any) -> None:
     assert math.isfinite(score), f"the score is {score}"
 
 
-def _preference_loss(impl: Any) -> None:
+def _preference_loss(impl: Any, config: Any) -> None:
     import torch
 
     chosen = torch.tensor([-5.0, -9.0, -4.0], requires_grad=True)
@@ -54,7 +62,7 @@ def _preference_loss(impl: Any) -> None:
     assert bool((rejected.grad >= 0).all()), "a likelier rejected answer lowers the loss"
 
 
-def _augmenter(impl: Any) -> None:
+def _augmenter(impl: Any, config: Any) -> None:
     turns = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello!"}]
     rows = [{"messages": turns}, {"messages": [{**turns[0], "content": "Greet me."}, turns[1]]}]
     before = json.dumps(rows)
@@ -64,7 +72,7 @@ def _augmenter(impl: Any) -> None:
     assert json.dumps(rows) == before, "the given rows were changed"
 
 
-def _adapter(impl: Any) -> None:
+def _adapter(impl: Any, config: Any) -> None:
     import torch
 
     from luthier.testing.stages import tiny_model
@@ -82,7 +90,7 @@ def _adapter(impl: Any) -> None:
         assert any(parameter.grad is not None for parameter in trainable), "no gradient reaches the adapter"
 
 
-def _regularizer(impl: Any) -> None:
+def _regularizer(impl: Any, config: Any) -> None:
     import torch
 
     from luthier.testing.stages import tiny_model
@@ -96,19 +104,19 @@ def _regularizer(impl: Any) -> None:
     assert bool(torch.isfinite(penalty)), "the penalty is NaN or infinite"
 
 
-def _tracker(impl: Any) -> None:
+def _tracker(impl: Any, config: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         impl.start(Path(folder), "stage")
         impl.log({"loss": 1.5}, 1)
         impl.finish()
 
 
-def _format(impl: Any) -> None:
+def _format(impl: Any, config: Any) -> None:
     columns = cast("tuple[str, ...]", impl.columns)
     assert columns, "it names no columns"
 
 
-BEHAVIOUR: dict[Kind, Callable[[Any], None]] = {
+BEHAVIOUR: dict[Kind, Callable[[Any, Any], None]] = {
     "adapter": _adapter,
     "augmenter": _augmenter,
     "format": _format,

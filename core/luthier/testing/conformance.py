@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from luthier import api
 from luthier.api import protocols
 from luthier.api.component import Component
 from luthier.api.config import Config, StageConfig
@@ -97,13 +98,13 @@ def _checks(
 
     def protocol() -> None:
         made["impl"] = _resolve(component.impl)
-        kind_class = getattr(protocols, "".join(part.title() for part in component.kind.split("_")))
+        kind_class = getattr(api, "".join(part.title() for part in component.kind.split("_")))
         for name in protocols.PROTOCOL_METHODS[component.kind]:
             assert hasattr(made["impl"], name), f"{component.impl} has no '{name}'"
             _same_parameters(kind_class, made["impl"], name)
 
     def behave() -> None:
-        BEHAVIOUR[component.kind](made["impl"](made["config"]))
+        BEHAVIOUR[component.kind](made["impl"](made["config"]), made["config"])
 
     yield "the descriptor is complete", describe
     yield "the config class is documented", config_class

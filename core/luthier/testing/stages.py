@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,10 +65,10 @@ def run_stage(
     given = {name: [item] if isinstance(item, Artifact) else list(item) for name, item in (inputs or {}).items()}
     component = registry.get("stage", uses)
     config_class = registry.config_class(component)
-    values: dict[str, Any] = dict(config or {})
+    values: dict[str, Any] = copy.deepcopy(dict(config or {}))
     for name, items in given.items():
         many = not isinstance((inputs or {})[name], Artifact)
-        values[name] = [f"{name}-{place}" for place in range(len(items))] if many else name
+        _put(values, name, [f"{name}-{place}" for place in range(len(items))] if many else name)
     made = cast("StageConfig", config_class.model_validate(values, context={"components": registry}))
     kinds: dict[str, list[ArtifactKind]] = {path: [item.kind for item in items] for path, items in given.items()}
     kinds = {path: [] for path, _, _ in references(made, Input)} | kinds
@@ -96,6 +97,14 @@ def run_stage(
     about = {"stage": uses, "facts": facts, "warnings": context.warnings,
              "inputs": {name: [item.key for item in items] for name, items in given.items()}}  # fmt: skip
     return commit(store, key, made.produces(kinds), work / "out", about)
+
+
+def _put(values: Any, path: str, value: Any) -> None:
+    """Set what stands at a path such as ``slices.0.sources.1.model``."""
+    *parents, last = path.split(".")
+    for part in parents:
+        values = values[int(part)] if isinstance(values, list) else values.setdefault(part, {})
+    values[last] = value
 
 
 def tiny_dataset(folder: Path, rows: Sequence[Row] | None = None, *, split: Split = "train") -> Artifact:

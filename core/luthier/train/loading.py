@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.api.protocols import Facts
-from luthier.artifacts.models import TOKENIZER_FILES, model_facts, stop_tokens
-
-CARRIED = (*TOKENIZER_FILES, "generation_config.json")
-"""What describes text and generation, and has to survive every stage byte for byte."""
+from luthier.artifacts.models import carry_text_files, model_facts, stop_tokens
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -71,13 +67,6 @@ def full_weights(artifact: Artifact, scratch: Path) -> Path:
     fold(load_model(artifact)).save_pretrained(scratch)
     carry_text_files(artifact.path, scratch)
     return scratch
-
-
-def carry_text_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template and generation config unchanged."""
-    for name in CARRIED:
-        if (source / name).exists():
-            shutil.copyfile(source / name, out / name)
 
 
 def save_model(model: Any, source: Artifact, out: Path) -> Facts:

@@ -91,6 +91,12 @@ def _turn_span(
     return len(opened), len(closed) if text.startswith(closed) else len(text)
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
+    """Tokens of a plain text, all of them trained on."""
+    encoding: Any = tokenizer(text, add_special_tokens=False)
+    return Encoded(encoding["input_ids"], list(encoding["input_ids"]))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Tokens of a conversation that waits for the assistant."""
     encoding: Any = tokenizer(render(tokenizer, messages, open_turn=True), add_special_tokens=False)

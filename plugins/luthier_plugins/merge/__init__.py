@@ -9,8 +9,9 @@ def luthier_components() -> list[Component]:
         Component(
             kind="stage",
             name="merge",
-            summary="Merge models of one architecture, tensor by tensor",
+            summary="Merge models of one architecture, in a stream",
             config="luthier_plugins.merge.config:MergeConfig",
             impl="luthier_plugins.merge.stage:MergeStage",
+            revision=2,
         )
     ]

@@ -3,45 +3,135 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Field, MergeUse, ModelInput, StageConfig
+from luthier.api import Config, Field, Input, MergeMethodConfig, MergeUse, ModelInput, NotIdentity, Setting, StageConfig
 from luthier.api.artifact import ArtifactKind
-from pydantic import model_validator
+from luthier_plugins.merge.mergekit_yaml import as_config
+from pydantic import ValidationInfo, model_validator
 
-SAME = ("architecture", "tokenizer", "tensors")
+SAME = ("architecture", "tensors")
+ModelDtype = Literal["float32", "float16", "bfloat16"]
+TokenizerChoice = Annotated[str, Input(("model", "adapter"), words=("base", "union"))]
+
+
+class SliceSource(Config):
+    """Layers of one model."""
+
+    model: ModelInput
+    """The model."""
+    layers: tuple[int, int]
+    """The first of its layers, and the one behind the last."""
+    weight: Setting = 1.0
+    """Its weight."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> SliceSource:
+        first, behind = self.layers
+        if not 0 <= first < behind:
+            raise ValueError(f"layers [{first}, {behind}] is no range: write [first, one behind the last]")
+        return self
+
+
+class Slice(Config):
+    """Some layers of the merged model: of one model as they are, or of several merged."""
+
+    sources: list[SliceSource] = Field(min_length=1)
+    """Where they come from; all sources have the same number of layers."""
+
+    @model_validator(mode="after")
+    def _equal(self) -> Slice:
+        counts = [source.layers[1] - source.layers[0] for source in self.sources]
+        if len(set(counts)) > 1:
+            raise ValueError(f"the sources of a slice have {', '.join(map(str, counts))} layers: they must be as many")
+        return self
 
 
 class MergeConfig(StageConfig):
-    """Merges models that share an architecture and a tokenizer."""
+    """Merges models that share an architecture."""
 
     kind_made: ClassVar[ArtifactKind] = "model"
-    seeded: ClassVar[bool] = False
 
-    models: list[ModelInput] = Field(min_length=2)
-    """The models, the first of which gives config, tokenizer and chat template. An adapter is folded into
-    its base first."""
+    models: list[ModelInput] = []
+    """The models; an adapter counts as its base with the adapter added. Config, chat template and generation config
+    are those of `base` where there is one, else of the first."""
+    slices: list[Slice] = []
+    """Instead of `models`: the layers of the merged model, slice after slice, each from one model or several."""
     base: ModelInput | None = None
     """The common ancestor, for methods that merge task vectors."""
-    weights: list[float] | None = None
-    """One weight per model; equal weights by default."""
+    weights: list[Setting] | None = None
+    """One weight per model, each a number, numbers from the first layer to the last, or a list of
+    ``{filter, value}``; 1 by default."""
     method: MergeUse = Field(default="linear")  # type: ignore[assignment]
     """How tensors become one."""
+    tokenizer: TokenizerChoice = "base"
+    """``base``: that of `base`, else of the first model, which all must share. ``union``: every token of every
+    model, with the rows of the embeddings moved to their places. Or a model's, by its stage."""
+    dtype: ModelDtype | None = None
+    """What the merged weights are stored in; by default what the base, else the first model, is stored in."""
+    shard_size: int = Field(default=5_000_000_000, gt=0)
+    """The largest size of one weights file, in bytes."""
+    workers: Annotated[int | None, NotIdentity()] = Field(default=None, gt=0)
+    """How many threads merge; by default as many as there are cores."""
+    chunk: Annotated[int, NotIdentity()] = Field(default=1 << 21, gt=0)
+    """Entries of a large tensor that one thread works on at a time."""
+    memory: Annotated[int, NotIdentity()] = Field(default=2 << 30, gt=0)
+    """Bytes that methods on whole matrices may hold at once."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_mergekit(cls, values: Any, info: ValidationInfo) -> Any:
+        """``config: mergekit.yml`` stands for what that file says."""
+        if isinstance(values, dict) and "config" in values:
+            return as_config(values, (info.context or {}).get("folder"))
+        return values
 
     @model_validator(mode="after")
-    def _weights_fit(self) -> MergeConfig:
+    def _models_fit(self) -> MergeConfig:
+        if bool(self.models) == bool(self.slices):
+            raise ValueError("give `models`, or `slices`, and not both")
+        if self.slices and self.weights is not None:
+            raise ValueError("with `slices`, weights stand beside their sources, as `weight`")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise ValueError(f"{len(self.weights)} weights for {len(self.models)} models")
-        if self.weights is not None and sum(self.weights) == 0:
-            raise ValueError("the weights sum to zero")
+        method = self.method.config
+        if not isinstance(method, MergeMethodConfig):
+            raise ValueError(f"the config of {self.method.name} is no MergeMethodConfig")
+        counts = [len(part.sources) for part in self.slices] or [len(self.models)]
+        for problem in self._of_method(method, counts):
+            raise ValueError(problem)
         return self
 
+    def _of_method(self, method: MergeMethodConfig, counts: list[int]) -> list[str]:
+        name = self.method.name
+        least, most = method.models
+        found = [f"{name} takes {_several(least, most)}, not {count}" for count in counts
+                 if count < least or (most is not None and count > most)]  # fmt: skip
+        if method.base == "required" and self.base is None:
+            found.append(f"{name} merges task vectors: name the models' ancestor as `base`")
+        if method.base == "unused" and self.base is not None:
+            found.append(f"{name} does not look at a base: leave `base` out, or count it among `models`")
+        if not method.weighted and self.weights is not None:
+            found.append(f"{name} does not look at weights: leave `weights` out")
+        plain = [weight for weight in self.weights or [] if not isinstance(weight, list)]
+        if method.weighted and self.weights and len(plain) == len(self.weights) and sum(plain) == 0:
+            found.append("the weights sum to zero")
+        return found
+
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        models = [*inputs.get("models", []), *inputs.get("base", [])]
+        models = [facts for path, items in inputs.items() if not path.startswith("method.") for facts in items]
+        same = [name for name in SAME if not (self.slices and name == "tensors")]
         found: list[str] = []
-        for name in SAME:
+        for name in [*same, *(["tokenizer"] if self.tokenizer == "base" else [])]:
             values = list(dict.fromkeys(str(facts.get(name)) for facts in models))
             if len(values) > 1:
                 short = " and ".join(value[:24] for value in values)
-                found.append(f"the models cannot be merged, their {name} differs: {short}")
+                hint = "; `tokenizer: union` joins them" if name == "tokenizer" else ""
+                found.append(f"the models cannot be merged, their {name} differs: {short}{hint}")
         return found
+
+
+def _several(least: int, most: int | None) -> str:
+    if least == most:
+        return "one model" if least == 1 else f"{least} models"
+    return f"at least {least} models" if most is None else f"{least} to {most} models"

@@ -2,51 +2,236 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from luthier.api import Config, Field
+from luthier.api import DatasetInput, Field, MergeMethodConfig, ModelSetting, Setting, Share, within
+from luthier.api.merging import BaseUse
+
+Fraction = Annotated[Setting, within(0.0, 1.0)]
 
 
-class LinearConfig(Config):
+class LinearConfig(MergeMethodConfig):
     """Weighted average."""
 
     normalize: bool = True
     """Divide by the sum of the weights."""
 
 
-class SlerpConfig(Config):
+class SlerpConfig(MergeMethodConfig):
     """Spherical interpolation."""
 
-    t: float = Field(default=0.5, ge=0.0, le=1.0)
+    models: ClassVar[tuple[int, int | None]] = (2, 2)
+    weighted: ClassVar[bool] = False
+
+    t: Fraction = 0.5
     """How far to go from the first model (0) to the second (1)."""
 
 
-class TiesConfig(Config):
+class NuslerpConfig(MergeMethodConfig):
+    """Spherical interpolation by weights, of models or of task vectors."""
+
+    base: ClassVar[BaseUse] = "optional"
+    models: ClassVar[tuple[int, int | None]] = (2, 2)
+
+    flatten: bool = True
+    """Take the angle between whole parameters; else row by row."""
+
+
+class MultislerpConfig(MergeMethodConfig):
+    """Interpolation of any number of models on a sphere, in the tangent space at their mean."""
+
+    base: ClassVar[BaseUse] = "optional"
+
+    normalize: bool = True
+    """Divide the weights by their sum."""
+
+
+class KarcherConfig(MergeMethodConfig):
+    """The weighted Karcher mean on the sphere."""
+
+    steps: int = Field(default=10, gt=0)
+    """Iterations at most."""
+    tolerance: float = Field(default=1e-5, gt=0)
+    """Stop when the mean moves by less, in radians."""
+
+
+class TaskVectorConfig(MergeMethodConfig):
+    """What methods that add up task vectors share."""
+
+    base: ClassVar[BaseUse] = "required"
+
+    scale: Setting = 1.0
+    """What the merged task vector is multiplied with (lambda)."""
+
+
+class TaskArithmeticConfig(TaskVectorConfig):
+    """Adds up task vectors."""
+
+    normalize: bool = False
+    """Divide by the sum of the weights."""
+
+
+class TiesConfig(TaskVectorConfig):
     """TIES merging."""
 
-    density: float = Field(default=0.5, ge=0.0, le=1.0)
+    density: Share = 0.5
     """The share of each task vector's entries that is kept, the largest by magnitude."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
 
 
-class TaskArithmeticConfig(Config):
-    """Adds up task vectors."""
+class DareConfig(TaskVectorConfig):
+    """DARE: drop entries at random and rescale the others."""
 
-    scale: float = 1.0
-    """What the sum is multiplied with (lambda in the paper)."""
+    density: Share = 0.5
+    """The probability with which an entry is kept."""
+    rescale: bool = True
+    """Divide what is kept by the density, so that the expectation stays."""
+    normalize: bool = False
+    """Divide by the sum of the weights."""
 
 
-class ModelStockConfig(Config):
-    """Nothing to choose: the angles between the task vectors decide."""
+class DellaConfig(TaskVectorConfig):
+    """DELLA: drop entries at random, the small ones more likely."""
+
+    density: Share = 0.5
+    """The mean probability with which an entry is kept."""
+    epsilon: ModelSetting = 0.15
+    """How far the probability goes below `density` for a row's smallest entry, and above it for its largest."""
+    rescale: bool = True
+    """Divide what is kept by its probability, so that the expectation stays."""
+    normalize: bool = True
+    """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
 
 
-class MergekitConfig(Config):
+class DellaLinearConfig(DellaConfig):
+    """DELLA without sign election."""
+
+    normalize: bool = False
+    """Divide by the sum of the weights."""
+
+
+class BreadcrumbsConfig(TaskVectorConfig):
+    """Model breadcrumbs: drop the largest entries and the smallest."""
+
+    density: Share = 0.9
+    """The share of each task vector's entries that is kept."""
+    gamma: Share = 0.01
+    """The share of largest entries that is dropped."""
+    normalize: bool = False
+    """Divide by the sum of the weights."""
+
+
+class ModelStockConfig(MergeMethodConfig):
+    """The angles between the task vectors decide."""
+
+    base: ClassVar[BaseUse] = "required"
+    models: ClassVar[tuple[int, int | None]] = (2, None)
+    weighted: ClassVar[bool] = False
+
+    filter_wise: bool = False
+    """Take the angles row by row; else of whole parameters."""
+
+
+class SceConfig(MergeMethodConfig):
+    """SCE: select, calculate, erase."""
+
+    base: ClassVar[BaseUse] = "required"
+    weighted: ClassVar[bool] = False
+
+    density: Fraction = 1.0
+    """The share of entries that is kept, those on which the task vectors differ most."""
+
+
+class NearswapConfig(MergeMethodConfig):
+    """Goes from the base towards one model by a fixed distance at most."""
+
+    base: ClassVar[BaseUse] = "required"
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
+    weighted: ClassVar[bool] = False
+
+    t: Setting = 1e-3
+    """The distance, in units of the weights."""
+
+
+class ArceeFusionConfig(MergeMethodConfig):
+    """Takes over the most important changes of one model."""
+
+    base: ClassVar[BaseUse] = "required"
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
+    weighted: ClassVar[bool] = False
+
+
+class RamConfig(MergeMethodConfig):
+    """Reinforced agent merging."""
+
+    base: ClassVar[BaseUse] = "required"
+    weighted: ClassVar[bool] = False
+
+    threshold: float = Field(default=1e-5, ge=0)
+    """Changes that are not larger than this do not count."""
+    r: float = Field(default=0.0, ge=0)
+    """How much the entries that only one model changed are strengthened (RAM+); 0 is plain RAM."""
+    alpha: float = Field(default=0.2, ge=0)
+    """The most that the ratio of shared to unshared entries counts in RAM+."""
+
+
+class PassthroughConfig(MergeMethodConfig):
+    """Takes one model's parameters as they are: for stacks of slices."""
+
+    models: ClassVar[tuple[int, int | None]] = (1, 1)
+    weighted: ClassVar[bool] = False
+
+    scale: Setting = 1.0
+    """What each parameter is multiplied with."""
+
+
+class IsoCConfig(TaskVectorConfig):
+    """Isotropic merging in the common subspace."""
+
+
+class TsvMConfig(TaskVectorConfig):
+    """Merging of task singular vectors."""
+
+    weighted: ClassVar[bool] = False
+
+    share: float | None = Field(default=None, gt=0, le=1)
+    """The share of each task's singular vectors that is kept; 1 / models by default."""
+
+
+class DataMethodConfig(MergeMethodConfig):
+    """What methods that look at data share."""
+
+    data: DatasetInput
+    """What the models were tuned for: conversations or texts, of the split `train`."""
+    rows: int = Field(default=256, gt=0)
+    """How many rows to look at."""
+    max_length: int = Field(default=512, gt=1)
+    """Tokens of a row that are looked at."""
+
+
+class FisherConfig(DataMethodConfig):
+    """Average weighted by the diagonal of the Fisher information."""
+
+    floor: float = Field(default=1e-8, gt=0)
+    """Added to each entry's Fisher information, so that entries that no data touches are averaged."""
+
+
+class RegmeanConfig(DataMethodConfig):
+    """Regression mean."""
+
+    alpha: float = Field(default=0.9, ge=0, le=1)
+    """What the inner products of different inputs are multiplied with."""
+
+
+class MergekitConfig(MergeMethodConfig):
     """A method of mergekit."""
+
+    base: ClassVar[BaseUse] = "optional"
 
     name: str = "linear"
     """Its name there, such as ``dare_ties``."""
     parameters: dict[str, Any] = {}
-    """Its parameters, such as ``{density: 0.5}``."""
+    """Its parameters, such as ``{density: 0.5}``; each may be a setting, as for Luthier's own methods."""
     seed: int = Field(default=0, ge=0)
     """The seed of methods with random masks."""

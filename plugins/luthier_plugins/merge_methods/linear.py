@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
+from luthier.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import LinearConfig
 from torch import Tensor
 
@@ -13,17 +12,16 @@ from torch import Tensor
 class Linear:
     """theta = sum_i w_i theta_i, over sum_i w_i when normalized (Wortsman et al. 2022, arXiv:2203.05482)."""
 
-    needs_base: ClassVar[bool] = False
+    granularity: ClassVar[Granularity] = "elementwise"
 
     def __init__(self, config: LinearConfig) -> None:
         self.normalize = config.normalize
 
-    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:
-        first = tensors[0]
+    def merge(self, part: MergePart) -> Tensor:
+        first = part.tensors[0]
+        total = sum(part.weights)
         # Added up as differences to the first model, so that merging equal models changes no bit.
-        total = sum(weights)
-        scale = 1 / total if self.normalize else 1.0
         merged = first.clone() if self.normalize else first * total
-        for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-            merged += torch.sub(tensor, first) * (weight * scale)
+        for tensor, weight in zip(part.tensors[1:], part.weights[1:], strict=True):
+            merged.add_(tensor.sub(first), alpha=weight / total if self.normalize else weight)
         return merged

@@ -3,58 +3,78 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from luthier.api import ModelError
+from luthier.api import Granularity, MergePart, ModelError, ModelSetting, PerModel
 from luthier_plugins.merge_methods.config import MergekitConfig
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 
 class Mergekit:
     """Hands each parameter to mergekit's own method, third-party ones included; reading and writing stay ours.
 
-    The models' weights go along as mergekit's parameter ``weight`` where the method has one. `needs_base` is what
-    the method's contract says.
+    The models' weights go along as mergekit's parameter ``weight`` where the method has one.
     """
 
-    # Every instance says it anew, for its method.
-    needs_base: bool = False
+    granularity: ClassVar[Granularity] = "matrix"
 
     def __init__(self, config: MergekitConfig) -> None:
         library: Any = import_module("mergekit.merge_methods")
         self._merge_tensors: Any = library.merge_tensors
         self._method = _method(library, config.name)
-        self.needs_base = self._method.spec.contract.base.value == "required"
-        known = {parameter.name for parameter in self._method.spec.parameters}
-        odd = sorted(set(config.parameters) - known)
+        self._base: str = self._method.spec.contract.base.value
+        known = {parameter.name: parameter.scope.value for parameter in self._method.spec.parameters}
+        odd = sorted(set(config.parameters) - set(known))
         if odd:
             has = ", ".join(sorted(known)) or "none"
             raise ModelError(f"mergekit's {config.name} has no parameter '{odd[0]}'", hint=f"it has: {has}")
         self._takes_weights = "weight" in known and "weight" not in config.parameters
+        self._weighs_base = known.get("weight") == "input"
+        self._settings = {name: _setting(value) for name, value in config.parameters.items()}
         self.config = config
-        self._calls = 0
 
-    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:
-        models = {f"model-{place}": tensor for place, tensor in enumerate(tensors)}
-        inputs = {"base": base, **models} if base is not None else models
-        parameters = dict(self.config.parameters)
+    def merge(self, part: MergePart) -> Tensor:
+        models = [f"model-{place}" for place in range(len(part.tensors))]
+        if self._base == "required" and part.base is None:
+            raise ModelError(f"mergekit's {self.config.name} needs a base", hint="name the models' ancestor as `base`")
+        uses_base = part.base is not None and self._base != "ignored"
+        tensors = [*([part.base] if uses_base else []), *part.tensors]
+        ids = [*(["base"] if uses_base else []), *models]
+        parameters = {name: self._value(part, setting, models) for name, setting in self._settings.items()}
         if self._takes_weights:
-            parameters["weight"] = dict(zip(models, weights, strict=True))
-        self._calls += 1
-        # Methods with random masks draw from torch's global generator: leave it as it was.
+            weights = dict(zip(models, part.weights, strict=True))
+            parameters["weight"] = {"base": 1.0, **weights} if self._weighs_base and uses_base else weights
+        # Methods with random masks draw from torch's global generator, of which every thread has its own: leave
+        # it as it was, and let nothing but the recipe, the models and the parameter decide.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed + self._calls)
+            torch.manual_seed(self.config.seed + int(part.uniform(0).flatten()[0] * 2**24))
             merged: Tensor = self._merge_tensors(
-                [tensor.clone() for tensor in inputs.values()],
+                [tensor.clone() for tensor in tensors if tensor is not None],
                 self._method,
                 parameters=parameters,
-                ids=list(inputs),
-                base_index=0 if base is not None else None,
+                ids=ids,
+                base_index=0 if uses_base else None,
             )
         return merged
+
+    @staticmethod
+    def _value(part: MergePart, setting: Any, models: list[str]) -> Any:
+        if isinstance(setting, PerModel):
+            return dict(zip(models, part.place.values(setting), strict=True))
+        return part.place.value(setting) if isinstance(setting, (int, float, list)) else setting
+
+
+def _setting(value: Any) -> Any:
+    """A number, list or mapping as a setting; words and switches as they are."""
+    if isinstance(value, (bool, str)) or value is None:
+        return value
+    try:
+        return TypeAdapter(ModelSetting).validate_python(value)
+    except ValidationError as error:
+        raise ModelError(f"{value!r} is no number, no list of numbers and no list of filters") from error
 
 
 def _method(library: Any, name: str) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import combinations
-from typing import ClassVar
 
 import torch
-from luthier.api import ModelError
+from luthier.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import ModelStockConfig
+from luthier_plugins.merge_methods.gram import from_base, gram
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 SINGULAR = 1e-6
 
@@ -19,22 +17,39 @@ class ModelStock:
     """t * mean_i theta_i + (1 - t) * base, with t = k cos / (1 + (k - 1) cos) for k models whose task vectors
     are at the mean angle arccos(cos) to each other (Jang et al. 2024, arXiv:2403.19522, equation 2).
 
-    The angle of a parameter is that of its entries as one vector. The models count alike.
+    The angle is that of whole parameters, or of each row. Where the models cancel each other out, the base is left.
     """
 
-    needs_base: ClassVar[bool] = True
+    granularity: Granularity = "statistics"
 
-    def __init__(self, config: ModelStockConfig) -> None: ...
+    def __init__(self, config: ModelStockConfig) -> None:
+        self.granularity = "elementwise" if config.filter_wise else "statistics"
 
-    def merge(self, tensors: Sequence[Tensor], weights: Sequence[float], base: Tensor | None) -> Tensor:
-        assert base is not None, "the merge stage gives the base to methods that need it"
-        if len(set(weights)) > 1:
-            raise ModelError("model_stock weighs its models by their angles", hint="leave `weights` out")
-        count = len(tensors)
-        deltas = [torch.sub(tensor, base) for tensor in tensors]
-        pairs = [cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in combinations(deltas, 2)]
-        cosine = torch.stack(pairs).mean()
-        bottom = 1 + (count - 1) * cosine
-        # Task vectors that cancel each other out leave nothing but the base.
-        share = count * cosine / bottom if abs(float(bottom)) > SINGULAR else torch.zeros(())
-        return base + share * torch.stack(deltas).mean(dim=0)
+    def measure(self, scan: Scan) -> Tensor:
+        products = gram(scan, from_base)
+        sizes = products.diagonal().sqrt()
+        cosines = (products / sizes.outer(sizes).clamp(min=SINGULAR)).clamp(-1, 1)
+        count = len(sizes)
+        return _share(torch.stack([cosines[a, b] for a, b in combinations(range(count), 2)]).mean(), count)
+
+    def merge(self, part: MergePart) -> Tensor:
+        assert part.base is not None, "model_stock requires a base in its config"
+        deltas = part.deltas
+        share = part.found if self.granularity == "statistics" else self._by_rows(deltas)
+        total = deltas[0]
+        for delta in deltas[1:]:
+            total.add_(delta)
+        return total.mul_(share.float() / len(deltas)).add_(part.base)
+
+    def _by_rows(self, deltas: list[Tensor]) -> Tensor:
+        cosines = [
+            ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=SINGULAR)).clamp(-1, 1)
+            for a, b in combinations(deltas, 2)
+        ]
+        return _share(torch.stack(cosines).mean(dim=0), len(deltas))[:, None]
+
+
+def _share(cosine: Tensor, count: int) -> Tensor:
+    bottom = 1 + (count - 1) * cosine
+    singular = bottom.abs() < SINGULAR
+    return torch.where(singular, 0.0, count * cosine / torch.where(singular, 1.0, bottom))

@@ -10,7 +10,7 @@ from luthier.api import Facts, StageContext
 from luthier.artifacts.datasets import read_split, require_split
 from luthier.train.loading import load_model, load_tokenizer, save_model
 from luthier.train.loop import train_tokens
-from luthier.train.text import Encoded, packed, render
+from luthier.train.text import Encoded, encode_text, packed, render
 from luthier_plugins.pretrain.config import PretrainConfig
 
 
@@ -40,4 +40,4 @@ class Pretrain:
     def _documents(rows: list[dict[str, Any]], tokenizer: Any) -> Iterator[list[int]]:
         for row in rows:
             text = row["text"] if "text" in row else render(tokenizer, row["messages"])
-            yield tokenizer(text, add_special_tokens=False)["input_ids"]
+            yield encode_text(tokenizer, text).input_ids

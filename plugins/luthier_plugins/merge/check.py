@@ -1,0 +1,138 @@
+"""What cannot be merged is refused here, from headers and configs alone: every problem at once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.api import ModelError
+from luthier.artifacts.models import tokenizer_digest
+from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
+from luthier_plugins.merge.reader import DTYPES, Weights
+from luthier_plugins.merge.writer import Described
+
+SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+        "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
+        "tie_word_embeddings", "sliding_window")  # fmt: skip
+SHOWN = 5
+WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64")
+
+
+def check(config: MergeConfig, inputs: Inputs) -> None:
+    """Refuse models that do not fit together.
+
+    Raises:
+        ModelError: with every problem that was found.
+    """
+    problems = list(dict.fromkeys(_problems(config, inputs)))
+    if problems:
+        text = problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems:", *problems])
+        raise ModelError(f"the models cannot be merged: {text}", hint="nothing was read or written")
+
+
+def _problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+    lead = inputs.lead
+    for other in inputs.all:
+        yield from _odd_dtypes(other)
+        if other is not lead:
+            yield from _other_config(lead, other, stacked=bool(config.slices))
+            if config.tokenizer == "base":
+                yield from _other_tokenizer(lead, other)
+            if not config.slices:
+                yield from _other_tensors(lead, other, ignore_rows=config.tokenizer != "base")
+    yield from _slices(config, inputs)
+
+
+def _odd_dtypes(model: Weights) -> Iterator[str]:
+    odd = sorted(name for name, header in model.headers.items() if header.dtype not in (*DTYPES, *WHOLE))
+    quantized = "quantization_config" in model.config
+    if odd or quantized:
+        what = f"{odd[0]} is stored as {model.headers[odd[0]].dtype}" if odd else "its weights are quantized"
+        yield f"{model.label}: {what}; merge the full-precision models, and quantize the result"
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the rotary embedding, as transformers 4 and 5 write it."""
+    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = scaling.get("rope_theta", config.get("rope_theta"))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    rest = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
+    return {"rope_theta": None if theta is None else float(theta), "rope_type": kind, **rest}
+
+
+def _other_config(lead: Weights, other: Weights, *, stacked: bool) -> Iterator[str]:
+    pair = f"{lead.label} and {other.label}"
+    for key in SAME:
+        if stacked and key == "num_hidden_layers":
+            continue
+        ours, theirs = lead.config.get(key), other.config.get(key)
+        if ours != theirs and ours is not None and theirs is not None:
+            yield f"{pair} differ in {key}: {ours} and {theirs}"
+    left, right = rope_of(lead.config), rope_of(other.config)
+    for key in sorted({*left, *right}):
+        if left.get(key) != right.get(key):
+            yield f"{pair} differ in the rotary embedding's {key}: {left.get(key)} and {right.get(key)}"
+
+
+def _other_tokenizer(lead: Weights, other: Weights) -> Iterator[str]:
+    if tokenizer_digest(lead.artifact.path) != tokenizer_digest(other.artifact.path):
+        yield f"{lead.label} and {other.label} have different tokenizers; `tokenizer: union` joins them"
+
+
+def _other_tensors(lead: Weights, other: Weights, *, ignore_rows: bool) -> Iterator[str]:
+    for name_of, missing in ((other.label, sorted(set(lead.headers) - set(other.headers))),
+                             (lead.label, sorted(set(other.headers) - set(lead.headers)))):  # fmt: skip
+        if missing:
+            more = f" and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
+            yield f"{name_of} lacks the tensors {', '.join(missing[:SHOWN])}{more}"
+    shared = [name for name in lead.headers if name in other.headers]
+    odd = [name for name in shared
+           if not _fits(name, lead.headers[name].shape, other.headers[name].shape, ignore_rows)]  # fmt: skip
+    for name in odd[:SHOWN]:
+        yield (f"the shape of {name} differs: {list(lead.headers[name].shape)} in {lead.label}, "
+               f"{list(other.headers[name].shape)} in {other.label}")  # fmt: skip
+    if len(odd) > SHOWN:
+        yield f"the shapes of {len(odd) - SHOWN} more tensors differ"
+
+
+def _fits(name: str, left: Sequence[int], right: Sequence[int], ignore_rows: bool) -> bool:
+    if ignore_rows and is_vocabulary(name):
+        return tuple(left[1:]) == tuple(right[1:])
+    return tuple(left) == tuple(right)
+
+
+def is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for every token."""
+    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "lm_head.bias"))
+
+
+def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+    placed = iter(inputs.models)
+    for part in config.slices:
+        for source in part.sources:
+            model = next(placed)
+            count = max(layers_of(list(model.headers)).values(), default=0)
+            if source.layers[1] > count:
+                yield f"{model.label} has {count} layers; a slice takes [{source.layers[0]}, {source.layers[1]}]"
+            odd = [name for name in inputs.lead.headers if LAYER.match(name) is None and name not in model.headers]
+            if odd:
+                yield f"{model.label} lacks the tensor {odd[0]}"
+
+
+def check_room(folder: Path, tensors: Mapping[str, Described]) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        ModelError: there is too little room.
+    """
+    needed = sum(about.bytes for about in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ModelError(
+            f"the merged model needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left",
+            where=str(folder),
+            hint="free some space (`luthier clean`) or choose another store with --store",
+        )

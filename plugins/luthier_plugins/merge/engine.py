@@ -1,0 +1,319 @@
+"""Merges tensor by tensor, each in parts, with several workers.
+
+Small parameters are shared out among the workers; a large one is split, and all workers work on it. A part is always
+the same rows (`luthier.train.merging.Grid`), and sums are added up in the order of the parts: the result hangs
+neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from luthier.api import Merge, MergePart, MergePlace
+from luthier.artifacts.models import TensorHeader, safetensors_header
+from luthier.train.merging import Grid, Noise, in_order, measured
+from luthier_plugins.merge.reader import SIZES, Files, Scratch, Weights
+from luthier_plugins.merge.writer import Output
+from torch import Tensor
+
+CHUNK = 1 << 21
+"""Entries in a job on a large parameter, at least one part."""
+COPY = 1 << 22
+"""Bytes copied at once."""
+MEMORY = 2 << 30
+"""Bytes that whole-matrix methods may hold at once, unless one matrix alone needs more."""
+MATRIX_COPIES = 6
+"""How many copies of a matrix a decomposition needs beside its inputs, at most."""
+Span = tuple[int, int]
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Look = Callable[[MergePart], Tensor]
+Walk = Callable[[Look, bool], Iterator[Tensor]]
+"""Gives what a look at each part returns; whole numbers may be added up on the way when the flag says so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """Where one model's part in a parameter comes from."""
+
+    weights: Weights
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tensor of the merged model.
+
+    Attributes:
+        place: What it is.
+        roles: Where it comes from, a role a model; one role and no method: it is copied as it is.
+        base: Where the base's part comes from.
+        numbers: The models' weights for it.
+        noise: The random numbers of this tensor.
+    """
+
+    place: MergePlace
+    roles: Sequence[Role]
+    base: Role | None = None
+    numbers: Sequence[float] = ()
+    noise: Noise | None = None
+    extras: Sequence[tuple[Files, str]] = ()
+    copied: bool = False
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.place.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the engine works; none of it changes a bit of the result."""
+
+    workers: int = 1
+    chunk: int = CHUNK
+    memory: int = MEMORY
+    device: str = "cpu"
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Admits whole matrices as far as the memory goes; one alone is always admitted."""
+
+    limit: int
+    used: int = 0
+    condition: threading.Condition = field(default_factory=threading.Condition)
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        with self.condition:
+            self.condition.wait_for(lambda: self.used == 0 or self.used + size <= self.limit)
+            self.used += size
+        try:
+            yield
+        finally:
+            with self.condition:
+                self.used -= size
+                self.condition.notify_all()
+
+
+class Engine:
+    """Runs the tasks of one merge.
+
+    Args:
+        method: The merge method.
+        output: Where results go.
+        settings: How to work.
+        progress: Called with the entries done and their number.
+    """
+
+    def __init__(self, method: Merge, output: Output, settings: Settings, progress: Callable[[int, int], None]) -> None:
+        self.method = method
+        self.output = output
+        self.settings = settings
+        self.progress = progress
+        self._local = threading.local()
+        self._budget = _Budget(settings.memory)
+
+    def run(self, tasks: Sequence[Task]) -> None:
+        """Merge all tensors. What a method raises is raised here; the other jobs are given up then."""
+        before = torch.get_num_threads()
+        # One compute thread each: the pool is over tensors and parts.
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(self.settings.workers) as pool:
+                self._run(pool, tasks)
+        finally:
+            torch.set_num_threads(before)
+
+    def _run(self, pool: ThreadPoolExecutor, tasks: Sequence[Task]) -> None:
+        total = sum(task.entries for task in tasks)
+        done = 0
+        small: list[Task] = []
+        for task in tasks:
+            if task.copied or self.method.granularity == "matrix" or task.entries <= 2 * self.settings.chunk:
+                small.append(task)
+                continue
+            self._split(pool, task)
+            done += task.entries
+            self.progress(done, total)
+        # The largest first, so that no worker is left with one at the end.
+        small.sort(key=lambda task: -task.entries)
+        pending: set[Future[int]] = {pool.submit(self._whole, task) for task in small}
+        try:
+            while pending:
+                finished, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                done += sum(future.result() for future in finished)
+                self.progress(done, total)
+        except BaseException:
+            for future in pending:
+                future.cancel()
+            raise
+
+    # -- one worker, one tensor -------------------------------------------------------------------
+
+    def _whole(self, task: Task) -> int:
+        """Merge a tensor in this thread."""
+        if task.copied:
+            self._copy(task)
+        elif self.method.granularity == "matrix":
+            self._matrix(task)
+        else:
+            spans = list(Grid.of(task.place.shape).spans())
+            found = measured(
+                self.method, _Scan(task, lambda look, _: (look(part) for part in self._parts(task, spans)))
+            )
+            for part in self._parts(task, spans, found):
+                self._write(task, part)
+        return task.entries
+
+    def _write(self, task: Task, part: MergePart) -> None:
+        self.output.write(task.place.name, part.start, self.method.merge(part), self._scratch)
+
+    def _copy(self, task: Task) -> None:
+        role = task.roles[0]
+        size = task.entries * SIZES[role.weights.headers[role.name].dtype]
+        for first in range(0, size, COPY):
+            raw = self._scratch.raw(min(COPY, size - first))
+            role.weights.files.raw(role.name, first, raw)
+            self.output.raw(task.place.name, first, raw)
+
+    def _matrix(self, task: Task) -> None:
+        size = 4 * task.entries * (len(task.roles) + (task.base is not None) + MATRIX_COPIES)
+        with self._budget.of(size):
+            grid = Grid.of(task.place.shape)
+            whole = self._part(task, (0, grid.rows), None, Scratch())
+            device, shape = self.settings.device, task.place.shape
+            part = MergePart(
+                task.place, 0, [tensor.view(shape).to(device) for tensor in whole.tensors], task.numbers,
+                None if whole.base is None else whole.base.view(shape).to(device), None,
+                [files.whole(name).to(device) for files, name in task.extras], task.noise,
+            )  # fmt: skip
+            merged = self.method.merge(part).cpu().reshape(-1)
+            for first in range(0, merged.numel(), self.settings.chunk):
+                self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)
+
+    # -- all workers, one tensor ------------------------------------------------------------------
+
+    def _split(self, pool: ThreadPoolExecutor, task: Task) -> None:
+        """Merge a large tensor with all workers."""
+        grid = Grid.of(task.place.shape)
+        spans = list(grid.spans())
+        several = max(1, self.settings.chunk // (grid.height * grid.columns))
+        jobs = [spans[first : first + several] for first in range(0, len(spans), several)]
+
+        def walk(look: Look, add: bool) -> Iterator[Tensor]:
+            def work(job: Sequence[Span]) -> list[Tensor]:
+                looks = (look(part) for part in self._parts(task, job))
+                return _condensed(looks) if add else list(looks)
+
+            for found in _ahead(pool, work, jobs, 2 * self.settings.workers):
+                yield from found
+
+        found = measured(self.method, _Scan(task, walk))
+
+        def work(job: Sequence[Span]) -> None:
+            for part in self._parts(task, job, found):
+                self._write(task, part)
+
+        for _ in _ahead(pool, work, jobs, 2 * self.settings.workers):
+            pass
+
+    # -- parts ------------------------------------------------------------------------------------
+
+    @property
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        return self._local.scratch
+
+    def _parts(self, task: Task, spans: Iterable[Span], found: Any = None) -> Iterator[MergePart]:
+        for span in spans:
+            yield self._part(task, span, found, self._scratch)
+
+    def _part(self, task: Task, span: Span, found: Any, scratch: Scratch) -> MergePart:
+        """Read a part into the scratch buffers: it is valid until the next one is read there."""
+        columns = Grid.of(task.place.shape).columns
+        rows, start = span[1] - span[0], span[0] * columns
+        inputs: list[Tensor] = []
+        for role in [*task.roles, *([task.base] if task.base else [])]:
+            buffer = scratch.floats(len(inputs), rows * columns).view(rows, columns)
+            role.weights.read(role.name, start, buffer, scratch)
+            inputs.append(buffer)
+        extras: list[Tensor] = []
+        if self.method.granularity != "matrix":
+            for files, name in task.extras:
+                buffer = scratch.floats(len(inputs) + len(extras), rows * columns)
+                files.floats(name, start, buffer, scratch)
+                extras.append(buffer.view(rows, columns))
+        base = inputs.pop() if task.base else None
+        return MergePart(task.place, start, inputs, task.numbers, base, found, extras, task.noise)
+
+
+class _Scan:
+    """A `luthier.api.Scan` over what `walk` gives."""
+
+    def __init__(self, task: Task, walk: Walk) -> None:
+        self.place = task.place
+        self.weights = task.numbers
+        self._walk = walk
+
+    def __call__(self, look: Look) -> Tensor:
+        return in_order(self._walk(look, True))
+
+    def each(self, look: Look) -> list[Tensor]:
+        return list(self._walk(look, False))
+
+
+def _condensed(values: Iterator[Tensor]) -> list[Tensor]:
+    """The values of one job; whole numbers are added up at once, since their order does not matter."""
+    found: list[Tensor] = []
+    for value in values:
+        if found and value.dtype == torch.int64:
+            found[0] += value
+        else:
+            found.append(value)
+    return found
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job], window: int
+) -> Iterator[Result]:
+    """The results in the order of the jobs, with at most `window` of them under way or waiting."""
+    pending: list[Future[Result]] = []
+    try:
+        for job in jobs:
+            pending.append(pool.submit(work, job))
+            if len(pending) >= window:
+                yield pending.pop(0).result()
+        while pending:
+            yield pending.pop(0).result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+def extras_of(prepared: Sequence[Mapping[str, Path]]) -> Callable[[str], list[tuple[Files, str]]]:
+    """Finds what a method has prepared for a parameter: from every model, or nothing."""
+    opened: dict[Path, Files] = {}
+
+    def find(name: str) -> list[tuple[Files, str]]:
+        if not prepared or not all(name in files for files in prepared):
+            return []
+        found: list[tuple[Files, str]] = []
+        for files in prepared:
+            path = files[name]
+            if path not in opened:
+                headers: dict[str, TensorHeader] = safetensors_header(path)
+                opened[path] = Files(path.parent, headers)
+            found.append((opened[path], name))
+        return found
+
+    return find

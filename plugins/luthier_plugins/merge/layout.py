@@ -1,0 +1,175 @@
+"""What the merged model is made of: its tensors, where each comes from, and its config."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.api import MergePlace, Setting
+from luthier.train.merging import Noise
+from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.engine import Role, Task
+from luthier_plugins.merge.reader import DTYPES, Weights
+from luthier_plugins.merge.writer import Described
+
+LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The merged model before a tensor is read.
+
+    Attributes:
+        tensors: All tensors, in order.
+        tasks: How each is made.
+        config: Its ``config.json``.
+        copied: The tensors that are not merged but copied from the base, such as whole-number buffers.
+    """
+
+    tensors: dict[str, Described]
+    tasks: list[Task]
+    config: dict[str, Any]
+    copied: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The models of a merge, opened."""
+
+    models: list[Weights]
+    base: Weights | None
+
+    @property
+    def all(self) -> list[Weights]:
+        """Every model once, the base first."""
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.models]))
+
+    @property
+    def lead(self) -> Weights:
+        """The model that config, template and dtype are taken from."""
+        return self.base or self.models[0]
+
+
+def layers_of(names: Sequence[str]) -> dict[str, int]:
+    """How many layers there are below each prefix."""
+    counts: dict[str, int] = {}
+    for name in names:
+        match = LAYER.match(name)
+        if match:
+            counts[match["head"]] = max(counts.get(match["head"], 0), int(match["number"]) + 1)
+    return counts
+
+
+def depth_of(name: str, counts: Mapping[str, int]) -> float:
+    """0 for the first layer, 1 for the last; 0 outside of layers."""
+    match = LAYER.match(name)
+    if match is None:
+        return 0.0
+    count = counts[match["head"]]
+    return int(match["number"]) / (count - 1) if count > 1 else 1.0
+
+
+def lay_out(config: MergeConfig, inputs: Inputs, seed: int, dtype: str | None) -> Layout:
+    """Plan every tensor of the merged model."""
+    maker = _Maker(inputs, seed, dtype)
+    if config.slices:
+        return maker.stacked(config)
+    weights = config.weights or [1.0] * len(inputs.models)
+    return maker.plain(weights)
+
+
+class _Maker:
+    def __init__(self, inputs: Inputs, seed: int, dtype: str | None) -> None:
+        self.inputs = inputs
+        self.seed = seed
+        self.dtype = NAMES[dtype] if dtype else None
+        self.tensors: dict[str, Described] = {}
+        self.tasks: list[Task] = []
+        self.copied: list[str] = []
+
+    def plain(self, weights: Sequence[Any]) -> Layout:
+        lead = self.inputs.lead
+        counts = layers_of(list(lead.headers))
+        for name in lead.headers:
+            self._add(name, [Role(model, name) for model in self.inputs.models], weights, depth_of(name, counts))
+        return self._layout(dict(lead.config))
+
+    def stacked(self, config: MergeConfig) -> Layout:
+        """Slice after slice; what is in no layer comes from the first slice when it is an embedding, else the last."""
+        placed = iter(self.inputs.models)
+        slices = [[(next(placed), source) for source in part.sources] for part in config.slices]
+        lead = self.inputs.lead
+        heads = layers_of(list(lead.headers))
+        assert heads, "checked: a model without layers has no slices"
+        head = max(heads, key=lambda key: heads[key])
+        outside = [name for name in lead.headers if LAYER.match(name) is None]
+        order = {"first": [n for n in outside if "embed" in n], "last": [n for n in outside if "embed" not in n]}
+        for name in order["first"]:
+            self._outside(name, slices[0])
+        number = 0
+        sources: list[tuple[int, int]] = []
+        for part in slices:
+            count = part[0][1].layers[1] - part[0][1].layers[0]
+            for step in range(count):
+                depth = step / (count - 1) if count > 1 else 1.0
+                self._layer(head, number, step, part, depth)
+                sources.append((part[0][1].layers[0] + step, number))
+                number += 1
+        for name in order["last"]:
+            self._outside(name, slices[-1])
+        return self._layout(_restacked(lead.config, [source for source, _ in sources]))
+
+    def _outside(self, name: str, part: Sequence[tuple[Weights, Any]]) -> None:
+        self._add(name, [Role(model, name) for model, _ in part], [source.weight for _, source in part], 0.0)
+
+    def _layer(self, head: str, number: int, step: int, part: Sequence[tuple[Weights, Any]], depth: float) -> None:
+        first = part[0][1].layers[0] + step
+        start = f"{head}{first}."
+        tails = [name[len(start) - 1 :] for name in part[0][0].headers if name.startswith(start)]
+        for tail in tails:
+            roles = [Role(model, f"{head}{source.layers[0] + step}{tail}") for model, source in part]
+            base = f"{head}{first}{tail}"
+            self._add(f"{head}{number}{tail}", roles, [source.weight for _, source in part], depth, base)
+
+    def _add(
+        self, name: str, roles: Sequence[Role], weights: Sequence[Any], depth: float, base_name: str | None = None
+    ) -> None:
+        lead = self.inputs.lead
+        header = lead.headers.get(base_name or name) or roles[0].weights.headers[roles[0].name]
+        shape = header.shape
+        if header.dtype not in DTYPES:
+            source = Role(lead, name) if name in lead.headers else roles[0]
+            self.tensors[name] = Described(header.dtype, shape)
+            self.tasks.append(Task(MergePlace(name, shape), [source], copied=True))
+            self.copied.append(name)
+            return
+        place = MergePlace(name, shape, depth, len(roles))
+        numbers = [place.value(_setting(weight)) for weight in weights]
+        base = Role(self.inputs.base, base_name or name) if self.inputs.base else None
+        noise = Noise(self.seed, [role.weights.content for role in roles], name)
+        self.tensors[name] = Described(self.dtype or header.dtype, shape)
+        self.tasks.append(Task(place, roles, base, numbers, noise))
+
+    def _layout(self, config: dict[str, Any]) -> Layout:
+        if self.dtype is not None:
+            long = next(key for key, value in NAMES.items() if value == self.dtype)
+            config = {**config, **{key: long for key in ("dtype", "torch_dtype") if key in config}}
+        return Layout(self.tensors, self.tasks, config, self.copied)
+
+
+def _setting(value: Setting) -> Any:
+    return value
+
+
+def _restacked(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str, Any]:
+    """A config for a new stack of layers: their number, and every list that has an entry a layer."""
+    count = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config)
+    before = config[count]
+    result = {**config, count: len(sources)}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == before and key.startswith(("layer", "no_rope", "mlp_layer")):
+            result[key] = [value[source] for source in sources]
+    return result

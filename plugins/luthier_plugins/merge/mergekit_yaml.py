@@ -1,0 +1,204 @@
+"""mergekit's own YAML files as configs of the stage ``merge``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+Values = dict[str, Any]
+KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
+         "tokenizer", "name"}  # fmt: skip
+OURS: dict[str, dict[str, str]] = {
+    "linear": {"normalize": "normalize"},
+    "slerp": {"t": "t"},
+    "nuslerp": {"nuslerp_flatten": "flatten"},
+    "multislerp": {"normalize_weights": "normalize"},
+    "karcher": {"max_iter": "steps", "tol": "tolerance"},
+    "task_arithmetic": {"normalize": "normalize", "lambda": "scale"},
+    "ties": {"density": "density", "normalize": "normalize", "lambda": "scale"},
+    "dare_linear": {"density": "density", "rescale": "rescale", "normalize": "normalize", "lambda": "scale"},
+    "dare_ties": {"density": "density", "rescale": "rescale", "normalize": "normalize", "lambda": "scale"},
+    "della": {"density": "density", "epsilon": "epsilon", "rescale": "rescale", "normalize": "normalize",
+              "lambda": "scale"},
+    "della_linear": {"density": "density", "epsilon": "epsilon", "rescale": "rescale", "normalize": "normalize",
+                     "lambda": "scale"},
+    "breadcrumbs": {"density": "density", "gamma": "gamma", "normalize": "normalize", "lambda": "scale"},
+    "breadcrumbs_ties": {"density": "density", "gamma": "gamma", "normalize": "normalize", "lambda": "scale"},
+    "model_stock": {"filter_wise": "filter_wise"},
+    "sce": {"select_topk": "density"},
+    "nearswap": {"t": "t"},
+    "arcee_fusion": {},
+    "ram": {"epsilon": "threshold"},
+    "ramplus_tl": {"epsilon": "threshold", "r": "r", "alpha": "alpha"},
+    "passthrough": {"scale": "scale"},
+}  # fmt: skip
+"""mergekit's methods that Luthier has, and what their parameters are called here."""
+DEFAULTS: dict[str, Values] = {
+    **{name: {"density": 1.0} for name in ("ties", "dare_linear", "dare_ties", "della", "della_linear",
+                                           "breadcrumbs", "breadcrumbs_ties")},
+    "ramplus_tl": {"r": 0.1, "alpha": 0.2},
+}  # fmt: skip
+"""Where mergekit's default is another than ours."""
+RENAMED = {"ramplus_tl": "ram"}
+BASE_IS_A_MODEL = ("slerp",)
+"""Methods whose base is the first of the models here."""
+WITHOUT_BASE = ("linear", "karcher", "passthrough", *BASE_IS_A_MODEL)
+WEIGHTED = ("linear", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della",
+            "della_linear", "breadcrumbs", "breadcrumbs_ties")  # fmt: skip
+IGNORED = ("int8_mask",)
+"""Only saves memory there."""
+DTYPES = {"float32", "float16", "bfloat16"}
+
+
+def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
+    """A config of the stage ``merge`` that does what a mergekit file says.
+
+    Args:
+        values: The stage's own values; ``config`` names the file, the others win over what it says.
+        folder: What relative paths start from.
+
+    Raises:
+        ValueError: the file cannot be read, or says something that Luthier cannot do.
+    """
+    own = {key: value for key, value in values.items() if key != "config"}
+    path = Path(folder or ".") / Path(str(values["config"])).expanduser()
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the mergekit file '{path}' cannot be read: {error}") from error
+    if not isinstance(content, dict) or "merge_method" not in content:
+        raise ValueError(f"'{path}' is no mergekit file: it has no merge_method")
+    found = cast("Values", content)
+    if "modules" in found:
+        raise ValueError("`modules` of mergekit files are not supported: merge each module's model on its own")
+    odd = sorted(set(found) - KNOWN)
+    if odd:
+        raise ValueError(f"the mergekit file has '{odd[0]}', which is not supported")
+    return {**_Reader(found, path.parent).config(), **own}
+
+
+class _Reader:
+    """Translates one file."""
+
+    def __init__(self, content: Values, folder: Path) -> None:
+        self.content = content
+        self.folder = folder
+        self.method = str(content["merge_method"])
+        self.shared: Values = {key: item for key, item in (content.get("parameters") or {}).items()
+                               if key not in IGNORED}  # fmt: skip
+
+    def config(self) -> Values:
+        base = self._place(self.content["base_model"]) if "base_model" in self.content else None
+        result: Values = {}
+        if "models" in self.content:
+            entries = [(self._place(entry["model"]), dict(entry.get("parameters") or {}))
+                       for entry in self.content["models"]]  # fmt: skip
+            result |= self._of_models(entries, base)
+        elif "slices" in self.content:
+            result |= self._of_slices(self.content["slices"], base)
+        else:
+            raise ValueError("the mergekit file has neither `models` nor `slices`")
+        for key in ("out_dtype", "dtype"):
+            if self.content.get(key) in DTYPES:
+                result["dtype"] = self.content[key]
+                break
+        tokenizer = self.content.get("tokenizer_source") or (self.content.get("tokenizer") or {}).get("source")
+        if tokenizer is not None:
+            result["tokenizer"] = tokenizer if tokenizer in ("base", "union") else self._place(tokenizer)
+        return result
+
+    def _of_models(self, entries: list[tuple[str, Values]], base: str | None) -> Values:
+        if self.method in BASE_IS_A_MODEL and base is not None:
+            if base not in [place for place, _ in entries]:
+                entries = [(base, {}), *entries]
+            entries.sort(key=lambda entry: entry[0] != base)
+        elif self.method not in WITHOUT_BASE:
+            entries = [entry for entry in entries if entry[0] != base]
+        result: Values = {"models": [place for place, _ in entries]}
+        if base is not None and self.method not in WITHOUT_BASE:
+            result["base"] = base
+        method = self._method([parameters for _, parameters in entries])
+        if method["uses"] != "mergekit" and self.method in WEIGHTED:
+            result["weights"] = [self._weight(parameters) for _, parameters in entries]
+        return {**result, "method": method}
+
+    def _of_slices(self, slices: Sequence[Values], base: str | None) -> Values:
+        made: list[Values] = []
+        parameters: list[Values] = []
+        for entry in slices:
+            if entry.get("parameters") or entry.get("base_model") or entry.get("residual_weight"):
+                raise ValueError("a slice of the mergekit file has settings of its own, which is not supported: "
+                                 "use filters or gradients, or a recipe")  # fmt: skip
+            sources: list[Values] = []
+            for source in entry["sources"]:
+                place = self._place(source["model"])
+                own = dict(source.get("parameters") or {})
+                first = self.method in BASE_IS_A_MODEL and place == base
+                if place == base and self.method not in WITHOUT_BASE:
+                    continue
+                made_of: Values = {"model": place, "layers": list(source["layer_range"])}
+                if self.method in WEIGHTED:
+                    made_of["weight"] = self._weight(own)
+                sources.insert(0 if first else len(sources), made_of)
+                parameters.append(own)
+            made.append({"sources": sources})
+        result: Values = {"slices": made}
+        if base is not None and self.method not in WITHOUT_BASE:
+            result["base"] = base
+        return {**result, "method": self._method(parameters if len(slices) == 1 else [{}])}
+
+    def _method(self, parameters: Sequence[Values]) -> Values:
+        names = OURS.get(self.method)
+        given = {key for values in parameters for key in values} | set(self.shared)
+        extra = sorted(given - set(names or {}) - set(IGNORED) - ({"weight"} if self.method in WEIGHTED else set()))
+        if names is None or extra:
+            return self._foreign(parameters, given)
+        result: Values = {"uses": RENAMED.get(self.method, self.method), **DEFAULTS.get(self.method, {})}
+        for theirs, ours in names.items():
+            if theirs in given:
+                result[ours] = self._setting(theirs, parameters, DEFAULTS.get(self.method, {}).get(ours))
+        return result
+
+    def _foreign(self, parameters: Sequence[Values], given: set[str]) -> Values:
+        """The method as mergekit has it, through its own code."""
+        values = {key: self._setting(key, parameters, None) for key in sorted(given)}
+        return {"uses": "mergekit", "name": self.method, "parameters": values}
+
+    def _setting(self, name: str, parameters: Sequence[Values], default: Any) -> Any:
+        if not any(name in values for values in parameters):
+            return self._complete(self.shared[name], default)
+        several = [self._complete(values.get(name, self.shared.get(name, default)), default) for values in parameters]
+        return several[0] if all(item == several[0] for item in several) else {"per_model": several}
+
+    def _weight(self, parameters: Values) -> Any:
+        if "weight" not in parameters and "weight" not in self.shared:
+            raise ValueError(f"{self.method} needs a weight for every model in the mergekit file")
+        return self._complete(parameters.get("weight", self.shared.get("weight")), 1.0)
+
+    @staticmethod
+    def _complete(value: Any, default: Any) -> Any:
+        """A list of filters whose last entry is for all other parameters."""
+        if isinstance(value, dict):
+            value = [value]
+        if isinstance(value, list) and value and isinstance(value[-1], dict):
+            entries = [{**entry, "filter": entry.get("filter")} for entry in cast("list[Values]", value)]
+            if entries[-1]["filter"] not in (None, "*"):
+                if default is None:
+                    raise ValueError("a list of filters in the mergekit file has no entry for all other tensors")
+                entries.append({"filter": None, "value": default})
+            return entries
+        return value
+
+    def _place(self, model: Any) -> str:
+        """A model's folder, relative to the file or to where one stands; else its hub id."""
+        text = str(model)
+        if "+" in text:
+            raise ValueError(f"'{text}': name an adapter's own folder, or fold it first")
+        for path in (self.folder / Path(text).expanduser(), Path(text).expanduser()):
+            if path.is_dir():
+                return os.path.abspath(path)
+        return f"hf:{text}"

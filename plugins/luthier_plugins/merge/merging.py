@@ -1,0 +1,118 @@
+"""One merge from beginning to end: open, check, plan, merge in a stream, look at the result."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, StageContext
+from luthier.artifacts.digest import files_in
+from luthier.artifacts.models import carry_text_files, model_facts
+from luthier_plugins.merge.check import check, check_room
+from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.engine import Engine, Settings, extras_of
+from luthier_plugins.merge.layout import Inputs, lay_out
+from luthier_plugins.merge.reader import Unfoldable, Weights, dump_json
+from luthier_plugins.merge.verify import Verifier
+from luthier_plugins.merge.writer import INDEX, Output
+
+
+def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -> Facts:
+    """Merge into the context's folder and return the facts of the new model.
+
+    Args:
+        verifier: Looks at the result; it may still be starting.
+    """
+    method: Merge = context.component(config.method)
+    with ExitStack() as stack:
+        artifacts = _artifacts(config, context)
+        inputs = open_inputs(artifacts, _base(config, context), context, stack)
+        check(config, inputs)
+        layout = lay_out(config, inputs, context.seed, config.dtype)
+        check_room(context.out, layout.tensors)
+        prepared = extras_of(_prepared(method, context, artifacts))
+        tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
+        output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
+        engine = Engine(method, output, _settings(config, method), lambda done, total:
+                        context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
+        engine.run(tasks)
+        _carry(inputs.lead.artifact, context.out)
+        dump_json(context.out / "config.json", layout.config)
+        proof = verifier.verdict(meanwhile=output.sync)
+    if layout.copied:
+        context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
+    return {
+        **model_facts(context.out),
+        "merged": len(layout.tensors) - len(layout.copied),
+        "copied": layout.copied,
+        "method": config.method.name,
+        "proof": proof,
+    }
+
+
+def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
+    """The models in the order in which layers or weights name them."""
+    if not config.slices:
+        return context.inputs("models")
+    return [context.input(f"slices.{place}.sources.{number}.model")
+            for place, part in enumerate(config.slices) for number in range(len(part.sources))]  # fmt: skip
+
+
+def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
+    uses = config.method.config
+    assert isinstance(uses, MergeMethodConfig)
+    return context.input("base") if config.base and uses.base != "unused" else None
+
+
+def open_inputs(
+    artifacts: Sequence[Artifact], base: Artifact | None, context: StageContext, stack: ExitStack
+) -> Inputs:
+    """Open every model once; an adapter that cannot be added on the way is folded first."""
+    opened: dict[str, Weights] = {}
+
+    def open_one(artifact: Artifact) -> Weights:
+        if artifact.key not in opened:
+            try:
+                opened[artifact.key] = Weights(artifact)
+            except Unfoldable as reason:
+                context.log(f"folding {artifact.manifest.get('stage')} with PEFT: it has {reason}")
+                opened[artifact.key] = Weights(_folded(artifact, context.work / f"folded-{artifact.key[:16]}"))
+            stack.callback(opened[artifact.key].close)
+        return opened[artifact.key]
+
+    models = [open_one(artifact) for artifact in artifacts]
+    return Inputs(models, open_one(base) if base else None)
+
+
+def _folded(artifact: Artifact, scratch: Path) -> Artifact:
+    from luthier.train.loading import full_weights
+
+    folder = full_weights(artifact, scratch)
+    return replace(artifact, kind="model", path=folder)
+
+
+def _prepared(method: Any, context: StageContext, models: Sequence[Artifact]) -> Any:
+    prepare = getattr(method, "prepare", None)
+    return prepare(context, models) if prepare else []
+
+
+def _settings(config: MergeConfig, method: Merge) -> Settings:
+    on_gpu = method.granularity == "matrix" and torch.cuda.is_available()
+    workers = config.workers or len(os.sched_getaffinity(0))
+    return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu")
+
+
+def _carry(model: Artifact, out: Path) -> None:
+    """Everything but weights: from the full model, then the text files from the model itself."""
+    full = model.base.path if model.kind == "adapter" else model.path
+    for path in files_in(full):
+        weights = path.suffix == ".safetensors" or path.name in ("manifest.json", INDEX)
+        if path.parent == full and not weights:
+            shutil.copyfile(path, out / path.name)
+    carry_text_files(model.path, out)

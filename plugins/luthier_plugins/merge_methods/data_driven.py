@@ -1,0 +1,157 @@
+"""Methods that look at what each model does with data before they merge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from luthier.api import Artifact, DataError, Granularity, MergePart, ModelError, StageContext
+from luthier.artifacts.datasets import require_split
+from luthier_plugins.merge_methods.config import DataMethodConfig, FisherConfig, RegmeanConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Prepared = list[Mapping[str, Path]]
+
+
+def _rows(config: DataMethodConfig, model: Artifact, context: StageContext) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token ids and labels, each of shape (1, tokens), of the first rows of the data."""
+    from luthier.train.loading import load_tokenizer
+    from luthier.train.text import encode_conversation, encode_text
+
+    tokenizer = load_tokenizer(model)
+    for row in require_split(context.input("method.data"), "train")[: config.rows]:
+        if "messages" in row:
+            encoded = encode_conversation(tokenizer, row["messages"], model.facts["stop_token_ids"])
+        elif "text" in row:
+            encoded = encode_text(tokenizer, row["text"])
+        else:
+            raise DataError("this method looks at conversations or texts", hint="give `method.data` one of these")
+        ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
+        if len(ids) > 1:
+            yield torch.tensor([ids]), torch.tensor([labels])
+
+
+def _full(model: Artifact) -> Any:
+    from luthier.train.loading import fold, load_model
+
+    return fold(load_model(model)).eval()
+
+
+def _average(part: MergePart) -> Tensor:
+    """The weighted mean, for parameters of which the data says nothing."""
+    total = sum(part.weights)
+    first = part.tensors[0]
+    merged = first.clone()
+    for tensor, weight in zip(part.tensors[1:], part.weights[1:], strict=True):
+        merged.add_(tensor.sub(first), alpha=weight / total)
+    return merged
+
+
+class Fisher:
+    """sum_i w_i F_i theta_i / sum_i w_i F_i with F_i the diagonal of model i's empirical Fisher information: the mean
+    over rows of the squared gradient of the row's loss (Matena and Raffel 2021, arXiv:2111.09832, equation 6).
+    """
+
+    granularity: ClassVar[Granularity] = "elementwise"
+
+    def __init__(self, config: FisherConfig) -> None:
+        self.config = config
+
+    def prepare(self, context: StageContext, models: Sequence[Artifact]) -> Prepared:
+        return [self._of(model, place, context) for place, model in enumerate(models)]
+
+    def _of(self, model: Artifact, place: int, context: StageContext) -> Mapping[str, Path]:
+        context.log(f"Fisher information of {model.manifest.get('stage')}")
+        network = _full(model)
+        parameters = dict(network.named_parameters())
+        totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        count = 0
+        for ids, labels in _rows(self.config, model, context):
+            context.progress(count, self.config.rows, "rows")
+            network.zero_grad()
+            network(input_ids=ids, labels=labels).loss.backward()
+            for name, parameter in parameters.items():
+                if parameter.grad is not None:
+                    totals[name] += parameter.grad.square()
+            count += 1
+        if not count:
+            raise DataError("the data has no row with more than one token")
+        path = context.work / f"fisher-{place}.safetensors"
+        save_file({name: (total / count).contiguous() for name, total in totals.items()}, path)
+        return dict.fromkeys(totals, path)
+
+    def merge(self, part: MergePart) -> Tensor:
+        if not part.extras:
+            return _average(part)
+        top = torch.zeros_like(part.tensors[0])
+        bottom = torch.zeros_like(part.tensors[0])
+        for tensor, information, weight in zip(part.tensors, part.extras, part.weights, strict=True):
+            share = (information + self.config.floor) * weight
+            top.addcmul_(share, tensor)
+            bottom += share
+        if bool((bottom == 0).any()):
+            raise ModelError("the weights times the Fisher information sum to zero", where=part.place.name)
+        return top / bottom
+
+
+class Regmean:
+    """(sum_i w_i G_i)^-1 (sum_i w_i G_i W_i) for the linear layers, G_i the inner products of model i's inputs to the
+    layer, off their diagonal times `alpha` (Jin et al. 2022, arXiv:2212.09849, equation 2); the rest is averaged.
+    """
+
+    granularity: ClassVar[Granularity] = "matrix"
+
+    def __init__(self, config: RegmeanConfig) -> None:
+        self.config = config
+
+    def prepare(self, context: StageContext, models: Sequence[Artifact]) -> Prepared:
+        return [self._of(model, place, context) for place, model in enumerate(models)]
+
+    def _of(self, model: Artifact, place: int, context: StageContext) -> Mapping[str, Path]:
+        context.log(f"inputs of the linear layers of {model.manifest.get('stage')}")
+        network = _full(model)
+        products: dict[str, Tensor] = {}
+
+        def watch(name: str) -> Any:
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                seen = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+                products[name] = products.get(name, 0) + seen.T @ seen
+
+            return hook
+
+        head = network.get_output_embeddings()
+        for name, module in network.named_modules():
+            # The head shares its rows with the embedding in many models, and is averaged like it.
+            if isinstance(module, nn.Linear) and module is not head:
+                module.register_forward_pre_hook(watch(f"{name}.weight"))
+        count = 0
+        with torch.no_grad():
+            for ids, _ in _rows(self.config, model, context):
+                context.progress(count, self.config.rows, "rows")
+                network(input_ids=ids)
+                count += 1
+        if not count:
+            raise DataError("the data has no row with more than one token")
+        path = context.work / f"gram-{place}.safetensors"
+        save_file({name: (total / count).contiguous() for name, total in products.items()}, path)
+        return dict.fromkeys(products, path)
+
+    def merge(self, part: MergePart) -> Tensor:
+        if not part.extras:
+            return _average(part)
+        width = part.place.shape[-1]
+        off = torch.full((width, width), self.config.alpha, dtype=torch.float64).fill_diagonal_(1.0)
+        total = torch.zeros(width, width, dtype=torch.float64)
+        right = torch.zeros(width, part.place.shape[0], dtype=torch.float64)
+        for tensor, products, weight in zip(part.tensors, part.extras, part.weights, strict=True):
+            gram = products.double() * off.to(products.device) * weight
+            total += gram.cpu()
+            right += (gram @ tensor.double().T).cpu()
+        # Inputs that never occur leave the matrix singular: a little of the mean's pull settles them.
+        ridge = 1e-8 * float(total.diagonal().mean())
+        total.diagonal().add_(ridge)
+        right += ridge * torch.stack(list(part.tensors)).mean(dim=0).double().T.cpu()
+        return torch.linalg.solve(total, right).T.float().contiguous()

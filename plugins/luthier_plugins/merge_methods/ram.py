@@ -1,0 +1,46 @@
+"""Reinforced agent merging."""
+
+from __future__ import annotations
+
+import torch
+from luthier.api import Granularity, MergePart, Scan
+from luthier_plugins.merge_methods.config import RamConfig
+from torch import Tensor
+
+
+class Ram:
+    """Averages the entries that several models changed and takes over those that one changed (arXiv:2601.13572).
+
+    RAM+ multiplies what only one model changed with 1 + r min(rho, alpha), rho the ratio of the model's shared to its
+    own changes within the parameter.
+    """
+
+    granularity: Granularity = "statistics"
+
+    def __init__(self, config: RamConfig) -> None:
+        self.config = config
+        self.granularity = "statistics" if config.r else "elementwise"
+
+    def measure(self, scan: Scan) -> Tensor:
+        def counts(part: MergePart) -> Tensor:
+            changed, sharing = self._changed(part.deltas)
+            return torch.stack([torch.stack([(own & (sharing > 1)).sum(), (own & (sharing == 1)).sum()])
+                                for own in changed])  # fmt: skip
+
+        shared, own = scan(counts).double().unbind(dim=1)
+        ratio = shared / own.clamp(min=self.config.threshold)
+        return 1 + self.config.r * ratio.clamp(0, self.config.alpha)
+
+    def merge(self, part: MergePart) -> Tensor:
+        assert part.base is not None, "ram requires a base in its config"
+        deltas = part.deltas
+        changed, sharing = self._changed(deltas)
+        strength = [1.0] * len(deltas) if part.found is None else part.found.tolist()
+        total = torch.zeros_like(part.base)
+        for delta, own, factor in zip(deltas, changed, strength, strict=True):
+            total += delta * own * torch.where(sharing == 1, factor, 1 / sharing.clamp(min=1))
+        return total.add_(part.base)
+
+    def _changed(self, deltas: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        changed = [delta.abs() > self.config.threshold for delta in deltas]
+        return changed, torch.stack(changed).sum(dim=0)

@@ -1,0 +1,172 @@
+"""Exact selection by rank over a parameter that is never held in memory as a whole.
+
+The bits of a float that is not negative, read as an integer, have the order of the floats. Two histograms, one of the
+upper half of the bits and one of the lower half within the bin that holds the rank, give the exact entry: the first
+digits of a radix sort.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from luthier.api import MergePart, Scan
+from torch import Tensor
+
+HALF = 16
+BINS = 1 << HALF
+IN_MEMORY = 1 << 22
+"""Entries up to which a parameter's values are held at once: partitioning is faster than two histograms."""
+EVERYTHING = 1 << 62
+"""A place behind every part."""
+Values = Callable[[MergePart], Sequence[Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """The `count` largest values of a parameter; among equal values, those with the lowest index.
+
+    Attributes:
+        value: Larger values belong to it.
+        start: Of the values equal to it, those in parts that begin before `start` belong to it, ...
+        more: ... and the first `more` of the part that begins there.
+    """
+
+    value: float
+    start: int
+    more: int
+
+    def holds(self, values: Tensor, start: int) -> Tensor:
+        """Which of a part's values belong to it: 1 and 0, float32, of the values' shape."""
+        # In place, on floats: comparisons that make booleans, and products with them, are several times slower.
+        if start < self.start:
+            return values.clone().ge_(self.value)
+        chosen = values.clone().gt_(self.value)
+        if start == self.start and self.more:
+            equal = (values == self.value).flatten().nonzero().flatten()[: self.more]
+            chosen.view(-1)[equal] = 1.0
+        return chosen
+
+
+def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
+    """For each kind of value, the cuts that hold its so many largest.
+
+    Args:
+        scan: The parameter.
+        values: What to compare, one tensor or more for each part: float32, none negative, no -0.0.
+        counts: For each of these tensors, how many of the largest, from 0 to the number of entries.
+
+    Returns:
+        A cut for each count.
+    """
+    entries = math.prod(scan.place.shape)
+    if entries <= IN_MEMORY:
+        return _in_memory(scan, values, counts)
+    wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
+    upper = scan(lambda part: torch.stack([_histogram(_keys(value) >> HALF, BINS) for value in values(part)]))
+    bins: list[int] = []
+    left: list[int] = []
+    for kind, count in wanted:
+        place, over = _locate(upper[kind], count)
+        bins.append(place)
+        left.append(count - over)
+    kinds = [kind for kind, _ in wanted]
+    lower = scan(lambda part: _lower(values(part), kinds, bins))
+    cutoffs: list[float] = []
+    missing: list[int] = []
+    total: list[int] = []
+    for row, (bin_, rest) in enumerate(zip(bins, left, strict=True)):
+        place, over = _locate(lower[row], rest)
+        bits = torch.tensor((bin_ << HALF) + place, dtype=torch.int32)
+        cutoffs.append(float(bits.view(torch.float32)))
+        missing.append(rest - over)
+        total.append(int(lower[row, place]))
+    rows = iter(_tied(scan, values, wanted, cutoffs, missing, total))
+    return [[next(rows) for _ in several] for several in counts]
+
+
+def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
+    """`largest` for a parameter whose values fit into memory."""
+    parts = scan.each(lambda part: torch.stack(list(values(part))).flatten(1))
+    starts = np.cumsum([0, *(part.shape[1] for part in parts)])
+    result: list[list[Cut]] = []
+    for kind, several in enumerate(counts):
+        flat = torch.cat([part[kind] for part in parts]).numpy()
+        ranks = [len(flat) - count for count in several if count]
+        ordered = np.partition(flat, ranks) if ranks else flat
+        result.append([_cut_of(flat, ordered, count, starts) for count in several])
+    return result
+
+
+def _cut_of(flat: Any, ordered: Any, count: int, starts: Any) -> Cut:
+    """The cut at a rank of partitioned values."""
+    if not count:
+        return Cut(math.inf, 0, 0)
+    value = ordered[len(flat) - count]
+    missing = np.count_nonzero(ordered[len(flat) - count :] == value)
+    if missing == np.count_nonzero(flat == value):
+        return Cut(float(value), EVERYTHING, 0)
+    last = int(np.flatnonzero(flat == value)[missing - 1])
+    start = int(starts[np.searchsorted(starts, last, side="right") - 1])
+    return Cut(float(value), start, int(np.count_nonzero(flat[start : last + 1] == value)))
+
+
+def _keys(values: Tensor) -> Tensor:
+    """The bits of floats that are not negative: integers in the same order."""
+    return values.flatten().view(torch.int32)
+
+
+def _histogram(keys: Tensor, bins: int) -> Tensor:
+    return torch.bincount(keys, minlength=bins)
+
+
+def _locate(histogram: Tensor, count: int) -> tuple[int, int]:
+    """The bin that holds the count-th largest, and how many are in the bins above it."""
+    above = histogram.flip(0).cumsum(0)
+    behind = int(torch.searchsorted(above, max(count, 1)))
+    over = int(above[behind - 1]) if behind else 0
+    return BINS - 1 - behind, over
+
+
+def _lower(values: Sequence[Tensor], kinds: Sequence[int], bins: Sequence[int]) -> Tensor:
+    """Of the keys in each bin, the histogram of their lower halves."""
+    result = torch.zeros(len(kinds), BINS, dtype=torch.int64)
+    for row, (kind, bin_) in enumerate(zip(kinds, bins, strict=True)):
+        # What is below or above the bin falls into a bin on either side.
+        keys = _keys(values[kind]).sub((bin_ << HALF) - 1).clamp_(0, BINS + 1)
+        result[row] = _histogram(keys, BINS + 2)[1 : BINS + 1]
+    return result
+
+
+def _tied(
+    scan: Scan,
+    values: Values,
+    wanted: Sequence[tuple[int, int]],
+    cutoffs: Sequence[float],
+    missing: Sequence[int],
+    total: Sequence[int],
+) -> list[Cut]:
+    """Where to stop among equal values, in the order of the parts."""
+    cuts = [Cut(value, EVERYTHING, 0) if count else Cut(math.inf, 0, 0)
+            for value, (_, count) in zip(cutoffs, wanted, strict=True)]  # fmt: skip
+    open_rows = [row for row, (_, count) in enumerate(wanted) if count and missing[row] < total[row]]
+    if not open_rows:
+        return cuts
+
+    def count(part: MergePart) -> Tensor:
+        given = values(part)
+        return torch.tensor([part.start, *(int((given[wanted[row][0]] == cutoffs[row]).sum()) for row in open_rows)])
+
+    found = torch.stack(scan.each(count)).tolist()
+    for column, row in enumerate(open_rows, 1):
+        need = missing[row]
+        for counts in found:
+            if counts[column] >= need:
+                cuts[row] = Cut(cutoffs[row], counts[0], need)
+                break
+            need -= counts[column]
+    return cuts

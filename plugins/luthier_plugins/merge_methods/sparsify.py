@@ -1,0 +1,118 @@
+"""Which entries of a task vector are kept: what TIES, DARE, DELLA and model breadcrumbs differ in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from luthier.api import MergePart, ModelError, Scan
+from luthier_plugins.merge_methods.selection import Cut, largest
+from torch import Tensor
+
+
+def kept_entries(share: float, entries: int) -> int:
+    """How many entries a share is; a share above 0 is one entry at least."""
+    return min(entries, max(round(share * entries), 1 if share > 0 else 0))
+
+
+def magnitudes(part: MergePart) -> list[Tensor]:
+    """The sizes of the task vectors' entries."""
+    return [delta.abs_() for delta in part.deltas]
+
+
+def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[float]) -> list[tuple[Cut, Cut]]:
+    """For each model: the entries too large to keep (a share gamma), and those with what is kept behind them."""
+    entries = 1
+    for size in scan.place.shape:
+        entries *= size
+    counts: list[tuple[int, int]] = []
+    for density, gamma in zip(densities, gammas, strict=True):
+        keep = kept_entries(density, entries)
+        # Fewer outliers go where there would not be enough entries left.
+        outliers = min(round(gamma * entries), entries - keep)
+        counts.append((outliers, outliers + keep))
+    return [(top, both) for top, both in largest(scan, magnitudes, counts)]
+
+
+def by_magnitude(delta: Tensor, cuts: tuple[Cut, Cut], start: int) -> Tensor:
+    """The entries behind the first cut and inside the second; the others become 0."""
+    size = delta.abs()
+    mask = cuts[1].holds(size, start)
+    if cuts[0].start or cuts[0].more:
+        mask.sub_(cuts[0].holds(size, start))
+    return mask.mul_(delta)
+
+
+def by_chance(part: MergePart, model: int, delta: Tensor, density: float, rescale: bool) -> Tensor:
+    """Keep each entry with the probability `density` (DARE: Yu et al. 2023, arXiv:2311.03099, section 3.2).
+
+    Rescaled by 1 / density, the expectation is the task vector itself.
+    """
+    if density >= 1:
+        return delta
+    if density <= 0:
+        return torch.zeros_like(delta)
+    kept = part.uniform(model).lt_(density).mul_(delta)
+    return kept.div_(density) if rescale else kept
+
+
+def by_rank_and_chance(
+    part: MergePart, model: int, delta: Tensor, density: float, epsilon: float, rescale: bool
+) -> Tensor:
+    """Keep an entry the likelier, the larger it is within its row (DELLA: Deep et al. 2024, arXiv:2406.11617,
+    equations 1 to 3): from density - epsilon for the smallest to density + epsilon for the largest.
+
+    Rescaled by 1 / its probability, each entry's expectation is the entry itself.
+    """
+    if density >= 1:
+        return delta
+    if density <= 0:
+        return torch.zeros_like(delta)
+    if density - epsilon <= 0 or density + epsilon >= 1:
+        raise ModelError(
+            f"della draws with probabilities from {density - epsilon:g} to {density + epsilon:g}",
+            where=part.place.name,
+            hint="choose `density` and `epsilon` so that density - epsilon > 0 and density + epsilon < 1",
+        )
+    order = delta.abs().argsort(dim=1, stable=True)
+    width = delta.shape[1]
+    steps = torch.arange(width, dtype=torch.float32) / max(1, width - 1)
+    chance = torch.empty_like(delta).scatter_(1, order, steps.expand_as(delta).contiguous())
+    chance.mul_(2 * epsilon).add_(density - epsilon)
+    kept = part.uniform(model).lt_(chance).mul_(delta)
+    return kept.div_(chance) if rescale else kept
+
+
+def combine(
+    part: MergePart, deltas: Sequence[Tensor], weights: Sequence[float], *, consensus: bool, normalize: bool, scale: Any
+) -> Tensor:
+    """base + scale * the weighted sum of sparse task vectors.
+
+    Args:
+        consensus: Per entry, leave out what disagrees with the sign that has the larger weighted mass (TIES).
+        normalize: Divide by the sum of the weights that took part, entry by entry with `consensus`.
+    """
+    assert part.base is not None, "methods that merge task vectors require a base in their config"
+    # The sparse task vectors are nobody else's: they may be changed.
+    weighted = [delta if weight == 1 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)]
+    total = weighted[0].clone()
+    for delta in weighted[1:]:
+        total += delta
+    if consensus:
+        elected = total.sign_()
+        agreed = torch.zeros_like(elected)
+        mass = torch.zeros_like(elected)
+        for delta, weight in zip(weighted, weights, strict=True):
+            # Above zero where the sign is the elected one, and neither is zero.
+            along = delta.mul_(elected)
+            agreed.add_(along.clamp(min=0))
+            mass.add_(along.gt_(0), alpha=weight)
+        total = agreed.mul_(elected)
+        if normalize:
+            # Where nothing agrees, 0 / 1.
+            total.div_(mass.add_(mass.clone().eq_(0)))
+    elif normalize:
+        whole = sum(weights)
+        total.div_(whole if abs(whole) > 1e-8 else 1.0)
+    return total.mul_(scale).add_(part.base)

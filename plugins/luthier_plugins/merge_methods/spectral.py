@@ -1,0 +1,77 @@
+"""Methods that look at the singular vectors of whole task matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from luthier.api import Granularity, MergePart
+from luthier_plugins.merge_methods.config import IsoCConfig, TsvMConfig
+from torch import Tensor
+
+EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+
+
+def _is_map(part: MergePart) -> bool:
+    """Whether a parameter maps vectors to vectors; a stack of matrices (experts) is worked on matrix by matrix."""
+    shape = part.place.shape
+    return len(shape) >= 2 and min(shape[-2:]) > 1 and not any(name in part.place.name for name in EMBEDDINGS)
+
+
+def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    total = sum(weights)
+    return sum((delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True)),
+               torch.zeros_like(deltas[0]))  # fmt: skip
+
+
+class IsoC:
+    """base + scale * s U V^T, with U S V^T the sum of the task matrices and s the mean of S (Marczak et al. 2025,
+    arXiv:2502.04959, section 4.1). What is no matrix, and embeddings, is averaged.
+    """
+
+    granularity: ClassVar[Granularity] = "matrix"
+
+    def __init__(self, config: IsoCConfig) -> None:
+        self.config = config
+
+    def merge(self, part: MergePart) -> Tensor:
+        assert part.base is not None, "iso_c requires a base in its config"
+        scale = part.place.value(self.config.scale)
+        if not _is_map(part):
+            return part.base + scale * _mean(part.deltas, part.weights)
+        total = sum((delta * weight for delta, weight in zip(part.deltas, part.weights, strict=True)),
+                    torch.zeros_like(part.base))  # fmt: skip
+        u, s, vh = torch.linalg.svd(total, full_matrices=False)
+        return part.base + scale * s.mean(dim=-1)[..., None, None] * (u @ vh)
+
+
+class TsvM:
+    """base + scale * U' S V'^T: each task's first singular vectors side by side, made orthogonal to each other by
+    the nearest orthogonal matrices U' and V' (Gargiulo et al. 2025, arXiv:2412.00081, algorithm 1). What is no matrix,
+    and embeddings, is averaged.
+    """
+
+    granularity: ClassVar[Granularity] = "matrix"
+
+    def __init__(self, config: TsvMConfig) -> None:
+        self.config = config
+
+    def merge(self, part: MergePart) -> Tensor:
+        assert part.base is not None, "tsv_m requires a base in its config"
+        scale = part.place.value(self.config.scale)
+        if not _is_map(part):
+            return part.base + scale * _mean(part.deltas, part.weights)
+        share = self.config.share or 1 / len(part.tensors)
+        rank = max(1, int(min(part.place.shape[-2:]) * share))
+        tasks = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
+        left = _nearest_orthogonal(torch.cat([u[..., :, :rank] for u, _, _ in tasks], dim=-1))
+        right = _nearest_orthogonal(torch.cat([vh[..., :rank, :].mT for _, _, vh in tasks], dim=-1))
+        sizes = torch.cat([s[..., :rank] for _, s, _ in tasks], dim=-1)
+        return part.base + scale * (left * sizes[..., None, :]) @ right.mT
+
+
+def _nearest_orthogonal(matrix: Tensor) -> Tensor:
+    """The matrix with orthonormal columns that is nearest (orthogonal Procrustes)."""
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh

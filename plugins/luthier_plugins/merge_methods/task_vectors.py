@@ -1,0 +1,130 @@
+"""Methods that add up task vectors, each made sparse in its own way."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from luthier.api import Granularity, MergePart, Scan
+from luthier_plugins.merge_methods.config import (
+    BreadcrumbsConfig,
+    DareConfig,
+    DellaConfig,
+    TaskArithmeticConfig,
+    TiesConfig,
+)
+from luthier_plugins.merge_methods.sparsify import (
+    by_chance,
+    by_magnitude,
+    by_rank_and_chance,
+    combine,
+    magnitude_cuts,
+)
+from torch import Tensor
+
+
+class TaskArithmetic:
+    """base + scale * sum_i w_i (theta_i - base) (Ilharco et al. 2022, arXiv:2212.04089, section 2)."""
+
+    granularity: ClassVar[Granularity] = "elementwise"
+
+    def __init__(self, config: TaskArithmeticConfig) -> None:
+        self.config = config
+
+    def merge(self, part: MergePart) -> Tensor:
+        return combine(part, part.deltas, part.weights, consensus=False, normalize=self.config.normalize,
+                       scale=part.place.value(self.config.scale))  # fmt: skip
+
+
+class DareLinear:
+    """Task arithmetic on task vectors with entries dropped at random (Yu et al. 2023, arXiv:2311.03099)."""
+
+    granularity: ClassVar[Granularity] = "elementwise"
+    consensus: ClassVar[bool] = False
+
+    def __init__(self, config: DareConfig) -> None:
+        self.config = config
+
+    def merge(self, part: MergePart) -> Tensor:
+        densities = part.place.values(self.config.density)
+        kept = [by_chance(part, model, delta, densities[model], self.config.rescale)
+                for model, delta in enumerate(part.deltas)]  # fmt: skip
+        return combine(part, kept, part.weights, consensus=self.consensus, normalize=self.config.normalize,
+                       scale=part.place.value(self.config.scale))  # fmt: skip
+
+
+class DareTies(DareLinear):
+    """DARE with the sign election of TIES."""
+
+    consensus: ClassVar[bool] = True
+
+
+class Della:
+    """Drops the small entries of a row more likely, then elects signs (Deep et al. 2024, arXiv:2406.11617)."""
+
+    granularity: ClassVar[Granularity] = "elementwise"
+    consensus: ClassVar[bool] = True
+
+    def __init__(self, config: DellaConfig) -> None:
+        self.config = config
+
+    def merge(self, part: MergePart) -> Tensor:
+        place, config = part.place, self.config
+        densities, epsilons = place.values(config.density), place.values(config.epsilon)
+        kept = [by_rank_and_chance(part, model, delta, densities[model], epsilons[model], config.rescale)
+                for model, delta in enumerate(part.deltas)]  # fmt: skip
+        return combine(part, kept, part.weights, consensus=self.consensus, normalize=config.normalize,
+                       scale=place.value(config.scale))  # fmt: skip
+
+
+class DellaLinear(Della):
+    """DELLA without sign election."""
+
+    consensus: ClassVar[bool] = False
+
+
+class Ties:
+    """Trim, elect signs, merge (Yadav et al. 2023, arXiv:2306.01708, sections 3.1 to 3.3).
+
+    Each task vector keeps its `density` largest entries; per entry, the sign with the larger weighted mass wins; the
+    weighted mean of the entries that have it is added to the base. Equal entries are kept by lowest index; where
+    the masses of both signs are equal, nothing is added.
+    """
+
+    granularity: ClassVar[Granularity] = "statistics"
+    consensus: ClassVar[bool] = True
+
+    def __init__(self, config: TiesConfig | BreadcrumbsConfig) -> None:
+        self.config = config
+
+    def gammas(self, scan: Scan) -> list[float]:
+        """The share of each task vector's largest entries that is dropped."""
+        return [0.0] * scan.place.models
+
+    def measure(self, scan: Scan) -> Any:
+        densities, gammas = scan.place.values(self.config.density), self.gammas(scan)
+        if all(density >= 1 for density in densities) and not any(gammas):
+            return None
+        return magnitude_cuts(scan, densities, gammas)
+
+    def merge(self, part: MergePart) -> Tensor:
+        kept = part.deltas
+        if part.found is not None:
+            kept = [by_magnitude(delta, cuts, part.start) for delta, cuts in zip(kept, part.found, strict=True)]
+        return combine(part, kept, part.weights, consensus=self.consensus, normalize=self.config.normalize,
+                       scale=part.place.value(self.config.scale))  # fmt: skip
+
+
+class Breadcrumbs(Ties):
+    """Task arithmetic without the largest and the smallest changes (Davari et al. 2023, arXiv:2312.06795)."""
+
+    config: BreadcrumbsConfig
+    consensus: ClassVar[bool] = False
+
+    def gammas(self, scan: Scan) -> list[float]:
+        return scan.place.values(self.config.gamma)
+
+
+class BreadcrumbsTies(Breadcrumbs):
+    """Breadcrumbs with the sign election of TIES."""
+
+    consensus: ClassVar[bool] = True

@@ -1,0 +1,180 @@
+"""Merge methods against mergekit's own, tensor by tensor, on real models of several architectures.
+
+Tolerances are those of float32: mergekit adds up in float32, Luthier takes inner products in float64. Methods with
+random masks are given the same masks, and are compared without rescaling: mergekit rescales so that the sum of
+magnitudes stays, Luthier, as the papers say, so that the expectation stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from luthier.api import ModelError
+from luthier.registry import default_registry
+from luthier.testing import run_stage, tiny_model
+from luthier.train.merging import merge_tensors
+from luthier_plugins.merge_methods.config import MergekitConfig
+from luthier_plugins.merge_methods.mergekit import Mergekit
+from mergekit.merge_methods import merge_tensors as theirs
+from torch import Tensor
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+
+
+def architectures() -> Iterator[tuple[str, Any]]:
+    """Untied, tied, with biases, with experts."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    yield "llama", LlamaForCausalLM(LlamaConfig(**SIZES))
+    yield "tied", LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    yield "biases", Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    yield "experts", MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+
+
+@pytest.fixture(scope="module", params=["llama", "tied", "biases", "experts"])
+def family(request: pytest.FixtureRequest) -> dict[str, list[Tensor]]:
+    """Each parameter of a base and of three models near it."""
+    torch.manual_seed(0)
+    model = dict(architectures())[request.param]
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        base = tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+        found[name] = [base, *(base + 0.01 * torch.randn(tensor.shape, generator=generator) for _ in range(3))]
+    return found
+
+
+def ours(name: str, tensors: list[Tensor], weights: list[float] | None, base: Tensor | None, values: dict) -> Tensor:
+    """What Luthier's method makes of it."""
+    registry = default_registry()
+    component = registry.get("merge", name)
+    config = registry.config_class(component).model_validate(values)
+    return merge_tensors(registry.impl_class(component)(config), tensors, weights, base)
+
+
+WEIGHTS = [1.0, 0.5, 2.0]
+WEIGHT = {1: 1.0, 2: 0.5, 3: 2.0}
+CASES = [
+    # ours, its parameters, weights, models, theirs, its parameters, tolerance
+    ("linear", {}, WEIGHTS, 3, "linear", {"weight": {0: 1.0, 1: 0.5, 2: 2.0}}, 1e-6),
+    ("slerp", {"t": 0.3}, None, 2, "slerp", {"t": 0.3}, 1e-6),
+    ("nuslerp", {}, [0.4, 0.6], 2, "nuslerp", {"weight": {1: 0.4, 2: 0.6}}, 1e-5),
+    ("nuslerp", {"flatten": False}, [0.4, 0.6], 2, "nuslerp", {"weight": {1: 0.4, 2: 0.6}, "nuslerp_flatten": False},
+     1e-5),
+    ("multislerp", {}, WEIGHTS, 3, "multislerp", {"weight": WEIGHT}, 1e-5),
+    ("karcher", {}, None, 3, "karcher", {}, 1e-5),
+    ("task_arithmetic", {"scale": 0.7}, WEIGHTS, 3, "task_arithmetic", {"weight": WEIGHT, "lambda": 0.7}, 1e-6),
+    ("task_arithmetic", {"normalize": True}, WEIGHTS, 3, "task_arithmetic",
+     {"weight": WEIGHT, "normalize": True}, 1e-6),
+    ("ties", {"density": 0.5}, WEIGHTS, 3, "ties", {"weight": WEIGHT, "density": 0.5}, 1e-6),
+    ("breadcrumbs", {"density": 0.5, "gamma": 0.125}, WEIGHTS, 3, "breadcrumbs",
+     {"weight": WEIGHT, "density": 0.5, "gamma": 0.125}, 1e-6),
+    ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.125}, WEIGHTS, 3, "breadcrumbs_ties",
+     {"weight": WEIGHT, "density": 0.5, "gamma": 0.125}, 1e-6),
+    ("model_stock", {}, None, 3, "model_stock", {}, 1e-5),
+    ("model_stock", {"filter_wise": True}, None, 3, "model_stock", {"filter_wise": True}, 1e-4),
+    ("sce", {}, None, 3, "sce", {}, 1e-5),
+    ("sce", {"density": 0.5}, None, 3, "sce", {"select_topk": 0.5}, 1e-5),
+    ("nearswap", {"t": 0.005}, None, 1, "nearswap", {"t": 0.005}, 1e-6),
+    ("arcee_fusion", {}, None, 1, "arcee_fusion", {}, 1e-6),
+    ("ram", {"threshold": 0.01}, None, 3, "ram", {"epsilon": 0.01}, 1e-6),
+    ("ram", {"threshold": 0.01, "r": 0.1, "alpha": 0.2}, None, 3, "ramplus_tl",
+     {"epsilon": 0.01, "r": 0.1, "alpha": 0.2}, 1e-6),
+    ("passthrough", {"scale": 0.5}, None, 1, "passthrough", {"scale": 0.5}, 0.0),
+]  # fmt: skip
+WITHOUT_BASE = ("linear", "karcher", "passthrough", "slerp")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{len(case[1])}")
+def test_every_parameter_equals_mergekit(family: dict[str, list[Tensor]], case: tuple) -> None:
+    name, values, weights, count, their_name, parameters, tolerance = case
+    for parameter, (base, *models) in family.items():
+        given = [models[0], models[1], models[2]][:count]
+        ancestor = None if name in WITHOUT_BASE else base
+        merged = ours(name, given, weights, ancestor, values)
+        inputs = [*([] if ancestor is None else [base]), *given]
+        expected = theirs(inputs, their_name, parameters=parameters,
+                          base_index=0 if ancestor is not None or name == "slerp" else None)  # fmt: skip
+        off = float((merged - expected).abs().max())
+        assert torch.allclose(merged, expected, rtol=tolerance * 10, atol=tolerance), f"{parameter} is off by {off}"
+
+
+@pytest.mark.parametrize(("name", "consensus"), [("dare_linear", False), ("dare_ties", True), ("della", True),
+                                                ("della_linear", False)])  # fmt: skip
+def test_with_the_same_random_masks_the_result_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, name: str, consensus: bool
+) -> None:
+    from luthier.train.merging import Noise
+
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(8, 6, generator=generator)
+    models = [base + torch.randn(8, 6, generator=generator) for _ in range(3)]
+    noise = Noise(5, ["a", "b", "c"], "w")
+    turn = iter(range(3))
+
+    def bernoulli(chance: Tensor) -> Tensor:
+        return (noise(next(turn), 0, chance.numel()).view(chance.shape) < chance).to(chance.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", bernoulli)
+    parameters = {"weight": WEIGHT, "density": 0.6, "rescale": False, "normalize": False}
+    expected = theirs([base, *models], name, parameters=parameters, base_index=0)
+    values = {"density": 0.6, "rescale": False, "normalize": False}
+    registry = default_registry()
+    component = registry.get("merge", name)
+    method = registry.impl_class(component)(registry.config_class(component).model_validate(values))
+    torch.testing.assert_close(merge_tensors(method, models, WEIGHTS, base, noise=noise), expected)
+
+
+def test_mergekit_as_a_back_end_gives_what_mergekit_gives() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(8, 6, generator=generator)
+    models = [base + torch.randn(8, 6, generator=generator) for _ in range(3)]
+    config = MergekitConfig(name="ties", parameters={"density": {"per_model": [0.3, 0.5, 0.9]}})
+    before = [model.clone() for model in models]
+    merged = merge_tensors(Mergekit(config), models, WEIGHTS, base)
+    parameters = {"weight": WEIGHT, "density": {1: 0.3, 2: 0.5, 3: 0.9}}
+    torch.testing.assert_close(merged, theirs([base, *models], "ties", parameters=parameters, base_index=0))
+    assert all(torch.equal(old, new) for old, new in zip(before, models, strict=True))
+
+
+def test_random_masks_come_from_the_recipe_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = torch.randn(8, 6, generator=generator)
+    models = [base + torch.randn(8, 6, generator=generator) for _ in range(2)]
+    config = MergekitConfig(name="dare_ties", parameters={"density": 0.5}, seed=4)
+    torch.manual_seed(1)
+    first = merge_tensors(Mergekit(config), models, base=base)
+    torch.manual_seed(2)
+    assert torch.equal(merge_tensors(Mergekit(config), models, base=base), first)
+    other = Mergekit(config.model_copy(update={"seed": 9}))
+    assert not torch.equal(merge_tensors(other, models, base=base), first)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [({"name": "tiess"}, "did you mean 'ties'"), ({"name": "ties", "parameters": {"densty": 1}}, "density"),
+     ({"name": "ties", "parameters": {"density": {"a": 1}}}, "no list of numbers")],
+)  # fmt: skip
+def test_what_mergekit_does_not_have_is_named(values: dict, message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        Mergekit(MergekitConfig(**values))
+    assert message in str(caught.value)
+
+
+def test_whole_models_merge_through_mergekit(tmp_path: Path) -> None:
+    base, one, two = (tiny_model(tmp_path, seed=seed) for seed in range(3))
+    config = {"method": {"uses": "mergekit", "name": "della", "parameters": {"density": 0.7, "epsilon": 0.1}}}
+    merged = run_stage(tmp_path, "merge", config, inputs={"models": [one, two], "base": base})
+    assert merged.facts["tensors"] == base.facts["tensors"]
