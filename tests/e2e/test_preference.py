@@ -72,3 +72,46 @@ def test_the_reference_is_the_tuned_model_adapter_included(pairs: Path, tmp_path
     assert made.base.key == result.artifact("base").key
     assert not (made.path / "ref").exists()
     assert result.artifact("full-dpo").facts["training"]["loss_last"] < math.log(2)
+
+
+def test_validation_and_regularizers_count_in_preference_training(
+    tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from luthier.testing import run_stage, tiny_dataset, tiny_model
+    from luthier.train import preference
+
+    class Pull:
+        """A penalty that is easy to see: the squared distance from where training began, times a lot."""
+
+        def start(self, model) -> None:
+            self.before = [parameter.detach().clone() for parameter in model.parameters()]
+
+        def penalty(self, model):
+            pairs = zip(model.parameters(), self.before, strict=True)
+            return 1e4 * sum((now - then).square().sum() for now, then in pairs)
+
+    model = tiny_model(tmp_path, dtype="float32")
+    rows = [{"prompt": [{"role": "user", "content": f"say {n}"}], "chosen": [{"role": "assistant", "content": "yes"}],
+             "rejected": [{"role": "assistant", "content": "no"}]} for n in range(4)]  # fmt: skip
+    data = tiny_dataset(tmp_path, rows)
+    held_out = tiny_dataset(tmp_path, rows, split="validation")
+    (data.path / "validation.parquet").write_bytes((held_out.path / "validation.parquet").read_bytes())
+    config = {"steps": 6, "learning_rate": 1e-3, "save_every": 3}
+    free = run_stage(tmp_path, "dpo", config, inputs={"model": model, "data": data})
+    assert free.facts["training"]["eval_loss"] < math.log(2)
+    monkeypatch.setattr(preference, "started", lambda config, model, context: [_begun(Pull(), model)])
+    held = run_stage(tmp_path, "dpo", {**config, "log_every": 5}, inputs={"model": model, "data": data}, seed=0)
+    moved = [_distance(artifact, model) for artifact in (free, held)]
+    assert moved[1] < 0.5 * moved[0]
+
+
+def _begun(regularizer, model):
+    regularizer.start(model)
+    return regularizer
+
+
+def _distance(one, other) -> float:
+    from safetensors.torch import load_file
+
+    a, b = (load_file(item.path / "model.safetensors") for item in (one, other))
+    return float(sum((a[name] - b[name]).square().sum() for name in a))

@@ -58,6 +58,38 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
     assert "1 rows were dropped" in kept.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[\n  {"messages": []}\n]\n', "is one JSON array"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}\n',
+         "surrogate"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [1]}]}\n',
+         "has tool calls"),
+    ],
+)  # fmt: skip
+def test_data_that_is_something_else_is_one_message(recipe: Path, chats: Path, cli, text: str, message: str) -> None:
+    chats.write_text(text)
+    done = cli("run", "small.yaml")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_first_row_is_dropped_like_any_other_and_unused_keys_are_told(recipe: Path, chats: Path, cli) -> None:
+    rows = [json.loads(line) for line in chats.read_text().splitlines()]
+    rows[0]["tools"] = []
+    rows[1]["messages"][0]["name"] = "ann"
+    chats.write_text('{"foo": 1}\n' + "".join(json.dumps(row) + "\n" for row in rows))
+    refused = cli("run", "small.yaml")
+    assert refused.returncode == 1
+    assert f"{chats}:1: " in refused.stderr
+    kept = cli("run", "small.yaml", "--set", "stages.chats.on_error=drop")
+    assert kept.returncode == 0
+    assert "tools (in 1 rows)" in kept.stderr
+    assert "messages.name (in 1 rows)" in kept.stderr
+
+
 def test_an_empty_data_file(recipe: Path, chats: Path, cli) -> None:
     chats.write_text("")
     done = cli("run", "small.yaml")

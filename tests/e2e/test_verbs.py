@@ -174,3 +174,50 @@ def test_help_of_each_verb_shows_an_example(done: Path) -> None:
         assert (
             f"Example: {'eval' if verb == 'completion' else f'luthier {verb}'}" in luthier(done, verb, "--help").stdout
         )
+
+
+def test_init_writes_what_luthier_can_read_whatever_the_names(tmp_path: Path) -> None:
+    row = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})
+    for name in ("donn\u00e9es.jsonl", "a: b #c.jsonl", "7.jsonl"):
+        (tmp_path / name).write_text(f"{row}\n" * 3)
+        assert luthier(tmp_path, "init", name, "--out", "sub/recipe.yaml").returncode == 0
+        assert luthier(tmp_path, "plan", "sub/recipe.yaml").returncode == 0
+        assert luthier(tmp_path, "init", name).returncode == 0
+        assert luthier(tmp_path, "plan", f"{Path(name).stem}.yaml").returncode == 0
+        shutil.rmtree(tmp_path / "sub")
+    for text, message in ((row, "one row only"), ('{"chosen": "a", "rejected": "b"}\n' * 2, "no known format")):
+        (tmp_path / "odd.jsonl").write_text(text)
+        told = luthier(tmp_path, "init", "odd.jsonl")
+        assert message in told.stderr
+        assert told.returncode == 1
+
+
+def test_the_end_of_piped_questions_is_no_interrupt(done: Path) -> None:
+    told = luthier(done, "chat", "small/tuned", "--max-new-tokens", "2", text="hi")
+    assert told.returncode == 0, told.stderr
+    assert "has no variants" in luthier(done, "chat", "small/tuned", "--variant", "Q9", "--ask", "x").stderr
+
+
+def test_places_that_are_none_are_messages(tmp_path: Path) -> None:
+    for arguments in (("show", "/no/such"), ("chat", "/no/such"), ("do", "merge", "models=/no/such,/no/other")):
+        told = luthier(tmp_path, *arguments)
+        assert told.returncode in (1, 2)
+        assert "Traceback" not in told.stderr
+        assert "/no/such" in told.stderr
+    assert "Invalid value for '--kind'" in luthier(tmp_path, "plugins", "--kind", "foo").stderr
+
+
+def test_a_lock_that_nobody_holds_keeps_nothing(tmp_path: Path) -> None:
+    store = Store.at(tmp_path / "s")
+    (store.work("k") / "out").mkdir(parents=True)
+    store.locks.mkdir(parents=True)
+    import os
+    import socket
+
+    import psutil
+
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    (store.locks / "k.lock").write_text(json.dumps(me))
+    assert garbage(store) == []
+    (store.locks / "k.lock").write_text(json.dumps({**me, "started": 1.0}))
+    assert garbage(store) == [store.work("k")]

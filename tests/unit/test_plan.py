@@ -68,3 +68,78 @@ def test_a_dataset_is_no_model(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text() + "  m: {uses: merge, models: [chats, more]}\n")
     with pytest.raises(RecipeError, match="'chats' makes a dataset, but here a model or adapter is needed"):
         plan(Recipe.load(recipe), tmp_path / "s")
+
+
+def test_problems_of_configs_and_between_stages_are_told_together(tmp_path: Path) -> None:
+    path = tmp_path / "many.yaml"
+    path.write_text(
+        """\
+luthier: 1
+stages:
+  base: {uses: base, sorce: x}
+  chats: {uses: data, source: nofile.jsonl}
+  tuned: {uses: sft, model: base, data: chts, adapter: lora}
+  again: {uses: sft, model: tuned, data: chats, adapter: dora}
+  named: {uses: evaluate, model: again, variant: Q4_K_M, data: ./none.jsonl}
+  late: {uses: base, after: [./x]}
+"""
+    )
+    with pytest.raises(RecipeError) as caught:
+        plan(path, tmp_path / "s")
+    told = str(caught.value)
+    assert "many.yaml:3: stages.base.sorce: unknown key 'sorce'" in told
+    assert "many.yaml:4: stages.chats.source: there is no file or folder 'nofile.jsonl'" in told
+    assert "many.yaml:5: stages.tuned.data: there is no stage 'chts'" in told
+    assert "many.yaml:6: stages.again: the model is an adapter already" in told
+    assert "many.yaml:7: stages.named: `variant` names a file of an export" in told
+    assert "many.yaml:7: stages.named.data: there is no file or folder './none.jsonl'" in told
+    assert "many.yaml:8: stages.late.after: there is no stage './x'" in told
+    # What was left out because of its own problem is not called unknown.
+    assert "no stage 'base'" not in told
+
+
+def test_every_file_of_a_field_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typing import ClassVar
+
+    from luthier.api import Component, FileSource, StageConfig
+    from luthier.registry.registry import Provider, Registry
+
+    class SeveralConfig(StageConfig):
+        """Reads several files."""
+
+        seeded: ClassVar[bool] = False
+        files: list[FileSource]
+        """The files."""
+
+    class Plugin:
+        """Hands over one stage."""
+
+        def luthier_components(self) -> list[Component]:
+            return [Component(kind="stage", name="several", summary="Several", config="x:y", impl="x:y")]
+
+    from luthier.api import hookimpl
+
+    Plugin.luthier_components = hookimpl(Plugin.luthier_components)
+    registry = Registry()
+    registry.add(Plugin(), Provider("several", "tests", "0"))
+    from luthier_plugins import local
+
+    registry.add(local, Provider("local", "tests", "0"))
+    monkeypatch.setattr(
+        Registry, "config_class",
+        lambda self, component: SeveralConfig if component.name == "several" else _local_config(),
+    )  # fmt: skip
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name)
+
+    def key(*files: str) -> str:
+        recipe = {"luthier": 1, "stages": {"x": {"uses": "several", "files": list(files)}}}
+        return plan(Recipe.from_mapping(recipe, folder=tmp_path, registry=registry), tmp_path / "s").nodes["x"].key
+
+    assert len({key("a.txt", "b.txt"), key("c.txt", "b.txt"), key("b.txt", "a.txt"), key("b.txt")}) == 4
+
+
+def _local_config() -> type:
+    from luthier_plugins.local.config import LocalConfig
+
+    return LocalConfig

@@ -15,6 +15,40 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
     assert value == {"a": "no", "b": 1e-4, "c": "on", "d": True, "e": 0.5, "f": 7, "g": None, "h": "1"}
 
 
+def test_numbers_with_a_zero_in_front_are_decimal() -> None:
+    assert parse("a: 010\nb: 08\nc: 0o10\nd: 1_000\ne: 0x1F\n", "x.yaml").value == {
+        "a": 10, "b": 8, "c": 8, "d": 1000, "e": 31,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("luthier: 1\nstages: &a {base: *a}\n", "does an anchor contain itself"),
+        ("luthier: 1\ntrackers: jsonl\nstages: {base: base}\n", "expected a list of trackers"),
+        ("luthier: 1\nstages:\n  x: {uses: sft, model: m, data: d, learning_rate: .inf}\n", "finite number"),
+        ("luthier: 1\nstages:\n  x: {uses: augment, data: d, method: {uses: template, templates: [{text: a}], "
+         "count: 1, slots: {n: {range: [5, 1]}}}}\n", "the range [5, 1] is empty"),
+        ("luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, require: {exact_mach: '> 0.5'}}\n",
+         "exact_mach, which is not among `metrics`"),
+        ("luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, metrics: [exact_match, exact_match]}\n",
+         "stands twice"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], method: ties}\n", "name the models' ancestor"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], method: slerp}\n", "takes 2 models, not 3"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c}\n", "does not look at a base"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1]}\n", "weights sum to zero"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
+         "slerp does not look at weights"),
+    ],
+)  # fmt: skip
+def test_bad_recipes_are_messages_and_no_tracebacks(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path)
+    assert message in str(caught.value)
+
+
 def test_every_path_has_its_line() -> None:
     document = parse("a:\n  b:\n    - 1\n    - c: 2\n", "x.yaml")
     assert document.line(("a", "b", 1, "c")) == 4

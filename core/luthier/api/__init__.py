@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         SubComponent,
         TrackerUse,
         Use,
+        other_formats,
     )
     from luthier.api.context import StageContext
     from luthier.api.errors import (
@@ -95,7 +96,7 @@ _HOME = {
         "AdapterUse", "AugmenterUse", "Config", "DatasetInput", "DatasetInputs", "Estimate", "ExporterUse", "Field",
         "FileSource", "FormatUse", "Gate", "Input", "MergeUse", "MetricUse", "ModelInput", "ModelSource",
         "NotIdentity", "OneOrMany", "PreferenceLossUse", "RegularizerUse", "Source", "StageConfig", "SubComponent",
-        "TrackerUse", "Use",
+        "TrackerUse", "Use", "other_formats",
     ),
     "context": ("StageContext",),
     "errors": (
@@ -193,6 +194,7 @@ __all__ = [
     "TrainingConfig",
     "Use",
     "hookimpl",
+    "other_formats",
     "within",
 ]
 

@@ -12,6 +12,27 @@ from luthier.api.errors import StoreError
 ArtifactKind = Literal["dataset", "model", "adapter", "export", "report"]
 ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 MANIFEST = "manifest.json"
+BASE = "base"
+"""Where an adapter that left its store has the model it sits on."""
+
+
+REQUIRED_FACTS: dict[ArtifactKind, tuple[str, ...]] = {
+    "dataset": ("format", "rows"),
+    "model": ("architecture", "dtype", "parameters", "tensors", "tokenizer", "stop_token_ids"),
+    "adapter": ("base", "adapter", "architecture", "tokenizer", "stop_token_ids"),
+    "export": ("format", "files"),
+    "report": (),
+}
+"""What the facts of an artifact of each kind have at least; `luthier.artifacts` makes those of datasets and models."""
+
+
+def is_artifact(folder: Path) -> bool:
+    """Whether a folder holds an artifact: its manifest is one of Luthier's, not somebody else's."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and "luthier" in manifest and "key" in manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +78,17 @@ class Artifact:
 
     @property
     def base(self) -> Artifact:
-        """For an adapter: the model it sits on.
+        """For an adapter: the model it sits on, beside it in the store or inside its folder as ``base``.
 
         Raises:
-            StoreError: that model is not in the store any more.
+            StoreError: that model is in neither place.
         """
-        return self.sibling(self.facts["base"])
+        key = self.facts["base"]
+        for folder in (self.path.parent / key, self.path / BASE):
+            if is_artifact(folder):
+                return Artifact.load(folder)
+        raise StoreError(
+            f"the model that this adapter sits on is missing (key {key[:12]})",
+            where=str(self.path),
+            hint=f"run the recipe that made it again, or copy that model's folder to {self.path / BASE}",
+        )

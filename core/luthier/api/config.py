@@ -18,7 +18,12 @@ class Config(BaseModel):
     """Base of every component's config: unknown keys are refused, values are frozen."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -75,6 +80,10 @@ class StageConfig(Config):
         """What the stage will need, from the facts of those inputs that exist already."""
         return Estimate()
 
+    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+        """What is wrong with these kinds of inputs, by field path; asked before anything runs."""
+        return []
+
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         """What is wrong with these inputs' facts, as far as they are known before running."""
         return []
@@ -82,6 +91,15 @@ class StageConfig(Config):
     def gates(self, facts: Mapping[str, Any]) -> list[Gate]:
         """The verdicts on the finished artifact's facts; a failed one ends the run with exit code 3."""
         return []
+
+
+def other_formats(
+    stage: str, inputs: Mapping[str, Sequence[Mapping[str, Any]]], known: Sequence[str], field: str = "data"
+) -> list[str]:
+    """A problem for each dataset whose format a stage cannot read."""
+    formats = [str(facts["format"]) for facts in inputs.get(field, [])]
+    wanted = " or ".join(known)
+    return [f"{stage} reads the format {wanted}, not {name}" for name in formats if name not in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +199,7 @@ class OneOrMany:
 
     @staticmethod
     def _listed(value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+        return [value] if isinstance(value, (str, dict)) else value
 
 
 def dump_use(use: Use) -> dict[str, Any]:
@@ -249,9 +267,12 @@ def _children(path: str, value: Any) -> Iterator[tuple[str, BaseModel]]:
         yield path, value.config
     elif isinstance(value, BaseModel):
         yield path, value
-    elif isinstance(value, list):
+    elif isinstance(value, (list, tuple)):
         for index, item in enumerate(cast("list[Any]", value)):
             yield from _children(f"{path}.{index}", item)
+    elif isinstance(value, dict):
+        for key, item in cast("dict[Any, Any]", value).items():
+            yield from _children(f"{path}.{key}", item)
 
 
 def identity(config: BaseModel) -> dict[str, Any]:

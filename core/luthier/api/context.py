@@ -38,6 +38,10 @@ class StageContext(Protocol):
         """The local path of a field that names a file, a folder or a hub model."""
         ...
 
+    def sources(self, field: str) -> list[Path]:
+        """The local paths of a field that names several of them."""
+        ...
+
     def component(self, use: Use) -> Any:
         """An instance of a sub-component: its `impl`, made with its config."""
         ...

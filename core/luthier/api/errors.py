@@ -48,10 +48,21 @@ class RecipeError(LuthierError):
 
     exit_code = 2
 
-    def __init__(self, problems: list[Problem] | str, *, where: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        problems: list[Problem] | str,
+        *,
+        where: str | None = None,
+        hint: str | None = None,
+        partial: object | None = None,
+        left_out: frozenset[str] = frozenset(),
+    ) -> None:
         if isinstance(problems, str):
             problems = [Problem(problems, file=where, hint=hint)]
         self.problems = problems
+        # What could be read all the same, so that a plan can tell what else is wrong.
+        self.partial = partial
+        self.left_out = left_out
         super().__init__("\n".join(str(problem) for problem in problems))
 
 

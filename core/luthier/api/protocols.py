@@ -35,7 +35,11 @@ class Stage(Protocol):
     """Kind ``stage``: one step of a recipe."""
 
     def run(self, context: StageContext) -> Facts:
-        """Write the artifact into ``context.out`` and return the facts for its manifest."""
+        """Write the artifact into ``context.out`` and return the facts for its manifest.
+
+        Facts are plain values (as JSON has them), and tell at least what `luthier.api.artifact.REQUIRED_FACTS` lists
+        for the kind of artifact; `luthier.artifacts` makes those of datasets and models.
+        """
         ...
 
 

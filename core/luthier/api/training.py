@@ -8,7 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from luthier.api.artifact import ArtifactKind
-from luthier.api.config import DatasetInput, Estimate, ModelInput, NotIdentity, RegularizerUse, StageConfig
+from luthier.api.config import (
+    DatasetInput,
+    Estimate,
+    ModelInput,
+    NotIdentity,
+    RegularizerUse,
+    StageConfig,
+    other_formats,
+)
 
 
 class TrainingConfig(StageConfig):
@@ -70,5 +78,4 @@ class PreferenceTrainingConfig(TrainingConfig):
         return "adapter" if "adapter" in inputs["model"] else "model"
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        formats = [facts["format"] for facts in inputs.get("data", [])]
-        return [f"this stage trains on preference pairs, not on {name}" for name in formats if name != "preference"]
+        return other_formats("preference training", inputs, ("preference",))

@@ -64,7 +64,10 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ModelError("is not a whole safetensors file", where=str(path), hint="copy or download it again")
-        header: dict[str, Any] = json.loads(file.read(length))
+        try:
+            header: dict[str, Any] = json.loads(file.read(length))
+        except ValueError as error:
+            raise ModelError("has a header that cannot be read", where=str(path), hint="copy it again") from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
@@ -163,10 +166,17 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
         ModelError: config or weights are missing or broken, or the tokenizer has more tokens than the
             embedding has rows.
     """
-    read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     headers = tensor_headers(folder)
     embedding = next((header for name, header in headers.items() if name.endswith("embed_tokens.weight")), None)
     vocabulary = _vocabulary_size(folder)
+    told = config.get("vocab_size")
+    if embedding is not None and isinstance(told, int) and told != embedding.shape[0]:
+        raise ModelError(
+            f"config.json tells vocab_size {told}, the embedding has {embedding.shape[0]} rows",
+            where=str(folder),
+            hint="one of the two was changed without the other",
+        )
     if embedding is not None and vocabulary is not None and vocabulary > embedding.shape[0]:
         raise ModelError(
             f"the tokenizer has {vocabulary} tokens, the embedding only {embedding.shape[0]} rows",

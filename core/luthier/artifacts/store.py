@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from luthier.api.artifact import MANIFEST, Artifact
+from luthier.api.artifact import MANIFEST, Artifact, is_artifact
 from luthier.api.errors import StoreError
 from luthier.artifacts.digest import digest_file, digest_value, files_in
 
@@ -67,12 +67,15 @@ class Store:
         Raises:
             StoreError: nothing, or more than one artifact, answers to it.
         """
-        if (Path(text) / MANIFEST).exists():
+        if is_artifact(Path(text)):
             return Artifact.load(Path(text).absolute())
         recipe, _, stage = text.partition("/")
+        if Path(text).is_absolute():
+            raise StoreError("there is no artifact here", where=text, hint="see `luthier show` for what there is")
         if stage in self.last_keys(recipe):
             text = digest_value(self.last_keys(recipe)[stage])
-        found = [path.parent for path in self.artifacts.glob(f"{text}*/{MANIFEST}")] if len(text) >= 6 else []
+        is_key = len(text) >= 6 and all(letter in "0123456789abcdef" for letter in text)
+        found = [path.parent for path in self.artifacts.glob(f"{text}*/{MANIFEST}")] if is_key else []
         if len(found) != 1:
             what = "no artifact answers" if not found else f"{len(found)} artifacts answer"
             raise StoreError(f"{what} to '{text}'", where=str(self.root), hint="see `luthier show` for what there is")
@@ -86,11 +89,31 @@ class Store:
         """The names of all recipes that were run on this store."""
         return sorted(path.stem for path in (self.root / "refs").glob("*.json"))
 
+    def verified(self, artifact: Artifact) -> Artifact:
+        """An artifact from outside the store, when its files are still what its manifest says.
+
+        Raises:
+            StoreError: a file was changed or is missing.
+        """
+        for name, about in artifact.manifest["files"].items():
+            path = artifact.path / name
+            if not path.is_file() or self._digest_file(path) != about["sha256"]:
+                what = "was changed since it was made" if path.is_file() else "is missing"
+                raise StoreError(
+                    f"{name} of this artifact {what}",
+                    where=str(artifact.path),
+                    hint=f"to use it as it is, remove its {MANIFEST}: it is then taken as a folder from outside",
+                )
+        return artifact
+
     def digest_source(self, path: Path) -> str:
         """The digest of a file's or folder's content, remembered by size and modification time."""
-        if path.is_file():
-            return self._digest_file(path)
-        return digest_value({str(file.relative_to(path)): self._digest_file(file) for file in files_in(path)})
+        try:
+            if path.is_file():
+                return self._digest_file(path)
+            return digest_value({str(file.relative_to(path)): self._digest_file(file) for file in files_in(path)})
+        except OSError as error:
+            raise StoreError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
     def _digest_file(self, path: Path) -> str:
         stat = path.stat()

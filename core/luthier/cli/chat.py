@@ -27,7 +27,14 @@ Turns = list[dict[str, str]]
 @click.option("--ask", multiple=True, metavar="TEXT", help="Ask this, print the answer, and end; may be repeated.")
 @click.option("--system", help="A system message in front of the conversation.")
 @click.option("--variant", default="", help="Which file of an export, such as Q4_K_M; by default its last.")
-@click.option("--max-new-tokens", "limit", default=256, show_default=True, help="The most tokens of an answer.")
+@click.option(
+    "--max-new-tokens",
+    "limit",
+    type=click.IntRange(1),
+    default=256,
+    show_default=True,
+    help="The most tokens of an answer.",
+)
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 def chat_command(
     artifact: str, ask: tuple[str, ...], system: str | None, variant: str, limit: int, store: Path | None
@@ -37,6 +44,8 @@ def chat_command(
     ARTIFACT is RECIPE/STAGE, a key or the beginning of one, or a folder. Answers are greedy. An empty line ends.
     """
     found = Store.at(store).resolve(artifact)
+    if variant and found.kind != "export":
+        raise click.BadParameter(f"this is a {found.kind}, which has no variants", param_hint="--variant")
     start: Turns = [{"role": "system", "content": system}] if system else []
     with _talking(found, variant, limit) as answer:
         for text in ask:
@@ -48,7 +57,13 @@ def chat_command(
 
 def _converse(turns: Turns, answer: Any) -> None:
     while True:
-        text = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+        try:
+            text = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
+        except click.Abort:
+            # The end of piped input is the end of the talk; Ctrl-C is still an interrupt.
+            if sys.stdin.isatty():
+                raise
+            return
         if not text:
             return
         turns = [*turns, {"role": "user", "content": text}]

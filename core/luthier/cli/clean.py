@@ -7,8 +7,11 @@ from pathlib import Path
 
 import click
 
+from luthier.api.artifact import MANIFEST
+from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.store import Store
+from luthier.running.lock import is_held
 
 
 @click.command("clean", epilog="Example: luthier clean --dry-run")
@@ -27,6 +30,8 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
         total += size
         click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
         if not dry_run:
+            # Without its manifest a folder is no artifact any more, should this be cut short.
+            (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
     click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")
 
@@ -34,10 +39,10 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
 def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
     """The folders that can go: unused artifacts, and scratch folders that nobody is working in."""
     needed = _needed(store)
-    locked = {path.stem for path in store.locks.glob("*.lock")}
+    locked = {path.stem for path in store.locks.glob("*.lock") if is_held(path)}
     found = [artifact.path for artifact in store if artifact.key not in needed | locked]
     for path in sorted((store.root / "work").glob("*")):
-        resumable = any(path.glob("**/checkpoint-*"))
+        resumable = bool(checkpoints(path)[0])
         if path.name not in locked and (scratch or not resumable):
             found.append(path)
     return found

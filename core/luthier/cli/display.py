@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from luthier.api.artifact import Artifact
+from luthier.planning import Node
 from luthier.running import RunResult
 from luthier.running.events import Event
 
@@ -77,11 +78,11 @@ class Display:
                 pass
 
     def _metrics(self, stage: str, event: Event) -> None:
-        values = ", ".join(f"{name} {value:.4g}" for name, value in event["values"].items())
+        values = ", ".join(f"{name} {_number(value, '.4g')}" for name, value in event["values"].items())
         if not self.console.is_terminal:
             self._say(stage, f"step {event['step']}: {values}")
         elif self._task is not None and "loss" in event["values"]:
-            self._progress.update(self._task, note=f"loss {event['values']['loss']:.4g}")
+            self._progress.update(self._task, note=f"loss {_number(event['values']['loss'], '.4g')}")
 
     def _say(self, stage: str, text: str, style: str = "", console: Console | None = None) -> None:
         head = f"{escape(stage)}: " if stage else ""
@@ -98,18 +99,18 @@ def summarize(result: RunResult, console: Console) -> None:
         mark = f"[{STYLES[stage.outcome]}]{MARKS[stage.outcome]} {stage.outcome}[/]"
         grid.add_row(escape(name), mark, f"{stage.seconds:7.1f} s", escape(made))
     console.print(grid)
-    reports = {name: stage.artifact for name, stage in result.stages.items()
-               if stage.artifact is not None and "table" in stage.artifact.facts}  # fmt: skip
-    for name, report in reports.items():
-        console.print()
-        console.print(_report(name, report.facts["table"]))
+    for name, stage in result.stages.items():
+        if stage.artifact is not None and "table" in stage.artifact.facts:
+            console.print()
+            console.print(_report(name, stage.artifact.facts["table"], _labels(stage.node)))
     for name, stage in result.stages.items():
         if stage.artifact is not None and stage.artifact.kind == "export":
             console.print(f"\n[bold]{escape(name)}[/]  {escape(str(stage.artifact.path))}", soft_wrap=True)
             console.print(_files(stage.artifact))
-    for stage in result.stages.values():
+    for name, stage in result.stages.items():
         if stage.error is not None:
-            make_console(stderr=True).print(f"\n[bold red]error:[/] {escape(str(stage.error))}")
+            text = str(stage.error) if stage.error.where == name else f"{name}: {stage.error}"
+            make_console(stderr=True).print(f"\n[bold red]error:[/] {escape(text)}")
 
 
 def describe(artifact: Artifact) -> str:
@@ -118,31 +119,49 @@ def describe(artifact: Artifact) -> str:
     head = f"{artifact.kind} {artifact.key[:12]}"
     match artifact.kind:
         case "dataset":
-            rows = ", ".join(f"{count:,} {split}" for split, count in facts["rows"].items())
-            return f"{head}  {facts['format']}: {rows}"
+            rows = ", ".join(f"{_number(count, ',')} {split}" for split, count in facts.get("rows", {}).items())
+            return f"{head}  {facts.get('format', '?')}: {rows}"
         case "model":
-            return f"{head}  {facts['architecture']}, {facts['parameters'] / 1e6:.1f} M {facts['dtype']}{_loss(facts)}"
+            size = f"{facts.get('parameters', 0) / 1e6:.1f} M {facts.get('dtype', '?')}"
+            return f"{head}  {facts.get('architecture', '?')}, {size}{_loss(facts)}"
         case "adapter":
-            return f"{head}  {facts['adapter']}, r={facts['r']}{_loss(facts)}"
+            return f"{head}  {facts.get('adapter', '?')}, r={facts.get('r', '?')}{_loss(facts)}"
         case "export":
-            return f"{head}  {facts['format']}: {', '.join(facts['files'])}"
+            return f"{head}  {facts.get('format', '?')}: {', '.join(facts.get('files', {}))}"
         case "report":
             scores = facts.get("scores", {})
-            return f"{head}  {', '.join(f'{name} {value:.3f}' for name, value in scores.items())}"
+            told = ", ".join(f"{name} {_number(value, '.3f')}" for name, value in scores.items())
+            return f"{head}  {told}"
+
+
+def _number(value: Any, form: str) -> str:
+    """A number in a format; what a plugin gives instead of one, as it is."""
+    return format(value, form) if isinstance(value, (int, float)) else str(value)
 
 
 def _loss(facts: dict[str, Any]) -> str:
-    training = facts.get("training")
-    return f", loss {training['loss_first']:.3g} -> {training['loss_last']:.3g}" if training else ""
+    training: dict[str, Any] = facts.get("training") or {}
+    if "loss_first" not in training:
+        return ""
+    return f", loss {_number(training['loss_first'], '.3g')} -> {_number(training['loss_last'], '.3g')}"
 
 
-def _report(name: str, content: dict[str, Any]) -> Table:
+def _labels(node: Node) -> list[str]:
+    """What the recipe calls the measured models today: artifacts keep the name under which they were first made."""
+    return [*node.inputs.get("model", []), *node.inputs.get("against", [])]
+
+
+def _report(name: str, content: dict[str, Any], labels: list[str]) -> Table:
     table = Table(title=escape(name), title_justify="left", box=None, padding=(0, 2), title_style="bold")
     table.add_column("model")
     for column in content["columns"]:
         table.add_column(escape(column), justify="right")
-    for label, *values in content["rows"]:
-        table.add_row(escape(str(label)), *(f"{value:.3f}" for value in values))
+    rows: list[list[Any]] = content["rows"]
+    current = labels if len(labels) == len(rows) else [str(label) for label, *_ in rows]
+    for label, (known, *values) in zip(current, rows, strict=True):
+        # A report may say more than the name, such as the file of an export.
+        extra = str(known).partition(" ")[2]
+        table.add_row(escape(f"{label} {extra}".rstrip()), *(_number(value, ".3f") for value in values))
     return table
 
 
@@ -151,7 +170,8 @@ def _files(export: Artifact) -> Table:
     table.add_column("file")
     table.add_column("size", justify="right")
     table.add_column("KL to the model", justify="right")
-    for about in export.facts["files"].values():
+    for name, about in export.facts["files"].items():
         kl = f"{about['kl']:.2g} nats" if "kl" in about else ""
-        table.add_row(escape(about["file"]), f"{about['bytes'] / 1e6:.2f} MB", kl)
+        size = f"{about['bytes'] / 1e6:.2f} MB" if "bytes" in about else ""
+        table.add_row(escape(str(about.get("file", name))), size, kl)
     return table

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
+from luthier.api.artifact import BASE
 from luthier.api.config import Input, Source, marker
 from luthier.artifacts.store import Store
 from luthier.planning import plan
@@ -43,7 +44,11 @@ def do_command(stage: str, values: tuple[str, ...], out: Path | None, seed: int,
         result = run(plan(recipe, place), listeners=[display])
     summarize(result, console)
     if out is not None and result.exit_code in (0, 3):
-        shutil.copytree(result.artifact(stage).path, out)
+        made = result.artifact(stage)
+        shutil.copytree(made.path, out)
+        if made.kind == "adapter":
+            # Away from its store, an adapter has the model it sits on with it.
+            shutil.copytree(made.base.path, out / BASE)
         console.print(f"\ncopied to {out}")
     sys.exit(result.exit_code)
 
@@ -60,22 +65,36 @@ def _config(stage: str, values: tuple[str, ...], store: Store) -> dict[str, Any]
         inside: dict[str, Any] = config
         for part in parents:
             inner: Any = inside.get(part, {})
-            # `method=slerp` and then `method.t=0.4`.
+            # `method=slerp` and `method.t=0.4`, in either order.
             inner = {"uses": inner} if isinstance(inner, str) else inner
             inside[part] = inner
             inside = inner
-        inside[last] = _value(config_class, path, value, store)
+        found = _value(config_class, path, value, store)
+        if isinstance(inside.get(last), dict) and isinstance(found, str):
+            inside[last]["uses"] = found
+        else:
+            inside[last] = found
     return config
 
 
 def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
+    """A value as a recipe would hold it: YAML, or a list without its brackets where a list is expected."""
     field = config_class.model_fields.get(path)
-    many = field is not None and "list" in str(field.annotation)
-    items: list[Any] = [parse_scalar(part) for part in text.split(",")] if many else [parse_scalar(text)]
-    if field is not None and marker(config_class, path, Input) is not None:
-        items = [_place(str(item), store) for item in items]
-    if field is not None and marker(config_class, path, Source) is not None and Path(text).exists():
-        items = [str(Path(text).absolute())]
+    whole = parse_scalar(text)
+    if field is None:
+        # Inside of a sub-component, whose fields are not known yet.
+        return [parse_scalar(part) for part in text.split(",")] if isinstance(whole, str) and "," in text else whole
+    many = "list" in str(field.annotation)
+    items: list[Any] = [whole]
+    if isinstance(whole, list):
+        items, many = cast("list[Any]", whole), True
+    elif many and not isinstance(whole, dict):
+        items = [parse_scalar(part) for part in text.split(",")]
+    names_input = marker(config_class, path, Input)
+    if names_input is not None:
+        items = [item if item in names_input.words else _place(str(item), store) for item in items]
+    if marker(config_class, path, Source) is not None:
+        items = [str(Path(str(item)).absolute()) if Path(str(item)).exists() else item for item in items]
     return items if many else items[0]
 
 

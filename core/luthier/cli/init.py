@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,34 @@ def init_command(data: Path, base: str, out: Path | None) -> None:
         raise click.BadParameter(f"'{out}' exists already", param_hint="--out")
     form, count = _look(data)
     body = {"messages": TUNED, "preference": PREFERRED, "text": TEXT}[form]
+    if count < 2:
+        raise DataError("has one row only", where=str(data), hint="a split for testing needs a second one")
     where = data if data.is_absolute() else Path(os.path.relpath(data, out.parent))
-    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in out.stem)
-    name = name if name[:1].isalpha() else f"recipe-{name}"
+    if Path(base).is_dir() and not Path(base).is_absolute():
+        base = os.path.relpath(base, out.parent)
+        base = base if base.startswith(".") else f"./{base}"
+    name = re.sub(r"[^A-Za-z0-9_-]", "-", out.stem)
+    name = name if name[:1].isascii() and name[:1].isalpha() else f"recipe-{name}"
     share = 0.1 if count >= 20 else 0.3
-    out.write_text(HEAD.format(name=name, base=base, data=where, share=share) + body + EXPORT, encoding="utf-8")
+    # JSON's quotes are YAML's too: a path may hold anything.
+    head = HEAD.format(name=name, base=_quoted(base), data=_quoted(str(where)), share=share)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(head + body + EXPORT, encoding="utf-8")
     click.echo(f"{out}: {count} rows of the format '{form}'")
     click.echo(f"next: luthier plan {out}\n      luthier run {out}\n      luthier chat {name}/tuned")
 
 
+def _quoted(text: str) -> str:
+    """A text as YAML, in quotes only where it needs them."""
+    return text if re.fullmatch(r"[A-Za-z0-9_./:-]*[A-Za-z0-9_./-]", text) else json.dumps(text, ensure_ascii=False)
+
+
 def _look(data: Path) -> tuple[str, int]:
     """The format of a data file, judged by its first row, and its number of rows."""
-    text = data.read_text(encoding="utf-8-sig")
+    try:
+        text = data.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError("is not UTF-8 text", where=str(data), hint="save the file as UTF-8") from error
     if data.suffix == ".txt":
         return "text", sum(1 for block in text.split("\n\n") if block.strip())
     lines = [line for line in text.splitlines() if line.strip()]
@@ -96,9 +113,9 @@ def _look(data: Path) -> tuple[str, int]:
         row: Any = json.loads(lines[0])
     except ValueError as error:
         raise DataError(f"is not valid JSON ({error})", where=f"{data}:1", hint="one JSON object a line") from error
-    keys: dict[str, str] = {"messages": "messages", "chosen": "preference", "text": "text"}
-    for key, form in keys.items():
-        if isinstance(row, dict) and key in row:
+    keys = {"messages": ("messages",), "preference": ("prompt", "chosen", "rejected"), "text": ("text",)}
+    for form, needed in keys.items():
+        if isinstance(row, dict) and all(key in row for key in needed):
             return form, len(lines)
     raise DataError("its rows are of no known format", where=f"{data}:1",
                     hint="a row has `messages`; or `prompt`, `chosen` and `rejected`; or `text`")  # fmt: skip

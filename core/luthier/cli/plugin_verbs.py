@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
+from luthier.api.component import KINDS
 from luthier.registry import default_registry
 
 
 @click.command("plugins", epilog="Example: luthier plugins --kind merge")
-@click.option("--kind", help="Only components of this kind.")
+@click.option("--kind", type=click.Choice(KINDS), help="Only components of this kind.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
 def plugins_command(kind: str | None, as_json: bool) -> None:
     """List the installed components with their providers, and the plugins that could not be loaded."""
@@ -22,6 +23,9 @@ def plugins_command(kind: str | None, as_json: bool) -> None:
         if kind in (None, component.kind)
     )
     broken = [(str(plugin.provider), plugin.error) for plugin in registry.broken]
+    pairs = [row[:2] for row in rows]
+    broken += [(row[3], f"the {row[0]} '{row[1]}' has more than one provider: uninstall all but one")
+               for row in rows if pairs.count(row[:2]) > 1]  # fmt: skip
     if as_json:
         keys = ("kind", "name", "summary", "provider")
         components = [dict(zip(keys, row, strict=True)) for row in rows]

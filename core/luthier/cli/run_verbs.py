@@ -12,7 +12,6 @@ import click
 
 from luthier.api.config import Estimate
 from luthier.planning import Plan, plan
-from luthier.recipe import Recipe
 from luthier.running import run
 from luthier.running.events import Event
 
@@ -33,7 +32,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @recipe_options
 def plan_command(recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool) -> None:
     """Show per stage whether it is cached, will run or will resume, and why. Runs nothing."""
-    made = plan(Recipe.load(recipe, overrides=overrides), store)
+    made = plan(recipe, store, overrides=overrides)
     if as_json:
         click.echo(json.dumps([_node_json(made, name) for name in made.nodes], indent=2))
         return
@@ -65,10 +64,7 @@ def run_command(
     recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool, only: tuple[str, ...], keep_going: bool
 ) -> None:
     """Run a recipe: cached stages are not run again, interrupted ones resume."""
-    made = plan(Recipe.load(recipe, overrides=overrides), store)
-    unknown = [name for name in only if name not in made.nodes]
-    if unknown:
-        raise click.BadParameter(f"there is no stage '{unknown[0]}'", param_hint="--only")
+    made = plan(recipe, store, overrides=overrides)
     if as_json:
         sys.exit(run(made, only=only, keep_going=keep_going, listeners=[_print_json]).exit_code)
     # rich is only paid for where something is shown.

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from luthier.api.artifact import Artifact, ArtifactKind
+from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
 from luthier.api.config import Estimate, Input, Source, StageConfig, identity, references
 from luthier.api.errors import LuthierError, Problem, RecipeError
+from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
@@ -29,6 +30,7 @@ class Node:
 
     Attributes:
         id: The stage's id; one made for an input from outside is called after its path.
+        asked: The stage and field that name such an input, for messages; empty for stages of the recipe.
         inputs: Stage ids (or ``artifact:<folder>``) by field path.
         sources: Resolved files and models by field path.
         key: The sha256 that identifies the result; `payload` is what it is made of.
@@ -41,9 +43,10 @@ class Node:
     config: StageConfig
     produces: ArtifactKind
     inputs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
-    sources: dict[str, ResolvedSource] = field(default_factory=dict[str, ResolvedSource])
+    sources: dict[str, list[ResolvedSource]] = field(default_factory=dict[str, list[ResolvedSource]])
     key: str = ""
     payload: dict[str, Any] = field(default_factory=dict[str, Any])
+    asked: tuple[str, ...] = ()
     status: Status = "run"
     reason: str = ""
     estimate: Estimate = field(default_factory=Estimate)
@@ -86,18 +89,46 @@ class Plan:
         return "\n".join(f"{node.id:<20} {node.status:<7} {node.reason}" for node in self.nodes.values())
 
 
-def plan(recipe: Recipe, store: Store | str | Path | None = None) -> Plan:
+def plan(
+    recipe: Recipe | str | Path, store: Store | str | Path | None = None, *, overrides: Sequence[str] = ()
+) -> Plan:
     """Resolve a recipe: nothing is run and nothing heavy is loaded.
 
+    Args:
+        recipe: A recipe, or the path of one.
+        store: Where artifacts are kept; see `Store.at`.
+        overrides: For a path: values that replace the file's, see `Recipe.load`.
+
     Raises:
-        RecipeError: unknown stages, wrong kinds of input, cycles, missing files: all of them.
+        RecipeError: wrong configs, unknown stages, wrong kinds of input, cycles, missing files: all of them.
     """
     store = store if isinstance(store, Store) else Store.at(store)
-    return _Planner(recipe, store).plan()
+    if isinstance(recipe, Recipe):
+        return _Planner(recipe, store).plan()
+    try:
+        return _Planner(Recipe.load(recipe, overrides=overrides), store).plan()
+    except RecipeError as error:
+        raise _with_later_problems(error, store) from error
+
+
+def _with_later_problems(error: RecipeError, store: Store) -> RecipeError:
+    """The error of a recipe that was not read, with what is wrong between the stages that were."""
+    partial = cast("Recipe | None", error.partial)
+    if partial is None:
+        return error
+    try:
+        _Planner(partial, store, left_out=error.left_out).plan()
+    except RecipeError as later:
+        problems = [*error.problems, *(problem for problem in later.problems if problem not in error.problems)]
+        return RecipeError(sorted(problems, key=lambda problem: problem.line or 0))
+    except LuthierError:
+        return error
+    return error
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, store: Store) -> None:
+    def __init__(self, recipe: Recipe, store: Store, left_out: frozenset[str] = frozenset()) -> None:
+        self.left_out = left_out
         self.recipe = recipe
         self.store = store
         self.problems: list[Problem] = []
@@ -111,13 +142,12 @@ class _Planner:
             self.nodes[stage.id] = Node(stage.id, stage.component, stage.config, stage.config.kind_made)
         for node in list(self.nodes.values()):
             self._connect(node)
+        # Every problem is told at once: what stands behind a broken input is looked at as far as it can be.
         order = self._order()
-        if self.problems:
-            raise RecipeError(self.problems)
         for name in order:
             self._check_kinds(self.nodes[name])
-        for name in order:
-            self._resolve_sources(self.nodes[name])
+        for node in self.nodes.values():
+            self._resolve_sources(node)
         if self.problems:
             raise RecipeError(self.problems)
         result = Plan(self.recipe, self.store, {name: self.nodes[name] for name in order}, self.outside)
@@ -129,29 +159,32 @@ class _Planner:
         return result
 
     def _fail(self, node: Node, path: str, message: str, hint: str | None = None) -> None:
-        parts: list[str | int] = [int(part) if part.isdigit() else part for part in path.split(".") if part]
-        self.problems.append(self.recipe.document.problem(("stages", node.id, *parts), message, hint))
+        stage, *inside = node.asked or (node.id, *path.split("."))
+        parts: list[str | int] = [int(part) if part.isdigit() else part for part in inside if part]
+        self.problems.append(self.recipe.document.problem(("stages", stage, *parts), message, hint))
 
     def _connect(self, node: Node) -> None:
         for path, _, values in references(node.config, Input):
             node.inputs[path] = [self._provider(node, path, value) for value in values]
         for value in node.config.after:
-            self._provider(node, "after", value)
+            if value not in self.recipe.stages:
+                self._fail(node, "after", f"there is no stage '{value}'", near(value, self.recipe.stages))
 
     def _provider(self, node: Node, path: str, value: str) -> str:
         if value in self.recipe.stages:
             return value
         if not is_external(value):
-            self._fail(node, path, f"there is no stage '{value}'", near(value, self.recipe.stages))
+            if value not in self.left_out:
+                self._fail(node, path, f"there is no stage '{value}'", near(value, self.recipe.stages))
             return value
         folder = (self.recipe.folder / value).absolute()
-        if (folder / "manifest.json").exists():
-            try:
-                self.outside[value] = Artifact.load(folder)
-            except LuthierError as error:
-                self._fail(node, path, error.message, error.hint)
-            return value
-        return self._imported(node, path, value)
+        if not is_artifact(folder):
+            return self._imported(node, path, value)
+        try:
+            self.outside[value] = self.store.verified(Artifact.load(folder))
+        except LuthierError as error:
+            self._fail(node, path, error.message, error.hint)
+        return value
 
     def _imported(self, node: Node, path: str, value: str) -> str:
         """A stage for something from outside that is no artifact yet: a data file, a model folder."""
@@ -162,7 +195,13 @@ class _Planner:
             component = self.recipe.registry.get("stage", uses)
             config_class = self.recipe.registry.config_class(component)
             config = config_class.model_validate({"source": value}, context={"components": self.recipe.registry})
-            self.nodes[name] = Node(name, component, cast("StageConfig", config), cast("Any", config).kind_made)
+            self.nodes[name] = Node(
+                name,
+                component,
+                cast("StageConfig", config),
+                cast("Any", config).kind_made,
+                asked=(node.id, *path.split(".")),
+            )
         return name
 
     def _order(self) -> list[str]:
@@ -192,18 +231,22 @@ class _Planner:
         kinds: dict[str, list[ArtifactKind]] = {}
         for path, marker, _ in references(node.config, Input):
             kinds[path] = []
-            for name in node.inputs[path]:
+            # An input that is unknown has been told of; the others are judged without it.
+            for name in (name for name in node.inputs[path] if name in self.nodes or name in self.outside):
                 kind = self.outside[name].kind if name in self.outside else self.nodes[name].produces
                 kinds[path].append(kind)
                 if kind not in marker.kinds:
                     self._fail(node, path, f"'{name}' makes a {kind}, but here a {' or '.join(marker.kinds)} is needed")
+        for message in node.config.misfits(kinds):
+            self._fail(node, "", message)
         node.produces = node.config.produces(kinds)
 
     def _resolve_sources(self, node: Node) -> None:
         for path, marker, values in references(node.config, Source):
+            node.sources[path] = []
             for value in values:
                 try:
-                    node.sources[path] = resolve(value, marker.kind, self.recipe.folder, self.store, self.lock)
+                    node.sources[path].append(resolve(value, marker.kind, self.recipe.folder, self.store, self.lock))
                 except LuthierError as error:
                     self._fail(node, path, error.message, error.hint)
 
@@ -215,7 +258,7 @@ class _Planner:
             "revision": node.component.revision,
             "config": identity(node.config),
             "inputs": inputs,
-            "sources": {path: source.digest for path, source in node.sources.items()},
+            "sources": {path: [source.digest for source in sources] for path, sources in node.sources.items()},
             "seed": self.recipe.seed if node.config.seeded else None,
         }
         node.key = digest_value(node.payload)
@@ -228,8 +271,8 @@ class _Planner:
         if all(item is not None for items in known.values() for item in items):
             for message in node.config.problems(facts):
                 self._fail(node, "", message)
-        checkpoint = next(iter(sorted(self.store.work(node.key).glob("**/checkpoint-*"))), None)
-        node.status = "resume" if checkpoint else "run"
+        whole, _ = checkpoints(self.store.work(node.key))
+        node.status = "resume" if whole else "run"
         node.reason = reason_to_run(node.payload, last, inputs, {name: result.key_of(name) for name in node.needs
                                     if name in result.nodes or name in result.outside})  # fmt: skip
 

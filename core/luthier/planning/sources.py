@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -25,6 +25,10 @@ class ResolvedSource:
 
     digest: str
     place: str
+
+    def unchanged(self, store: Store) -> bool:
+        """Whether the content still has the digest; a pinned commit always does."""
+        return self.place.startswith(HUB) or store.digest_source(Path(self.place)) == self.digest
 
 
 def is_external(value: str) -> bool:
@@ -70,7 +74,9 @@ class HubLock:
         self.pins: dict[str, str] = {}
         if path is not None and path.exists():
             value: Any = parse(path.read_text(encoding="utf-8"), str(path)).value
-            self.pins = dict(value or {})
+            if not isinstance(value, dict | None):
+                raise LuthierError("is no mapping of hub ids to commits", where=str(path), hint="remove it")
+            self.pins = dict(cast("dict[str, str]", value or {}))
 
     def pin(self, text: str) -> tuple[str, str]:
         """Repository and commit of ``org/name`` or ``org/name@revision``.

@@ -11,6 +11,7 @@ import yaml
 from luthier.api.errors import Problem, RecipeError
 
 Path = tuple[str | int, ...]
+DEEPEST = 40
 _Base = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -33,6 +34,15 @@ for _tag, _pattern, _first in (
     cast("Any", _Loader).add_implicit_resolver(
         f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
     )
+
+
+def _whole_number(loader: Any, node: yaml.ScalarNode) -> int:
+    """YAML 1.2: ``010`` is ten; octal numbers begin with ``0o``."""
+    text = node.value.replace("_", "")
+    return int(text, 0) if text.lower().startswith(("0o", "0x")) else int(text)
+
+
+cast("Any", _Loader).add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse_scalar(text: str) -> Any:
@@ -94,6 +104,9 @@ def parse(text: str, file: str) -> Document:
 
 def _value(loader: Any, node: yaml.Node, path: Path, document: Document) -> Any:
     document.lines.setdefault(path, node.start_mark.line + 1)
+    if len(path) > DEEPEST:
+        message = "the recipe is nested too deeply: does an anchor contain itself?"
+        raise RecipeError([Problem(message, document.file, node.start_mark.line + 1)])
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, child, (*path, index), document) for index, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):

@@ -101,7 +101,9 @@ def _override(value: Any, override: str) -> None:
     if not equals:
         raise RecipeError(f"'{override}' has no '='", where="--set", hint="write it as stages.coder.adapter.r=8")
     *parents, last = path.split(".")
-    place = value
+    if not isinstance(value, dict):
+        raise RecipeError("the recipe is no mapping: there is nothing to set", where="--set")
+    place: Any = cast("Any", value)
     for depth, part in enumerate(parents):
         inner = _item(place, part)
         if isinstance(inner, str) and depth >= 2:
@@ -149,19 +151,28 @@ class _Reader:
         self._check_top(value)
         self._check_requirements(value.get("requires") or [])
         stages = self._stages(value["stages"])
-        trackers = tuple(
-            use
-            for index, raw in enumerate(cast("list[Any]", value.get("trackers") or []))
-            if (use := self._use("tracker", raw, ("trackers", index))) is not None
-        )
+        trackers = self._trackers(value.get("trackers") or [])
         executor = self._use("executor", value.get("executor", "local"), ("executor",))
         seed = value.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
             self._fail(("seed",), "the seed has to be a whole number from 0 to 2^32 - 1")
-        if self.problems or executor is None:
-            raise RecipeError(self.problems)
         name = str(value.get("name") or self.name)
-        return Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
+        if not self.problems and executor is not None:
+            return Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
+        raw = value["stages"]
+        left_out = frozenset(str(key) for key in cast("dict[Any, Any]", raw) if key not in stages) if isinstance(
+            raw, dict) else frozenset[str]()  # fmt: skip
+        partial = None
+        if executor is not None and isinstance(seed, int):
+            partial = Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
+        raise RecipeError(self.problems, partial=partial, left_out=left_out)
+
+    def _trackers(self, raw: Any) -> tuple[Use, ...]:
+        if not isinstance(raw, list):
+            self._fail(("trackers",), "expected a list of trackers", "write `trackers: [jsonl]`")
+            return ()
+        uses = [self._use("tracker", item, ("trackers", index)) for index, item in enumerate(cast("list[Any]", raw))]
+        return tuple(use for use in uses if use is not None)
 
     def _fail(self, path: tuple[str | int, ...], message: str, hint: str | None = None) -> None:
         self.problems.append(self.document.problem(path, message, hint))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, cast
 
 from luthier.api.component import KINDS, Kind
+from luthier.api.errors import PluginError
 from luthier.registry import Registry
 
 
@@ -12,8 +14,13 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
     """A JSON Schema (draft 2020-12) that accepts what `Recipe` accepts, but for inputs that do not exist."""
     definitions: dict[str, Any] = {}
     for kind in KINDS:
-        names = registry.names(kind)
-        options = [_component(registry, kind, name, definitions) for name in names]
+        options: list[dict[str, Any]] = []
+        names: list[str] = []
+        for name in registry.names(kind):
+            # One plugin's fault must not take the others out of the schema; recipes that need it are refused anyway.
+            with suppress(PluginError):
+                options.append(_component(registry, kind, name, definitions))
+                names.append(name)
         plain: list[dict[str, Any]] = [{"enum": names}] if kind != "stage" and names else []
         # A kind nobody provides: an empty `oneOf` is no valid schema, `not: {}` accepts nothing.
         definitions[f"kind-{kind}"] = {"oneOf": [*plain, *options]} if options else {"not": {}}

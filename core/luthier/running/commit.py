@@ -53,6 +53,18 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
     return Artifact.load(store.folder(key))
 
 
+def adopt(store: Store, artifact: Artifact) -> None:
+    """Copy an artifact from outside into the store, where it is not yet."""
+    if store.find(artifact.key) is not None:
+        return
+    scratch = store.work(artifact.key) / "adopted"
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(store.verified(artifact).path, scratch)
+    store.artifacts.mkdir(parents=True, exist_ok=True)
+    scratch.rename(store.folder(artifact.key))
+    shutil.rmtree(store.work(artifact.key), ignore_errors=True)
+
+
 def environment() -> dict[str, Any]:
     """What the manifest says of the machine and its software; no names of users, no variables."""
     return {

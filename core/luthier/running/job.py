@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from luthier.api.artifact import ArtifactKind
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -14,6 +16,7 @@ class Job:
     Attributes:
         config: The stage's config as a recipe would write it, defaults filled in.
         inputs: Artifact folders by field path.
+        kinds: Their kinds, by field path.
         sources: Local places or pinned hub ids by field path.
         trackers: The recipe's trackers, as a recipe would write them.
     """
@@ -22,7 +25,8 @@ class Job:
     component: str
     config: dict[str, Any]
     inputs: dict[str, list[str]]
-    sources: dict[str, str]
+    kinds: dict[str, list[ArtifactKind]]
+    sources: dict[str, list[str]]
     seed: int
     out: str
     work: str

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ class Lock:
         finally:
             self._stop.set()
             beat.join()
-            self.path.unlink(missing_ok=True)
+            with self._guard():
+                self.path.unlink(missing_ok=True)
 
     def _wait(self, poll: Callable[[], None]) -> None:
         said = False
@@ -65,9 +66,7 @@ class Lock:
             time.sleep(0.2)
 
     def _try(self) -> bool:
-        # The guard makes "look, judge, take" one step among processes that share the file system.
-        with (self.path.parent / ".guard").open("w") as guard:
-            fcntl.flock(guard, fcntl.LOCK_EX)
+        with self._guard():
             if self.path.exists():
                 owner = _read(self.path)
                 if not _stale(owner, self.path):
@@ -78,9 +77,26 @@ class Lock:
             self.path.write_text(json.dumps(owner), encoding="utf-8")
             return True
 
+    @contextmanager
+    def _guard(self) -> Generator[None]:
+        """Makes "look, judge, take" one step among processes that share the file system."""
+        with (self.path.parent / ".guard").open("w") as guard:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            yield
+
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT):
-            os.utime(self.path)
+            # Somebody may have removed the store under a run; the commit will say so.
+            with suppress(FileNotFoundError):
+                os.utime(self.path)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a lock file belongs to a run that is alive."""
+    try:
+        return not _stale(_read(path), path)
+    except FileNotFoundError:
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -17,12 +18,13 @@ from typing import Any, Literal, cast
 
 from luthier.api.artifact import Artifact
 from luthier.api.config import Gate, dump_use
-from luthier.api.errors import Interrupted, LuthierError, StageError, StoreError
+from luthier.api.errors import Interrupted, LuthierError, Problem, RecipeError, StageError, StoreError
 from luthier.api.protocols import Executor
 from luthier.artifacts.store import Store
 from luthier.planning import Node, Plan, plan
 from luthier.recipe import Recipe
-from luthier.running.commit import commit, environment
+from luthier.recipe.problems import near
+from luthier.running.commit import adopt, commit, environment
 from luthier.running.events import Event, Events, Listener
 from luthier.running.job import Job
 from luthier.running.lock import Lock
@@ -53,12 +55,14 @@ class RunResult:
     id: str
     plan: Plan
     stages: dict[str, StageResult]
+    stopped: bool = False
 
     @property
     def exit_code(self) -> int:
         """0 done, 1 a stage failed, 3 a gate did not hold, 130 interrupted."""
         outcomes = [stage.outcome for stage in self.stages.values()]
-        if "interrupted" in outcomes:
+        # A stage that was quicker than the signal is done; those behind it are not.
+        if "interrupted" in outcomes or (self.stopped and "skipped" in outcomes):
             return 130
         if "failed" in outcomes:
             return 1
@@ -70,17 +74,18 @@ class RunResult:
         Raises:
             StageError: the stage has none, because it failed or was not reached.
         """
-        found = self.stages[stage].artifact
-        if found is None:
-            raise StageError(f"the stage '{stage}' made no artifact in this run ({self.stages[stage].outcome})")
-        return found
+        result = self.stages.get(stage)
+        if result is None or result.artifact is None:
+            why = result.outcome if result else "it was not asked for" if stage in self.plan.nodes else "there is none"
+            raise StageError(f"the stage '{stage}' made no artifact in this run ({why})")
+        return result.artifact
 
 
 def run(
     recipe: Recipe | Plan | str | Path,
     *,
     store: Store | str | Path | None = None,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     keep_going: bool = False,
     listeners: Sequence[Listener] = (),
 ) -> RunResult:
@@ -89,17 +94,21 @@ def run(
     Args:
         recipe: A recipe, its path, or a plan made from it.
         store: Where artifacts are kept; see `Store.at`.
-        only: Stages to make, with what they need; by default all.
+        only: The stage or stages to make, with what they need; by default all.
         keep_going: After a failure, still run the stages that do not depend on it.
         listeners: Called with every event.
 
     Raises:
-        RecipeError: the recipe is wrong. A failed stage does not raise: see `RunResult`.
+        RecipeError: the recipe is wrong, or `only` names a stage that is not in it. A failed stage does not raise: see
+            `RunResult`.
     """
-    if not isinstance(recipe, Plan):
-        recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-        recipe = plan(recipe, store)
-    return _Runner(recipe, keep_going, list(listeners)).run(only)
+    the_plan = recipe if isinstance(recipe, Plan) else plan(recipe, store)
+    wanted = [only] if isinstance(only, str) else list(only)
+    problems = [Problem(f"there is no stage '{name}'", hint=near(name, the_plan.nodes))
+                for name in wanted if name not in the_plan.nodes]  # fmt: skip
+    if problems:
+        raise RecipeError(problems)
+    return _Runner(the_plan, keep_going, list(listeners)).run(wanted)
 
 
 class _Runner:
@@ -107,8 +116,7 @@ class _Runner:
         self.plan = the_plan
         self.store = the_plan.store
         self.keep_going = keep_going
-        self.id = f"{time.strftime('%Y%m%d-%H%M%S')}-{the_plan.recipe.name}-{os.getpid()}"
-        self.folder = self.store.runs / self.id
+        self.id, self.folder = _new_run(self.store, the_plan.recipe.name)
         try:
             self.events = Events(self.folder / "events.jsonl", listeners)
         except OSError as error:
@@ -131,7 +139,7 @@ class _Runner:
             finally:
                 if self.worker is not None:
                     self.worker.close()
-                result = RunResult(self.id, self.plan, self.results)
+                result = RunResult(self.id, self.plan, self.results, self.interrupts > 0)
                 self.events("run_finished", run=self.id, exit_code=result.exit_code)
                 self.events.close()
         return result
@@ -202,6 +210,26 @@ class _Runner:
             raise StoreError(f"the artifact of '{name}' has vanished from the store", hint="run again")
         return found
 
+    def _adopted(self, node: Node, name: str) -> Artifact:
+        """An input; a model from outside comes into the store when an adapter in it will sit on it."""
+        artifact = self._input(name)
+        if name in self.plan.outside and artifact.kind in ("model", "adapter"):
+            if artifact.kind == "adapter":
+                adopt(self.store, artifact.base)
+            elif node.produces == "adapter":
+                adopt(self.store, artifact)
+        return artifact
+
+    def _check_sources(self, node: Node) -> None:
+        """Refuse a file that is not what it was when the key was made from it."""
+        for source in (source for sources in node.sources.values() for source in sources):
+            if not source.unchanged(self.store):
+                raise StageError(
+                    "the source was changed while the run went on",
+                    where=source.place,
+                    hint="run again: it is read anew",
+                )
+
     def _work(self, node: Node) -> Artifact:
         work = self.store.work(node.key)
         try:
@@ -211,13 +239,15 @@ class _Runner:
                 f"the scratch folder cannot be made: {error.strerror}", where=str(work),
                 hint="is the store read-only or the disk full? choose another one with --store",
             ) from error  # fmt: skip
-        inputs = {path: [str(self._input(name).path) for name in names] for path, names in node.inputs.items()}
+        inputs = {path: [str(self._adopted(node, name).path) for name in names] for path, names in node.inputs.items()}
+        self._check_sources(node)
         job = Job(
             stage=node.id,
             component=node.component.name,
             config=node.config.model_dump(mode="json"),
             inputs=inputs,
-            sources={path: source.place for path, source in node.sources.items()},
+            kinds={path: [self._input(name).kind for name in names] for path, names in node.inputs.items()},
+            sources={path: [source.place for source in sources] for path, sources in node.sources.items()},
             seed=self.plan.recipe.seed,
             out=str(work / "out"),
             work=str(work),
@@ -226,6 +256,7 @@ class _Runner:
         )
         started = time.perf_counter()
         answer = self._ask(node, job)
+        self._check_sources(node)
         about: dict[str, Any] = {
             "stage": node.id,
             "component": {
@@ -313,6 +344,25 @@ class _Runner:
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps({**known, **done}), encoding="utf-8")
             temporary.replace(path)
+
+
+def _new_run(store: Store, recipe: str) -> tuple[str, Path]:
+    """The id of a new run, and its folder, which no other run has."""
+    head = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{os.getpid()}"
+    for number in itertools.count():
+        name = f"{head}-{number}" if number else head
+        try:
+            (store.runs / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"the store cannot be written: {error.strerror}",
+                where=str(store.root),
+                hint="choose another place with --store",
+            ) from error
+        return name, store.runs / name
+    raise AssertionError("itertools.count never ends")
 
 
 class _WorkerProcess:

@@ -20,15 +20,17 @@ from pathlib import Path
 from queue import Queue
 from typing import Any, Protocol, TextIO, cast
 
-from luthier.api.artifact import Artifact
+from luthier.api.artifact import REQUIRED_FACTS, Artifact, ArtifactKind
 from luthier.api.component import Kind
 from luthier.api.config import StageConfig, Use
-from luthier.api.errors import Interrupted, LuthierError, ModelError, StoreError
+from luthier.api.errors import Interrupted, LuthierError, ModelError, StageError, StoreError
 from luthier.api.protocols import Tracker
 from luthier.registry import Registry, default_registry
 from luthier.running.job import Job
 
 PROGRESS_EVERY = 0.2
+LITTLE = 1 << 20
+"""Bytes left on a disk that counts as full."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,8 +69,12 @@ class Context:
         return [Artifact.load(Path(path)) for path in self._job.inputs.get(field, [])]
 
     def source(self, field: str) -> Path:
-        place = self._job.sources[field]
-        return download(place) if place.startswith("hf:") else Path(place)
+        (place,) = self.sources(field)
+        return place
+
+    def sources(self, field: str) -> list[Path]:
+        places = self._job.sources.get(field, [])
+        return [download(place) if place.startswith("hf:") else Path(place) for place in places]
 
     def component(self, use: Use) -> Any:
         return self._registry.impl_class(use.component)(use.config)
@@ -152,6 +158,7 @@ class Worker:
                 for tracker in context.trackers:
                     tracker.start(Path(job.run), job.stage)
                 facts = stage.run(context)
+                check_facts(facts, config.produces(job.kinds), str(registry.provider(component)))
             finally:
                 for tracker in context.trackers:
                     tracker.finish()
@@ -175,6 +182,27 @@ class Worker:
             })  # fmt: skip
 
 
+def check_facts(facts: Any, kind: ArtifactKind, provider: str) -> None:
+    """Refuse facts that a manifest cannot hold, or that lack what every artifact of the kind tells.
+
+    Raises:
+        StageError: names what is missing, and whose stage it was.
+    """
+    problem = ""
+    if not isinstance(facts, dict):
+        problem = f"it returned {type(facts).__name__} instead of its facts"
+    else:
+        missing = [name for name in REQUIRED_FACTS[kind] if name not in facts]
+        try:
+            json.dumps(facts)
+        except (TypeError, ValueError) as error:
+            problem = f"its facts are no plain values: {error}"
+        if missing:
+            problem = f"its facts lack {', '.join(missing)}, which every {kind} tells"
+    if problem:
+        raise StageError(f"the stage of {provider} is at fault: {problem}", hint="tell its author")
+
+
 def seed_everything(seed: int) -> None:
     """Seed every source of random numbers that is loaded, so that no stage depends on those that ran before it."""
     random.seed(seed)
@@ -190,8 +218,14 @@ def _disk_full(error: Exception, job: Job) -> StoreError | None:
 
     Libraries in Rust and C++ raise errors of their own with the system's number in the text.
     """
-    number = error.errno if isinstance(error, OSError) else None
-    if number not in FULL and not any(f"os error {code}" in str(error) for code in FULL):
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    numbers = [item.errno for item in chain if isinstance(item, OSError)]
+    told = any(f"os error {code}" in str(item) for item in chain for code in FULL)
+    # torch's own writer says no more than that it could not write.
+    silent = any("inline_container" in str(item) for item in chain) and shutil.disk_usage(job.work).free < LITTLE
+    if not told and not silent and not any(number in FULL for number in numbers):
         return None
     return StoreError(
         f"the disk is full: {error}",

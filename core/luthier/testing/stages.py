@@ -17,7 +17,7 @@ from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.commit import commit
 from luthier.running.job import Job
-from luthier.running.worker import Context, seed_everything
+from luthier.running.worker import Context, check_facts, seed_everything
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while 12 grey geese fly south.",
@@ -83,7 +83,8 @@ def run_stage(
         component=uses,
         config=made.model_dump(mode="json"),
         inputs={name: [str(item.path) for item in items] for name, items in given.items()},
-        sources={path: values[0] for path, _, values in references(made, Source) if values},
+        kinds=kinds,
+        sources={path: values for path, _, values in references(made, Source) if values},
         seed=seed,
         out=str(work / "out"),
         work=str(work),
@@ -94,6 +95,7 @@ def run_stage(
     stage = registry.impl_class(component)(made)
     seed_everything(seed)
     facts = stage.run(context)
+    check_facts(facts, made.produces(kinds), str(registry.provider(component)))
     about = {"stage": uses, "facts": facts, "warnings": context.warnings,
              "inputs": {name: [item.key for item in items] for name, items in given.items()}}  # fmt: skip
     return commit(store, key, made.produces(kinds), work / "out", about)

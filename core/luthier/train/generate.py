@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,13 @@ from luthier.train.text import IGNORED, Encoded
 
 
 def greedy_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], stop_ids: Sequence[int], limit: int, batch_size: int = 32
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    stop_ids: Sequence[int],
+    limit: int,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[str]:
     """The greedy answer to each prompt, in order, without the stop token.
 
@@ -21,11 +27,13 @@ def greedy_answers(
         stop_ids: The tokens on which generation stops.
         limit: The most tokens of an answer.
         batch_size: Prompts in one batch; batches are made of prompts of like length.
+        progress: Called with the answers made and their number, batch by batch.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
+        progress(start, len(order))
         chosen = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in chosen)
         padding = [width - len(prompts[index]) for index in chosen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import datasets
 import transformers
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -17,6 +17,7 @@ from luthier.api.context import StageContext
 from luthier.api.errors import Interrupted
 from luthier.api.protocols import Facts, Regularizer
 from luthier.api.training import TrainingConfig
+from luthier.artifacts.checkpoints import checkpoints, mark_whole
 from luthier.train.text import Encoded
 
 
@@ -76,6 +77,9 @@ class Reporter(TrainerCallback):
             self.context.progress(state.global_step, state.max_steps, "steps")
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         self.context.metrics(numbers, state.global_step)
@@ -92,11 +96,13 @@ def run_trainer(trainer: Any, context: StageContext) -> Facts:
     """
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(context))
-    folder = Path(trainer.args.output_dir)
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if checkpoint:
-        context.log(f"resuming from {Path(checkpoint).name}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    whole, cut_short = checkpoints(Path(trainer.args.output_dir))
+    for path in cut_short:
+        context.log(f"{path.name} was cut short while it was written: it is removed")
+        shutil.rmtree(path)
+    if whole:
+        context.log(f"resuming from {whole[-1].name}")
+    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
     if context.stopping() and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -104,6 +110,26 @@ def run_trainer(trainer: Any, context: StageContext) -> Facts:
     assert losses, "the first and the last step are always logged"
     facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
     return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})
+
+
+def started(config: TrainingConfig, model: Any, context: StageContext) -> list[Regularizer]:
+    """The config's regularizers, each of which has seen the model before its first step."""
+    regularizers: list[Regularizer] = [context.component(use) for use in config.regularizers]
+    for regularizer in regularizers:
+        regularizer.start(model)
+    return regularizers
+
+
+def penalties(regularizers: Sequence[Regularizer], model: Any) -> Any:
+    """The sum of what the regularizers add to the loss."""
+    return sum(regularizer.penalty(model) for regularizer in regularizers)
+
+
+def evaluation_arguments(config: TrainingConfig) -> dict[str, Any]:
+    """When to look at the validation split: after every epoch, or as often as a checkpoint is written."""
+    if config.steps is None:
+        return {"eval_strategy": "epoch"}
+    return {"eval_strategy": "steps", "eval_steps": config.save_every}
 
 
 class _Trainer(SFTTrainer):
@@ -118,8 +144,7 @@ class _Trainer(SFTTrainer):
         if not self._regularizers or not model.training:
             return result
         # The Trainer divides by the accumulation steps only where the loss is a mean over them.
-        share = 1 / self.args.gradient_accumulation_steps
-        extra = sum(regularizer.penalty(model) for regularizer in self._regularizers) * share
+        extra = penalties(self._regularizers, model) / self.args.gradient_accumulation_steps
         return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -138,11 +163,8 @@ def train_tokens(
     quiet_libraries()
     arguments = trainer_arguments(config, context)
     if validation:
-        arguments |= {"eval_strategy": "epoch" if config.steps is None else "steps"}
-        arguments |= {"eval_steps": config.save_every} if config.steps is not None else {}
-    regularizers: list[Regularizer] = [context.component(use) for use in config.regularizers]
-    for regularizer in regularizers:
-        regularizer.start(model)
+        arguments |= evaluation_arguments(config)
+    regularizers = started(config, model, context)
     trainer = _Trainer(
         model=model,
         args=SFTConfig(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments),

@@ -14,11 +14,18 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from luthier.api.context import StageContext
 from luthier.api.errors import DataError
-from luthier.api.protocols import Facts, Message, PreferenceBatch, PreferenceLoss
+from luthier.api.protocols import Facts, Message, PreferenceBatch, PreferenceLoss, Regularizer, Row
 from luthier.api.training import PreferenceTrainingConfig, TrainingConfig
-from luthier.artifacts.datasets import require_split
+from luthier.artifacts.datasets import read_split, require_split
 from luthier.train.loading import load_model, load_tokenizer, save_adapter, save_model
-from luthier.train.loop import quiet_libraries, run_trainer, trainer_arguments
+from luthier.train.loop import (
+    evaluation_arguments,
+    penalties,
+    quiet_libraries,
+    run_trainer,
+    started,
+    trainer_arguments,
+)
 from luthier.train.text import IGNORED, encode_conversation
 
 
@@ -62,9 +69,17 @@ def _completion(tokenizer: Any, messages: list[Message], stop_ids: Sequence[int]
 class PairTrainer(DPOTrainer):
     """DPOTrainer on ready tokens, with a loss that a plugin may bring."""
 
-    def __init__(self, *args: Any, pair_loss: PreferenceLoss, pair_beta: float, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        pair_loss: PreferenceLoss,
+        pair_beta: float,
+        regularizers: Sequence[Regularizer],
+        **kwargs: Any,
+    ) -> None:
         self.pair_loss = pair_loss
         self.pair_beta = pair_beta
+        self.regularizers = regularizers
         super().__init__(*args, **kwargs)
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +108,8 @@ class PairTrainer(DPOTrainer):
         logged["logps/chosen"].append(float(chosen.detach().mean()))
         logged["logps/rejected"].append(float(rejected.detach().mean()))
         logged["accuracy"].append(float(_better(batch).float().mean()))
-        return self.pair_loss.loss(batch, self.pair_beta).mean()
+        loss = self.pair_loss.loss(batch, self.pair_beta).mean()
+        return loss + penalties(self.regularizers, model) if self.regularizers and model.training else loss
 
 
 def _better(batch: PreferenceBatch) -> torch.Tensor:
@@ -107,6 +123,7 @@ def train_pairs(
     model: Any,
     tokenizer: Any,
     train: Sequence[EncodedPair],
+    validation: Sequence[EncodedPair],
     loss: PreferenceLoss,
     beta: float,
     config: TrainingConfig,
@@ -119,11 +136,14 @@ def train_pairs(
     quiet_libraries()
     adapted = hasattr(model, "peft_config")
     reference = None if adapted or not loss.needs_reference else copy.deepcopy(model)
+    arguments = trainer_arguments(config, context) | (evaluation_arguments(config) if validation else {})
     trainer = PairTrainer(
         model=model,
         ref_model=reference,
-        args=DPOConfig(max_length=config.max_length, beta=beta, **trainer_arguments(config, context)),
-        train_dataset=datasets.Dataset.from_list([asdict(pair) for pair in train]),
+        args=DPOConfig(max_length=config.max_length, beta=beta, **arguments),
+        train_dataset=_dataset(train),
+        eval_dataset=_dataset(validation) if validation else None,
+        regularizers=started(config, model, context),
         processing_class=tokenizer,
         pair_loss=loss,
         pair_beta=beta,
@@ -134,16 +154,25 @@ def train_pairs(
     return facts
 
 
+def _dataset(pairs: Sequence[EncodedPair]) -> datasets.Dataset:
+    return datasets.Dataset.from_list([asdict(pair) for pair in pairs])
+
+
 def tune_on_pairs(loss: PreferenceLoss, beta: float, config: PreferenceTrainingConfig, context: StageContext) -> Facts:
     """The whole of a stage that trains on preference pairs: read, encode, train, save."""
     source = context.input("model")
     tokenizer = load_tokenizer(source)
     stops = source.facts["stop_token_ids"]
-    rows = require_split(context.input("data"), "train")
-    pairs = [encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], stops) for row in rows]
-    pairs = _short_enough(pairs, config, context)
+    data = context.input("data")
+
+    def encoded(rows: Sequence[Row]) -> list[EncodedPair]:
+        pairs = [encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], stops) for row in rows]
+        return _short_enough(pairs, config, context)
+
+    pairs = encoded(require_split(data, "train"))
+    held_out = read_split(data, "validation")
     model = load_model(source, trainable=True)
-    facts = train_pairs(model, tokenizer, pairs, loss, beta, config, context)
+    facts = train_pairs(model, tokenizer, pairs, encoded(held_out) if held_out else [], loss, beta, config, context)
     save = save_adapter if source.kind == "adapter" else save_model
     return {**save(model, source, context.out), "training": {**facts, "pairs": len(pairs)}}
 

@@ -28,7 +28,8 @@ class Augment:
         held_out = {_text(row, parser) for split in ("validation", "test") for row in splits[split]}
         train = list(splits["train"]) if self.config.keep_original else []
         seen = {_text(row, parser) for row in train}
-        extra = [key for key in (train[0] if train else {}) if key not in parser.columns]
+        known = splits["train"]
+        extra = [key for key in (known[0] if known else {}) if key not in parser.columns]
         dropped = {"repeats another row": 0, "is held out": 0}
         for raw in augmenter.rows(splits["train"], context.seed):
             row = parser.parse(raw) | {key: raw[key] for key in extra if key in raw}

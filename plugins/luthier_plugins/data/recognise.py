@@ -9,7 +9,7 @@ from luthier.api import DataError, Format, StageContext
 KEYS = {"messages": ("messages",), "preference": ("prompt", "chosen", "rejected"), "text": ("text",)}
 
 
-def recognised(raw: Any, context: StageContext, where: str) -> tuple[str, Format]:
+def recognised(raw: Any, context: StageContext) -> tuple[str, Format]:
     """The name of the format whose keys the row has, and its parser.
 
     Raises:
@@ -21,6 +21,5 @@ def recognised(raw: Any, context: StageContext, where: str) -> tuple[str, Format
             return name, context.make("format", name)
     raise DataError(
         f"the row's keys are those of no format: {', '.join(sorted(keys)) or 'it is not an object'}",
-        where=where,
         hint="a row has 'messages'; or 'prompt', 'chosen' and 'rejected'; or 'text'; else choose a `format`",
     )

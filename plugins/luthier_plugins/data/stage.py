@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from luthier_plugins.data.config import DataConfig, SplitConfig
 from luthier_plugins.data.recognise import recognised
 
 SHOWN = 10
+TURN = ("role", "content")
 
 
 class Data:
@@ -41,11 +42,14 @@ class Data:
         dropped: Counter[str] = Counter()
         parser: Format | None = context.component(self.config.format) if self.config.format else None
         name = self.config.format.name if self.config.format else ""
+        ignored: Counter[str] = Counter()
         for line, raw in _raw_rows(path, errors):
-            if parser is None:
-                name, parser = recognised(raw, context, f"{path}:{line}")
+            context.progress(len(rows), None, "rows")
             try:
+                if parser is None:
+                    name, parser = recognised(raw, context)
                 rows.append(self._row(raw, parser))
+                ignored.update(_ignored(raw, rows[-1]))
             except DataError as error:
                 errors.append(DataError(error.message, where=f"{path}:{line}", hint=error.hint))
             if self.config.limit is not None and len(rows) >= self.config.limit:
@@ -54,6 +58,9 @@ class Data:
             raise _all_of(errors)
         for error in errors:
             dropped[error.message] += 1
+        if ignored:
+            named = ", ".join(f"{key} (in {count} rows)" for key, count in ignored.most_common(SHOWN))
+            context.warn(f"these keys of the data are not used: {named}; `keep` carries texts along")
         return rows, name, dropped
 
     def _row(self, raw: Any, parser: Format) -> Row:
@@ -68,6 +75,13 @@ class Data:
         return row
 
 
+def _ignored(raw: Mapping[str, Any], row: Row) -> set[str]:
+    """The keys of a row and of its messages that did not become part of the dataset."""
+    messages = [item for item in (raw.get("messages") or []) if isinstance(item, dict)]
+    inside = {f"messages.{key}" for item in messages for key in cast("dict[str, Any]", item) if key not in TURN}
+    return {key for key in raw if key not in row} | inside
+
+
 def _raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
     if path.is_dir():
         raise DataError("is a folder", where=str(path), hint="name one .jsonl or .txt file")
@@ -80,14 +94,27 @@ def _raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".txt":
         yield from _paragraphs(lines)
         return
+    _refuse_other_files(path, lines)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            raw = json.loads(line)
+            # Half a surrogate pair is valid JSON, but no text that can be stored.
+            json.dumps(raw, ensure_ascii=False).encode("utf-8")
+            yield number, raw
         except ValueError as error:
             errors.append(DataError(f"is not valid JSON ({error})", where=f"{path}:{number}",
                                     hint="each line has to be one JSON object"))  # fmt: skip
+
+
+def _refuse_other_files(path: Path, lines: list[str]) -> None:
+    """One message instead of one for each line where a file is something else altogether."""
+    first = next((line.strip() for line in lines if line.strip()), "")
+    if first.startswith("["):
+        raise DataError("is one JSON array", where=str(path), hint="write one object a line (JSON Lines)")
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        raise DataError(f"is a {path.suffix} file", where=str(path), hint="convert it to JSON Lines, one object a line")
 
 
 def _paragraphs(lines: list[str]) -> Iterator[tuple[int, Row]]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, OneOrMany, StageConfig
+from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, OneOrMany, StageConfig, other_formats
 from luthier.api.artifact import ArtifactKind
 from pydantic import field_validator, model_validator
 
@@ -35,8 +35,8 @@ class EvaluateConfig(StageConfig):
     """Others to show beside it, such as the untuned base; one name, or a list."""
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
-    metrics: list[MetricUse] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
-    """What to measure."""
+    metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
+    """What to measure; one metric, or a list of different ones."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
     max_new_tokens: int = Field(default=128, gt=0)
@@ -54,19 +54,35 @@ class EvaluateConfig(StageConfig):
         return value
 
     @model_validator(mode="after")
-    def _requirements_name_stages(self) -> EvaluateConfig:
+    def _requirements_fit(self) -> EvaluateConfig:
+        names = [use.name for use in self.metrics]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"the metric '{twice[0]}' stands twice: measure it with other settings in a stage of its own"
+            )
+        for name in self.require:
+            if name not in names:
+                raise ValueError(f"`require` names {name}, which is not among `metrics` ({', '.join(names)})")
         for metric, text in self.require.items():
             stage = _parsed(text)["stage"]
             if stage is not None and stage not in self.against:
                 raise ValueError(f"`require` compares {metric} with '{stage}', which is not among `against`")
         return self
 
+    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+        if self.variant is not None and "export" not in inputs["model"]:
+            return ["`variant` names a file of an export, but the model is none: leave it out"]
+        return []
+
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        names = {use.name for use in self.metrics}
-        found = [f"`require` names {name}, which is not among `metrics`" for name in self.require if name not in names]
+        found = other_formats("evaluate", inputs, ("messages",))
         for facts in inputs.get("data", []):
             if not facts["rows"].get("test"):
                 found.append("the data has no split 'test': give its stage `split: {test: 0.1}`")
+        for facts in inputs.get("model", []):
+            if self.variant is not None and self.variant not in facts.get("files", [self.variant]):
+                found.append(f"the export has no file '{self.variant}'; it has: {', '.join(facts['files'])}")
         return found
 
     def gates(self, facts: Mapping[str, Any]) -> list[Gate]:

@@ -25,6 +25,9 @@ class Evaluate:
         rows = require_split(context.input("data"), "test")
         if self.config.by is not None and self.config.by not in rows[0]:
             raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
+        alone = sum(len(row["messages"]) < 2 for row in rows)
+        if alone:
+            raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
         metrics: dict[str, Metric] = {use.name: context.component(use) for use in self.config.metrics}
         facts = self._measure("model", context.input("model"), rows, metrics, context)
         facts["against"] = [
@@ -78,7 +81,10 @@ class Evaluate:
         items: dict[str, Sequence[Any]] = {}
         if "predictions" in needs:
             prompts = [encode_prompt(tokenizer, row["messages"][:-1]) for row in rows]
-            answers = greedy_answers(model, tokenizer, prompts, stops, self.config.max_new_tokens)
+            answers = greedy_answers(
+                model, tokenizer, prompts, stops, self.config.max_new_tokens,
+                progress=lambda done, total: context.progress(done, total, "answers"),
+            )  # fmt: skip
             items["predictions"] = _predictions(rows, answers, context)
         if "losses" in needs:
             items["losses"] = list(

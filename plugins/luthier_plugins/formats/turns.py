@@ -25,6 +25,8 @@ def _checked(item: Any, index: int) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"message {index} is not an object with 'role' and 'content'")
     message = cast("Mapping[str, Any]", item)
+    if message.get("tool_calls"):
+        raise DataError(f"message {index} has tool calls, which would be lost", hint="write them into its content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"message {index} has the unknown role {role!r}", hint=f"roles are {', '.join(ROLES)}")

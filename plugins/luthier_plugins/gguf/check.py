@@ -58,11 +58,13 @@ def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> Expected
     """
     model.eval()
     texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in CORPUS}
-    prompts = [render(tokenizer, messages, open_turn=True) for messages in CONVERSATIONS]
+    # A plain base model has no template: there is no prompt to compare, only texts.
+    conversations = CONVERSATIONS if tokenizer.chat_template is not None else ()
+    prompts = [render(tokenizer, messages, open_turn=True) for messages in conversations]
     # llama.cpp gives templates such as Llama 3's today's date, where transformers leaves their fixed one.
     today = time.strftime("%d %b %Y")
-    dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in CONVERSATIONS]
-    sequences = [encode_prompt(tokenizer, messages) for messages in CONVERSATIONS] + list(texts.values())
+    dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in conversations]
+    sequences = [encode_prompt(tokenizer, messages) for messages in conversations] + list(texts.values())
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
     positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
@@ -91,7 +93,9 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     for text, ids in expected.texts.items():
         if server.tokenize(text) != ids:
             raise ModelError(f"llama.cpp reads this text as other tokens than transformers: {text!r}", where=where)
-    for messages, prompt, dated in zip(CONVERSATIONS, expected.prompts, expected.dated_prompts, strict=True):
+    # Without a template there are no prompts to compare.
+    conversations = CONVERSATIONS[: len(expected.prompts)]
+    for messages, prompt, dated in zip(conversations, expected.prompts, expected.dated_prompts, strict=True):
         found = server.render(messages)
         if found not in (prompt, dated):
             raise ModelError(f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where)

@@ -29,7 +29,7 @@ class Gguf:
             expected = expected_of(load_model(model), load_tokenizer(model), model.facts["stop_token_ids"])
             for file_type in self.config.types:
                 path = context.out / f"model-{file_type}.gguf"
-                for done in source.write(path, file_type, model.manifest["stage"]):
+                for done in source.write(path, file_type, f"{model.facts['architecture']} {model.key[:12]}"):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
                 limit = self.config.max_kl or LARGEST_KL[file_type]
                 with LlamaServer(path, context_length=CHECK_CONTEXT) as server:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-from luthier.api import DatasetInputs, Field, StageConfig
+from luthier.api import DatasetInputs, Field, StageConfig, other_formats
 from luthier.api.artifact import ArtifactKind
 from pydantic import model_validator
 
@@ -36,6 +37,9 @@ class InitConfig(StageConfig):
     """Whether the output head shares the embedding."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The dtype of the stored weights; training computes in fp32."""
+
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return other_formats("init", inputs, ("text", "messages"))
 
     @model_validator(mode="after")
     def _heads_fit(self) -> InitConfig:

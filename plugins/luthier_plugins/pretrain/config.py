@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInputs, Field, Input, TrainingConfig
+from luthier.api import DatasetInputs, Field, Input, TrainingConfig, other_formats
 from luthier.api.artifact import ArtifactKind
 
 
@@ -19,3 +20,6 @@ class PretrainConfig(TrainingConfig):
     """Texts or conversations; all are shuffled together."""
     max_length: int = Field(default=512, gt=1)
     """The length of a packed block in tokens; nothing is cut off."""
+
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return other_formats("pretrain", inputs, ("text", "messages"))

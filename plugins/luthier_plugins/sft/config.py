@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from luthier.api import AdapterUse, DatasetInputs, ModelInput, TrainingConfig
+from luthier.api import AdapterUse, DatasetInputs, ModelInput, TrainingConfig, other_formats
 from luthier.api.artifact import ArtifactKind
 
 
@@ -24,9 +24,10 @@ class SftConfig(TrainingConfig):
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         return "adapter" if self.adapter is not None or "adapter" in inputs["model"] else "model"
 
+    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+        if self.adapter is not None and "adapter" in inputs["model"]:
+            return ["the model is an adapter already: leave `adapter` out to train it further"]
+        return []
+
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        formats = [facts["format"] for facts in inputs.get("data", [])]
-        found = [f"sft trains on messages, not on {name}" for name in formats if name != "messages"]
-        if self.adapter is not None and any("base" in facts for facts in inputs.get("model", [])):
-            found.append("the model is an adapter already: leave `adapter` out to train it further")
-        return found
+        return other_formats("sft", inputs, ("messages",))

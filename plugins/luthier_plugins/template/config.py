@@ -14,6 +14,12 @@ class RangeSlot(Config):
     range: tuple[int, int]
     """The smallest and the largest number."""
 
+    @model_validator(mode="after")
+    def _in_order(self) -> RangeSlot:
+        if self.range[0] > self.range[1]:
+            raise ValueError(f"the range [{self.range[0]}, {self.range[1]}] is empty: the smallest number comes first")
+        return self
+
 
 class LettersSlot(Config):
     """A made-up word."""
