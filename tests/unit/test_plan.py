@@ -98,6 +98,25 @@ stages:
     assert "no stage 'base'" not in told
 
 
+def test_a_first_plan_estimates_rows_tokens_and_memory(tmp_path: Path, chats: Path) -> None:
+    path = tmp_path / "first.yaml"
+    path.write_text(
+        """\
+luthier: 1
+stages:
+  base: {uses: base}
+  chats: {uses: data, source: chats.jsonl, split: {test: 0.2}}
+  tuned: {uses: sft, model: base, data: chats, epochs: 3}
+  again: {uses: sft, model: tuned, data: chats, steps: 5, batch_size: 4}
+"""
+    )
+    nodes = plan(path, tmp_path / "s").nodes
+    assert nodes["tuned"].estimate.rows == 24
+    assert 24 * 10 < (nodes["tuned"].estimate.tokens or 0) < 24 * 60
+    assert nodes["again"].estimate.rows == 20
+    assert nodes["again"].estimate.memory == nodes["tuned"].estimate.memory == 16 * 2_623_744
+
+
 def test_every_file_of_a_field_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typing import ClassVar
 

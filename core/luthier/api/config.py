@@ -76,8 +76,23 @@ class StageConfig(Config):
         """The kind of artifact made, given the kinds of the inputs by field path."""
         return self.kind_made
 
+    def foresee(
+        self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Any]:
+        """The facts of the artifact as far as they can be told before it is made, such as a model's ``parameters`` or
+        a dataset's ``rows`` and ``characters``. By default those of the model, or of the data, that goes in.
+
+        Args:
+            inputs: Facts by field path: those of finished artifacts, and foreseen ones.
+            sources: Local paths by field path.
+        """
+        for field in ("model", "models", "data"):
+            if inputs.get(field):
+                return inputs[field][0]
+        return {}
+
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
-        """What the stage will need, from the facts of those inputs that exist already."""
+        """What the stage will need, from facts of its inputs: those of finished artifacts, and foreseen ones."""
         return Estimate()
 
     def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:

@@ -18,6 +18,8 @@ from luthier.api.config import (
     other_formats,
 )
 
+CHARACTERS_PER_TOKEN = 4
+
 
 class TrainingConfig(StageConfig):
     """How long, how fast and in which batches to train."""
@@ -59,9 +61,24 @@ class TrainingConfig(StageConfig):
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
-        rows = sum(facts["rows"].get("train", 0) for facts in inputs.get("data", []))
+        data = inputs.get("data", [])
+        rows = sum(facts.get("rows", {}).get("train", 0) for facts in data)
+        if self.steps is not None and rows:
+            rows = self.steps * self.batch_size * self.accumulate
+        elif self.epochs is not None:
+            rows = round(rows * self.epochs)
         # Weights, gradients and two moments in fp32, four bytes each.
-        return Estimate(rows=rows or None, memory=16 * parameters or None, disk=14 * parameters or None)
+        return Estimate(
+            rows=rows or None, tokens=_tokens(data, rows) or None, memory=16 * parameters or None,
+            disk=14 * parameters or None,
+        )  # fmt: skip
+
+
+def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:
+    """About how many tokens so many rows have: a token is some four characters of text."""
+    characters = sum(facts.get("characters", 0) for facts in data)
+    known = sum(sum(facts.get("rows", {}).values()) for facts in data if "characters" in facts)
+    return round(characters / CHARACTERS_PER_TOKEN * rows / known) if known else 0
 
 
 class PreferenceTrainingConfig(TrainingConfig):

@@ -34,6 +34,7 @@ class Node:
         inputs: Stage ids (or ``artifact:<folder>``) by field path.
         sources: Resolved files and models by field path.
         key: The sha256 that identifies the result; `payload` is what it is made of.
+        foreseen: The facts of the artifact as far as they can be told before it is made.
         status: Whether the result is there, or will be made, from a checkpoint or anew.
         reason: Why.
     """
@@ -50,6 +51,7 @@ class Node:
     status: Status = "run"
     reason: str = ""
     estimate: Estimate = field(default_factory=Estimate)
+    foreseen: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def needs(self) -> list[str]:
@@ -267,7 +269,12 @@ class _Planner:
             return
         known = {path: [result.artifact_of(name) for name in names] for path, names in node.inputs.items()}
         facts = {path: [item.facts for item in items if item is not None] for path, items in known.items()}
-        node.estimate = node.config.estimate(facts)
+        likely = {path: [item.facts if item is not None else self.nodes[name].foreseen
+                         for item, name in zip(known[path], names, strict=True)]
+                  for path, names in node.inputs.items()}  # fmt: skip
+        places = {path: [source.place for source in sources] for path, sources in node.sources.items()}
+        node.foreseen = node.config.foresee(likely, places)
+        node.estimate = node.config.estimate(likely)
         if all(item is not None for items in known.values() for item in items):
             for message in node.config.problems(facts):
                 self._fail(node, "", message)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
-from luthier.api import ModelSource, StageConfig
+from luthier.api import ModelError, ModelSource, StageConfig
 from luthier.api.artifact import ArtifactKind
+from luthier.artifacts.models import tensor_headers
 
 
 class BaseConfig(StageConfig):
@@ -17,3 +21,14 @@ class BaseConfig(StageConfig):
     source: ModelSource = "embedded:nano-base"
     """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``; or the
     small model that comes with Luthier, for trying things out on a CPU."""
+
+    def foresee(
+        self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Any]:
+        folders = [Path(place) for place in sources["source"] if Path(place).is_dir()]
+        try:
+            headers = [tensor_headers(folder) for folder in folders]
+        except (ModelError, OSError):
+            # The stage itself says what is wrong with it.
+            return {}
+        return {"parameters": sum(math.prod(item.shape) for found in headers for item in found.values())}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 from luthier.api import Config, Field, FileSource, FormatUse, StageConfig
 
@@ -31,3 +33,16 @@ class DataConfig(StageConfig):
     """What to do with a bad row: stop (all are listed), or drop it (all are counted by reason)."""
     limit: int | None = Field(default=None, gt=0)
     """Read only that many rows."""
+
+    def foresee(
+        self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Any]:
+        (path,) = [Path(place) for place in sources["source"]] or [Path()]
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            rows = sum(1 for line in file if line.strip())
+        rows = min(rows, self.limit or rows)
+        held_out = self.split.validation + self.split.test if isinstance(self.split, SplitConfig) else 0.0
+        split = "train" if isinstance(self.split, SplitConfig) else self.split
+        return {"rows": {split: round(rows * (1 - held_out))}, "characters": path.stat().st_size}

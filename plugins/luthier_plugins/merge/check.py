@@ -11,7 +11,7 @@ from luthier.api import ModelError
 from luthier.artifacts.models import tokenizer_digest
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
-from luthier_plugins.merge.reader import DTYPES, Weights
+from luthier_plugins.merge.reader import DTYPES, Source
 from luthier_plugins.merge.writer import Described
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -46,7 +46,7 @@ def _problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     yield from _slices(config, inputs)
 
 
-def _odd_dtypes(model: Weights) -> Iterator[str]:
+def _odd_dtypes(model: Source) -> Iterator[str]:
     odd = sorted(name for name, header in model.headers.items() if header.dtype not in (*DTYPES, *WHOLE))
     quantized = "quantization_config" in model.config
     if odd or quantized:
@@ -63,7 +63,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": None if theta is None else float(theta), "rope_type": kind, **rest}
 
 
-def _other_config(lead: Weights, other: Weights, *, stacked: bool) -> Iterator[str]:
+def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str]:
     pair = f"{lead.label} and {other.label}"
     for key in SAME:
         if stacked and key == "num_hidden_layers":
@@ -77,12 +77,12 @@ def _other_config(lead: Weights, other: Weights, *, stacked: bool) -> Iterator[s
             yield f"{pair} differ in the rotary embedding's {key}: {left.get(key)} and {right.get(key)}"
 
 
-def _other_tokenizer(lead: Weights, other: Weights) -> Iterator[str]:
+def _other_tokenizer(lead: Source, other: Source) -> Iterator[str]:
     if tokenizer_digest(lead.artifact.path) != tokenizer_digest(other.artifact.path):
         yield f"{lead.label} and {other.label} have different tokenizers; `tokenizer: union` joins them"
 
 
-def _other_tensors(lead: Weights, other: Weights, *, ignore_rows: bool) -> Iterator[str]:
+def _other_tensors(lead: Source, other: Source, *, ignore_rows: bool) -> Iterator[str]:
     for name_of, missing in ((other.label, sorted(set(lead.headers) - set(other.headers))),
                              (lead.label, sorted(set(other.headers) - set(lead.headers)))):  # fmt: skip
         if missing:

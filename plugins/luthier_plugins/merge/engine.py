@@ -20,7 +20,7 @@ import torch
 from luthier.api import Merge, MergePart, MergePlace
 from luthier.artifacts.models import TensorHeader, safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
-from luthier_plugins.merge.reader import SIZES, Files, Scratch, Weights
+from luthier_plugins.merge.reader import SIZES, Files, Scratch, Source
 from luthier_plugins.merge.writer import Output
 from torch import Tensor
 
@@ -44,7 +44,7 @@ Walk = Callable[[Look, bool], Iterator[Tensor]]
 class Role:
     """Where one model's part in a parameter comes from."""
 
-    weights: Weights
+    weights: Source
     name: str
 
 
@@ -182,7 +182,7 @@ class Engine:
         size = task.entries * SIZES[role.weights.headers[role.name].dtype]
         for first in range(0, size, COPY):
             raw = self._scratch.raw(min(COPY, size - first))
-            role.weights.files.raw(role.name, first, raw)
+            role.weights.raw(role.name, first, raw)
             self.output.raw(task.place.name, first, raw)
 
     def _matrix(self, task: Task) -> None:

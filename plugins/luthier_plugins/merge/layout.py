@@ -11,7 +11,7 @@ from luthier.api import MergePlace, Setting
 from luthier.train.merging import Noise
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Role, Task
-from luthier_plugins.merge.reader import DTYPES, Weights
+from luthier_plugins.merge.reader import DTYPES, Source
 from luthier_plugins.merge.writer import Described
 
 LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")
@@ -39,16 +39,16 @@ class Layout:
 class Inputs:
     """The models of a merge, opened."""
 
-    models: list[Weights]
-    base: Weights | None
+    models: Sequence[Source]
+    base: Source | None
 
     @property
-    def all(self) -> list[Weights]:
+    def all(self) -> list[Source]:
         """Every model once, the base first."""
         return list(dict.fromkeys([*([self.base] if self.base else []), *self.models]))
 
     @property
-    def lead(self) -> Weights:
+    def lead(self) -> Source:
         """The model that config, template and dtype are taken from."""
         return self.base or self.models[0]
 
@@ -122,10 +122,10 @@ class _Maker:
             self._outside(name, slices[-1])
         return self._layout(_restacked(lead.config, [source for source, _ in sources]))
 
-    def _outside(self, name: str, part: Sequence[tuple[Weights, Any]]) -> None:
+    def _outside(self, name: str, part: Sequence[tuple[Source, Any]]) -> None:
         self._add(name, [Role(model, name) for model, _ in part], [source.weight for _, source in part], 0.0)
 
-    def _layer(self, head: str, number: int, step: int, part: Sequence[tuple[Weights, Any]], depth: float) -> None:
+    def _layer(self, head: str, number: int, step: int, part: Sequence[tuple[Source, Any]], depth: float) -> None:
         first = part[0][1].layers[0] + step
         start = f"{head}{first}."
         tails = [name[len(start) - 1 :] for name in part[0][0].headers if name.startswith(start)]

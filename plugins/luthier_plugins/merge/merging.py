@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, StageContext
+from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import carry_text_files, model_facts
 from luthier_plugins.merge.check import check, check_room
@@ -20,6 +21,7 @@ from luthier_plugins.merge.engine import Engine, Settings, extras_of
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.reader import Unfoldable, Weights, dump_json
 from luthier_plugins.merge.verify import Verifier
+from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
 from luthier_plugins.merge.writer import INDEX, Output
 
 
@@ -34,6 +36,9 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         artifacts = _artifacts(config, context)
         inputs = open_inputs(artifacts, _base(config, context), context, stack)
         check(config, inputs)
+        vocabulary = _vocabulary(config, context, inputs)
+        if vocabulary is not None:
+            inputs = respell(inputs, vocabulary)
         layout = lay_out(config, inputs, context.seed, config.dtype)
         check_room(context.out, layout.tensors)
         prepared = extras_of(_prepared(method, context, artifacts))
@@ -43,7 +48,10 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         _carry(inputs.lead.artifact, context.out)
-        dump_json(context.out / "config.json", layout.config)
+        if vocabulary is not None:
+            vocabulary.write(context.out)
+        final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
+        dump_json(context.out / "config.json", final)
         proof = verifier.verdict(meanwhile=output.sync)
     if layout.copied:
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
@@ -53,7 +61,22 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         "copied": layout.copied,
         "method": config.method.name,
         "proof": proof,
+        **({} if vocabulary is None else {"tokens_from": dict(Counter(vocabulary.sources.values()))}),
     }
+
+
+def _vocabulary(config: MergeConfig, context: StageContext, inputs: Inputs) -> Vocabulary | None:
+    """The new vocabulary, when the models' own one does not stay."""
+    if config.tokenizer == "base":
+        return None
+    if config.tokenizer == "union":
+        return vocabulary_of("union", inputs, None)
+    wanted = context.input("tokenizer")
+    speaker = next((model for model in inputs.all if model.artifact.key == wanted.key), None)
+    if speaker is None:
+        raise ModelError(f"`tokenizer` names {wanted.manifest.get('stage')}, which is not merged",
+                         hint="name one of the models, `base` or `union`")  # fmt: skip
+    return vocabulary_of("model", inputs, speaker)
 
 
 def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:

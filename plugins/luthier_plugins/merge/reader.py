@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from luthier.api import Artifact, ModelError
@@ -95,14 +95,38 @@ class Files:
         return out.view(self.headers[name].shape)
 
 
-class Weights:
-    """The weights of a model, or of an adapter on its base: W + s B A, computed part by part.
+class Source(Protocol):
+    """A model whose tensors can be read in parts.
 
     Attributes:
+        artifact: The model or adapter.
         label: The stage it came from, for messages.
         content: What tells its content apart from that of other models.
         headers: Its tensors.
+        config: Its ``config.json``.
     """
+
+    artifact: Artifact
+    label: str
+    content: str
+    headers: dict[str, TensorHeader]
+    config: dict[str, Any]
+
+    def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
+        """Fill `out`, float32 of shape (rows, columns), with whole rows of a tensor from the entry `start` on.
+
+        Raises:
+            ModelError: an entry is NaN or infinite.
+        """
+        ...
+
+    def raw(self, name: str, first: int, out: Tensor) -> None:
+        """Fill `out`, uint8, with the tensor's bytes from the byte `first` on."""
+        ...
+
+
+class Weights:
+    """The weights of a model, or of an adapter on its base: W + s B A, computed part by part."""
 
     def __init__(self, artifact: Artifact) -> None:
         full = artifact.base if artifact.kind == "adapter" else artifact
@@ -124,12 +148,10 @@ class Weights:
         """A tensor's place, for messages."""
         return f"{self.files.folder / self.headers[name].file} ({self.label}): {name}"
 
-    def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
-        """Fill `out`, float32 of shape (rows, columns), with whole rows of a tensor from the entry `start` on.
+    def raw(self, name: str, first: int, out: Tensor) -> None:
+        self.files.raw(name, first, out)
 
-        Raises:
-            ModelError: an entry is NaN or infinite.
-        """
+    def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
         self.files.floats(name, start, out.view(-1), scratch)
         if self.adapter is not None and name in self.adapter.targets:
             self.adapter.add(name, start // out.shape[1], out)

@@ -1,0 +1,91 @@
+"""Merging models whose tokenizers differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from luthier.api import Artifact, ModelError
+from luthier.testing import run_stage, tiny_model
+from luthier.train.loading import load_model, load_tokenizer
+from safetensors.torch import load_file
+
+OTHER_TEXTS = ("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.", "Die Lampe steht auf dem Tisch.") * 9
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def pair(store: Path) -> list[Artifact]:
+    """Two models whose tokenizers were trained on different texts."""
+    return [
+        tiny_model(store, seed=1, dtype="float32", vocab_size=310, tied=False),
+        tiny_model(store, seed=2, dtype="float32", vocab_size=330, tied=False, texts=OTHER_TEXTS),
+    ]
+
+
+def rows(artifact: Artifact, name: str = "model.embed_tokens.weight") -> tuple[torch.Tensor, dict[str, int]]:
+    """A vocabulary tensor, and the row of each token."""
+    return load_file(artifact.path / "model.safetensors")[name], load_tokenizer(artifact).get_vocab()
+
+
+def test_different_tokenizers_are_refused_with_the_remedy(store: Path, pair: list[Artifact]) -> None:
+    with pytest.raises(ModelError, match="different tokenizers; `tokenizer: union` joins them"):
+        run_stage(store, "merge", inputs={"models": pair})
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_the_union_has_every_token_with_its_rows(store: Path, pair: list[Artifact], name: str) -> None:
+    merged = run_stage(store, "merge", {"tokenizer": "union", "weights": [1, 3]}, inputs={"models": pair})
+    (one, first), (two, second), (soup, union) = (rows(item, name) for item in (*pair, merged))
+    assert set(union) == set(first) | set(second)
+    assert all(union[token] == place for token, place in first.items()), "the first model's ids stay"
+    for token, place in union.items():
+        sides = [one[first[token]] if token in first else two[second[token]],
+                 two[second[token]] if token in second else one[first[token]]]  # fmt: skip
+        torch.testing.assert_close(soup[place], 0.25 * sides[0] + 0.75 * sides[1])
+    assert merged.facts["vocab_size"] == len(soup)
+    assert sum(merged.facts["tokens_from"].values()) == len(union) - len(first)
+
+
+def test_texts_come_back_whole_from_the_joint_tokenizer(store: Path, pair: list[Artifact]) -> None:
+    merged = run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": pair})
+    joint, first, second = (load_tokenizer(item) for item in (merged, *pair))
+    for text in (*OTHER_TEXTS[:2], "The quick brown fox jumps over the lazy dog."):
+        ids = joint(text)["input_ids"]
+        assert joint.decode(ids) == text
+        # Merges of both are known: no text takes more tokens than with the worse of the two.
+        assert len(ids) <= max(len(first(text)["input_ids"]), len(second(text)["input_ids"]))
+    logits = load_model(merged)(input_ids=torch.tensor([ids])).logits
+    assert logits.shape[-1] == merged.facts["vocab_size"]
+
+
+def test_one_models_tokenizer_moves_the_others_rows(store: Path, pair: list[Artifact]) -> None:
+    merged = run_stage(
+        store, "merge", {"tokenizer": "x", "method": "linear", "weights": [1, 0]},
+        inputs={"models": pair, "tokenizer": pair[1]},
+    )  # fmt: skip
+    assert merged.facts["tokenizer"] == pair[1].facts["tokenizer"]
+    (one, first), (two, second), (soup, chosen) = (rows(item) for item in (*pair, merged))
+    assert chosen == second
+    for token, place in chosen.items():
+        expected = one[first[token]] if token in first else two[second[token]]
+        torch.testing.assert_close(soup[place], expected)
+
+
+def test_tokenizers_of_other_kinds_cannot_be_joined(store: Path, pair: list[Artifact], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "odd"
+    shutil.copytree(pair[1].path, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="their pre_tokenizer differ"):
+        run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [pair[0], Artifact.load(folder)]})
