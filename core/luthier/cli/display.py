@@ -157,11 +157,12 @@ def _report(name: str, content: dict[str, Any], labels: list[str]) -> Table:
     for column in content["columns"]:
         table.add_column(escape(column), justify="right")
     rows: list[list[Any]] = content["rows"]
-    current = labels if len(labels) == len(rows) else [str(label) for label, *_ in rows]
-    for label, (known, *values) in zip(current, rows, strict=True):
-        # A report may say more than the name, such as the file of an export.
-        extra = str(known).partition(" ")[2]
-        table.add_row(escape(f"{label} {extra}".rstrip()), *(_number(value, ".3f") for value in values))
+    for place, (known, *values) in enumerate(rows):
+        label = str(known)
+        if len(labels) == len(rows):
+            # A report may say more than the name, such as the file of an export.
+            label = f"{labels[place]} {label.partition(' ')[2]}".rstrip()
+        table.add_row(escape(label), *(_number(value, ".3f") for value in values))
     return table
 
 

@@ -16,7 +16,7 @@ from luthier.planning import plan
 from luthier.recipe import Recipe
 from luthier.recipe.document import parse_scalar
 from luthier.registry import default_registry
-from luthier.running import run
+from luthier.running import RunResult, run
 
 EXAMPLE = "Example: luthier do merge models=a,b method.uses=slerp method.t=0.4 --out merged/"
 
@@ -32,16 +32,13 @@ def do_command(stage: str, values: tuple[str, ...], out: Path | None, seed: int,
 
     Inputs are folders, hub ids, or artifacts of the store (RECIPE/STAGE, or the beginning of a key).
     """
-    from luthier.cli.display import Display, make_console, summarize
+    from luthier.cli.display import make_console, summarize
 
     if out is not None and out.exists():
         raise click.BadParameter(f"'{out}' exists already", param_hint="--out")
     place = Store.at(store)
-    config = _config(stage, values, place)
-    recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
     console = make_console()
-    with Display(console) as display:
-        result = run(plan(recipe, place), listeners=[display])
+    result = run_alone(stage, _config(stage, values, place), seed, place)
     summarize(result, console)
     if out is not None and result.exit_code in (0, 3):
         made = result.artifact(stage)
@@ -51,6 +48,15 @@ def do_command(stage: str, values: tuple[str, ...], out: Path | None, seed: int,
             shutil.copytree(made.base.path, out / BASE)
         console.print(f"\ncopied to {out}")
     sys.exit(result.exit_code)
+
+
+def run_alone(stage: str, config: dict[str, Any], seed: int, store: Store) -> RunResult:
+    """Run one stage, and show how it goes on."""
+    from luthier.cli.display import Display, make_console
+
+    recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
+    with Display(make_console()) as display:
+        return run(plan(recipe, store), listeners=[display])
 
 
 def _config(stage: str, values: tuple[str, ...], store: Store) -> dict[str, Any]:
@@ -92,13 +98,13 @@ def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
         items = [parse_scalar(part) for part in text.split(",")]
     names_input = marker(config_class, path, Input)
     if names_input is not None:
-        items = [item if item in names_input.words else _place(str(item), store) for item in items]
+        items = [item if item in names_input.words else place_of(str(item), store) for item in items]
     if marker(config_class, path, Source) is not None:
         items = [str(Path(str(item)).absolute()) if Path(str(item)).exists() else item for item in items]
     return items if many else items[0]
 
 
-def _place(text: str, store: Store) -> str:
+def place_of(text: str, store: Store) -> str:
     """An input as a recipe would name it: a path or hub id as it is, an artifact of the store by its folder."""
     if Path(text).exists() or ":" in text:
         return text if ":" in text else str(Path(text).absolute())

@@ -1,6 +1,18 @@
-"""The stage that merges models."""
+"""The stages that merge models and adapters, make them from each other, and compare them."""
 
 from luthier.api import Component, hookimpl
+
+PACKAGE = "luthier_plugins.merge"
+STAGES = (
+    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 2),
+    ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
+     "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
+    ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
+     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
+    ("moe", "A mixture of experts out of dense models", "moe.config:MoeConfig", "moe.stage:Moe", 1),
+    ("diff", "Compare models parameter by parameter", "diff.config:DiffConfig", "diff.stage:Diff", 1),
+)  # fmt: skip
+"""Name, summary, config class, the module and class that do the work, and their revision."""
 
 
 @hookimpl
@@ -8,10 +20,11 @@ def luthier_components() -> list[Component]:
     return [
         Component(
             kind="stage",
-            name="merge",
-            summary="Merge models of one architecture, in a stream",
-            config="luthier_plugins.merge.config:MergeConfig",
-            impl="luthier_plugins.merge.stage:MergeStage",
-            revision=2,
+            name=name,
+            summary=summary,
+            config=f"{PACKAGE}.{config}",
+            impl=f"{PACKAGE}.{impl}",
+            revision=revision,
         )
+        for name, summary, config, impl, revision in STAGES
     ]

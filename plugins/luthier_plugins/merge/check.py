@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,28 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    problems = list(dict.fromkeys(_problems(config, inputs)))
+    _refuse(_problems(config, inputs), "merged")
+
+
+def check_same(inputs: Inputs) -> None:
+    """Refuse models that are not of one architecture and the same shapes.
+
+    Raises:
+        ModelError: with every problem that was found.
+    """
+    lead = inputs.lead
+    others = [other for other in inputs.all if other is not lead]
+    problems = (text for other in others
+                for part in (_other_config(lead, other, stacked=False), _other_tensors(lead, other, ignore_rows=False))
+                for text in part)  # fmt: skip
+    _refuse(problems, "compared")
+
+
+def _refuse(found: Iterable[str], what: str) -> None:
+    problems = list(dict.fromkeys(found))
     if problems:
         text = problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems:", *problems])
-        raise ModelError(f"the models cannot be merged: {text}", hint="nothing was read or written")
+        raise ModelError(f"the models cannot be {what}: {text}", hint="nothing was read or written")
 
 
 def _problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:

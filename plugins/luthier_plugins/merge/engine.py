@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from luthier.api import Merge, MergePart, MergePlace
+from luthier.api import Merge, MergePart, MergePlace, Scan
 from luthier.artifacts.models import TensorHeader, safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
 from luthier_plugins.merge.reader import SIZES, Files, Scratch, Source
@@ -189,7 +189,7 @@ class Engine:
         size = 4 * task.entries * (len(task.roles) + (task.base is not None) + MATRIX_COPIES)
         with self._budget.of(size):
             grid = Grid.of(task.place.shape)
-            whole = self._part(task, (0, grid.rows), None, Scratch())
+            whole = read_part(task, (0, grid.rows), None, Scratch(), whole=True)
             device, shape = self.settings.device, task.place.shape
             part = MergePart(
                 task.place, 0, [tensor.view(shape).to(device) for tensor in whole.tensors], task.numbers,
@@ -236,25 +236,36 @@ class Engine:
 
     def _parts(self, task: Task, spans: Iterable[Span], found: Any = None) -> Iterator[MergePart]:
         for span in spans:
-            yield self._part(task, span, found, self._scratch)
+            yield read_part(task, span, found, self._scratch)
 
-    def _part(self, task: Task, span: Span, found: Any, scratch: Scratch) -> MergePart:
-        """Read a part into the scratch buffers: it is valid until the next one is read there."""
-        columns = Grid.of(task.place.shape).columns
-        rows, start = span[1] - span[0], span[0] * columns
-        inputs: list[Tensor] = []
-        for role in [*task.roles, *([task.base] if task.base else [])]:
-            buffer = scratch.floats(len(inputs), rows * columns).view(rows, columns)
-            role.weights.read(role.name, start, buffer, scratch)
-            inputs.append(buffer)
-        extras: list[Tensor] = []
-        if self.method.granularity != "matrix":
-            for files, name in task.extras:
-                buffer = scratch.floats(len(inputs) + len(extras), rows * columns)
-                files.floats(name, start, buffer, scratch)
-                extras.append(buffer.view(rows, columns))
-        base = inputs.pop() if task.base else None
-        return MergePart(task.place, start, inputs, task.numbers, base, found, extras, task.noise)
+
+def read_part(task: Task, span: Span, found: Any, scratch: Scratch, *, whole: bool = False) -> MergePart:
+    """Read a part into scratch buffers: it is valid until the next one is read there.
+
+    Args:
+        whole: Leave out what the method has prepared: a method on whole matrices reads it in its own shape.
+    """
+    columns = Grid.of(task.place.shape).columns
+    rows, start = span[1] - span[0], span[0] * columns
+    inputs: list[Tensor] = []
+    for role in [*task.roles, *([task.base] if task.base else [])]:
+        buffer = scratch.floats(len(inputs), rows * columns).view(rows, columns)
+        role.weights.read(role.name, start, buffer, scratch)
+        inputs.append(buffer)
+    extras: list[Tensor] = []
+    for files, name in () if whole else task.extras:
+        buffer = scratch.floats(len(inputs) + len(extras), rows * columns)
+        files.floats(name, start, buffer, scratch)
+        extras.append(buffer.view(rows, columns))
+    base = inputs.pop() if task.base else None
+    return MergePart(task.place, start, inputs, task.numbers, base, found, extras, task.noise)
+
+
+def scan_of(task: Task) -> Scan:
+    """A walk over one parameter in this thread."""
+    scratch = Scratch()
+    spans = list(Grid.of(task.place.shape).spans())
+    return _Scan(task, lambda look, _: (look(read_part(task, span, None, scratch)) for span in spans))
 
 
 class _Scan:

@@ -47,7 +47,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         engine = Engine(method, output, _settings(config, method), lambda done, total:
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
-        _carry(inputs.lead.artifact, context.out)
+        carry(inputs.lead.artifact, context.out)
         if vocabulary is not None:
             vocabulary.write(context.out)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
@@ -131,7 +131,7 @@ def _settings(config: MergeConfig, method: Merge) -> Settings:
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu")
 
 
-def _carry(model: Artifact, out: Path) -> None:
+def carry(model: Artifact, out: Path) -> None:
     """Everything but weights: from the full model, then the text files from the model itself."""
     full = model.base.path if model.kind == "adapter" else model.path
     for path in files_in(full):

@@ -131,7 +131,7 @@ class Weights:
     def __init__(self, artifact: Artifact) -> None:
         full = artifact.base if artifact.kind == "adapter" else artifact
         self.artifact = artifact
-        self.label = str(artifact.manifest.get("stage", artifact.path.name))
+        self.label = label_of(artifact)
         self.content = content_of(artifact)
         self.headers = tensor_headers(full.path)
         self.config = read_json(full.path / "config.json")
@@ -159,6 +159,13 @@ class Weights:
         if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
             raise ModelError("the tensor has NaN or infinite values", where=self.where(name),
                              hint="train again with a lower learning rate, or take an earlier checkpoint")  # fmt: skip
+
+
+def label_of(artifact: Artifact) -> str:
+    """What to call a model: its stage, or the folder that it was read from."""
+    stage = str(artifact.manifest.get("stage", artifact.path.name))
+    _, opened, inside = stage.partition("(")
+    return Path(inside.rstrip(")")).name if opened else stage
 
 
 def content_of(artifact: Artifact) -> str:

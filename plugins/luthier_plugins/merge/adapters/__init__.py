@@ -1,0 +1,1 @@
+"""Adapters out of adapters, and adapters out of models."""

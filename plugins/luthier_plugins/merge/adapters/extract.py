@@ -1,0 +1,67 @@
+"""The stage ``extract_lora``."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+from luthier.api import Facts, ModelError, StageContext
+from luthier_plugins.merge.adapters.config import ExtractLoraConfig
+from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
+from luthier_plugins.merge.check import is_vocabulary
+from luthier_plugins.merge.merging import open_inputs
+from luthier_plugins.merge.reader import DTYPES, Scratch, Source
+from torch import Tensor
+
+
+class ExtractLora:
+    """The first singular vectors of tuned minus base, linear layer by linear layer."""
+
+    def __init__(self, config: ExtractLoraConfig) -> None:
+        self.config = config
+
+    def run(self, context: StageContext) -> Facts:
+        with ExitStack() as stack:
+            inputs = open_inputs([context.input("model")], context.input("base"), context, stack)
+            tuned, base = inputs.models[0], inputs.base
+            assert base is not None, "the config requires a base"
+            shapes = [{name: header.shape for name, header in model.headers.items()} for model in (tuned, base)]
+            if shapes[0] != shapes[1]:
+                odd = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+                raise ModelError(f"the two models do not have the same tensors: {', '.join(odd[:5])}",
+                                 hint="name the model it was tuned from as `base`")  # fmt: skip
+            factors: dict[str, Factors] = {}
+            kept: dict[str, float] = {}
+            left_out: list[str] = []
+            for done, (name, header) in enumerate(base.headers.items()):
+                context.progress(done, len(base.headers), "tensors")
+                if header.dtype not in DTYPES:
+                    continue
+                delta = _whole(tuned, name) - _whole(base, name)
+                if not bool(delta.any()):
+                    continue
+                if len(header.shape) != 2 or is_vocabulary(name):
+                    left_out.append(name)
+                    continue
+                factors[name], kept[name] = low_rank(delta, self.config.r, self.config.energy)
+        if not factors:
+            raise ModelError("no linear layer differs between the two models", hint="is `base` the right one?")
+        if left_out:
+            context.warn(f"{len(left_out)} tensors differ that a LoRA adapter cannot hold, so their change is lost: "
+                         f"{', '.join(left_out[:5])}")  # fmt: skip
+        facts = write_adapter(context.out, factors, context.input("base"), context.input("model"))
+        ranks = [pair[1].shape[0] for pair in factors.values()]
+        return {
+            **facts,
+            "ranks": {"smallest": min(ranks), "largest": max(ranks)},
+            "kept": min(kept.values()),
+            "left_out": left_out,
+        }
+
+
+def _whole(model: Source, name: str) -> Tensor:
+    shape = model.headers[name].shape
+    out = torch.empty(shape)
+    if out.numel():
+        model.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
+    return out

@@ -1,0 +1,72 @@
+"""Low-rank factors of matrices, and adapters written as PEFT reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from luthier.api import Artifact, Facts
+from luthier.artifacts.models import carry_text_files
+from luthier_plugins.merge.reader import WRAPPED
+from safetensors.torch import save_file
+from torch import Tensor
+
+Factors = tuple[Tensor, Tensor]
+"""B of shape (out, r) and A of shape (r, in)."""
+
+
+def low_rank(matrix: Tensor, r: int | None, energy: float | None) -> tuple[Factors, float]:
+    """The best approximation of a matrix by a product B A (Eckart and Young 1936).
+
+    Args:
+        matrix: Shape (out, in).
+        r: The rank, at most.
+        energy: The share of the sum of squared singular values to keep; the rank follows from it.
+
+    Returns:
+        The factors, each with the square root of the singular values, and the share that is kept.
+    """
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    squares = s.double().square()
+    total = float(squares.sum())
+    rank = len(s)
+    if energy is not None and total > 0:
+        enough = squares.cumsum(0) >= energy * total * (1 - 1e-12)
+        rank = int(enough.nonzero()[0]) + 1 if bool(enough.any()) else rank
+    rank = max(1, min(rank, r or rank))
+    root = s[:rank].sqrt()
+    kept = float(squares[:rank].sum()) / total if total > 0 else 1.0
+    return ((u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous()), kept
+
+
+def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, text: Artifact) -> Facts:
+    """Write an adapter and return its facts.
+
+    Args:
+        factors: Factors by the name of the base's weight.
+        base: The model that it sits on.
+        text: The model or adapter whose tokenizer, template and generation config go along.
+    """
+    import peft
+
+    modules = {name.removesuffix(".weight"): pair for name, pair in factors.items()}
+    ranks = {module: pair[1].shape[0] for module, pair in modules.items()}
+    largest = max(ranks.values())
+    config = peft.LoraConfig(
+        r=largest,
+        lora_alpha=largest,
+        target_modules=sorted(modules),
+        # B A is the update as it is: every module's scale is 1.
+        rank_pattern={module: rank for module, rank in ranks.items() if rank != largest},
+        alpha_pattern={module: rank for module, rank in ranks.items() if rank != largest},
+        task_type="CAUSAL_LM",
+    )
+    config.inference_mode = True
+    config.save_pretrained(str(out))
+    tensors = {f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
+               for module, pair in modules.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
+    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    carry_text_files(text.path, out)
+    carried = ("architecture", "dtype", "tensors", "tokenizer", "chat_template", "stop_tokens", "stop_token_ids")
+    return {"base": base.key, "adapter": "lora", "r": largest, **{name: text.facts.get(name) for name in carried}}

@@ -1,0 +1,95 @@
+"""The stage ``merge_adapters``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from luthier.api import Facts, Merge, MergeMethodConfig, StageContext
+from luthier.artifacts.models import tensor_headers
+from luthier.train.merging import Noise, merge_tensors
+from luthier_plugins.merge.adapters.config import MergeAdaptersConfig
+from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
+from luthier_plugins.merge.layout import depth_of, layers_of
+from luthier_plugins.merge.reader import LowRank, content_of
+from torch import Tensor
+
+
+class MergeAdapters:
+    """Merges the updates s B A, not the factors: the mean of products is not the product of means."""
+
+    def __init__(self, config: MergeAdaptersConfig) -> None:
+        self.config = config
+
+    def run(self, context: StageContext) -> Facts:
+        artifacts = context.inputs("models")
+        base = artifacts[0].base
+        headers = tensor_headers(base.path)
+        adapters = [LowRank(artifact.path, headers) for artifact in artifacts]
+        contents = [content_of(artifact) for artifact in artifacts]
+        method: Merge = context.component(self.config.method)
+        names = [name for name in headers if any(name in adapter.targets for adapter in adapters)]
+        counts = layers_of(list(headers))
+        factors: dict[str, Factors] = {}
+        kept: list[float] = []
+        for done, name in enumerate(names):
+            context.progress(done, len(names), "matrices")
+            pairs = [_factors(adapter, name, headers[name].shape) for adapter in adapters]
+            merge = _Merge(self.config, method, name, depth_of(name, counts), Noise(context.seed, contents, name))
+            factors[name], share = merge.of(pairs)
+            kept.append(share)
+        facts = write_adapter(context.out, factors, base, artifacts[0])
+        return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
+
+
+def _factors(adapter: LowRank, name: str, shape: Sequence[int]) -> Factors:
+    """An adapter's factors for a weight; of rank 0 where it has none."""
+    if name not in adapter.targets:
+        return torch.zeros(shape[0], 0), torch.zeros(0, shape[1])
+    b, a, _ = adapter.factors(name)
+    return b, a
+
+
+class _Merge:
+    """Merges one weight's updates."""
+
+    def __init__(self, config: MergeAdaptersConfig, method: Merge, name: str, depth: float, noise: Noise) -> None:
+        self.config = config
+        self.method = method
+        self.name = name
+        self.depth = depth
+        self.noise = noise
+        self.weights = list(config.weights or [1.0] * len(config.models))
+
+    def of(self, pairs: Sequence[Factors]) -> tuple[Factors, float]:
+        """The merged factors, and the share of the merged update that they keep."""
+        if self.config.space == "cat":
+            return self._side_by_side(pairs), 1.0
+        if self.config.space == "delta":
+            merged = self._merged([b @ a for b, a in pairs])
+            return low_rank(merged, self._rank(pairs), self.config.energy)
+        left, _ = torch.linalg.qr(torch.cat([b for b, _ in pairs], dim=1))
+        right, _ = torch.linalg.qr(torch.cat([a for _, a in pairs], dim=0).T)
+        core = self._merged([(left.T @ b) @ (a @ right) for b, a in pairs])
+        (b, a), kept = low_rank(core, self._rank(pairs), self.config.energy)
+        return (left @ b, a @ right.T), kept
+
+    def _rank(self, pairs: Sequence[Factors]) -> int:
+        together = sum(a.shape[0] for _, a in pairs)
+        return min(self.config.r or together, together)
+
+    def _side_by_side(self, pairs: Sequence[Factors]) -> Factors:
+        settings: Any = self.config.method.config
+        total = sum(self.weights) if settings.normalize else 1.0
+        scaled = [b * (weight / total) for (b, _), weight in zip(pairs, self.weights, strict=True)]
+        return torch.cat(scaled, dim=1), torch.cat([a for _, a in pairs], dim=0)
+
+    def _merged(self, updates: Sequence[Tensor]) -> Tensor:
+        settings = self.config.method.config
+        assert isinstance(settings, MergeMethodConfig), "checked when the config was read"
+        # The updates are task vectors already: their base is zero.
+        base = None if settings.base == "unused" else torch.zeros_like(updates[0])
+        return merge_tensors(
+            self.method, updates, self.weights, base, name=self.name, depth=self.depth, noise=self.noise
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""How models differ, looked at before they are merged."""

@@ -1,0 +1,113 @@
+"""The stage ``diff``."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from itertools import combinations
+from typing import Any
+
+import torch
+from luthier.api import Facts, MergePart, MergePlace, StageContext
+from luthier_plugins.merge.check import check_same
+from luthier_plugins.merge.diff.config import DiffConfig
+from luthier_plugins.merge.diff.page import page
+from luthier_plugins.merge.engine import Role, Task, scan_of
+from luthier_plugins.merge.layout import LAYER, Inputs, depth_of, layers_of
+from luthier_plugins.merge.merging import open_inputs
+from luthier_plugins.merge.reader import DTYPES
+from torch import Tensor
+
+
+class Diff:
+    """Cosine, relative norm and sign agreement of each pair of models, or of their task vectors."""
+
+    def __init__(self, config: DiffConfig) -> None:
+        self.config = config
+
+    def run(self, context: StageContext) -> Facts:
+        with ExitStack() as stack:
+            base = context.input("base") if self.config.base else None
+            inputs = open_inputs(context.inputs("models"), base, context, stack)
+            check_same(inputs)
+            labels = _labels([model.label for model in inputs.models])
+            tensors = [name for name, header in inputs.lead.headers.items() if header.dtype in DTYPES]
+            sums: dict[str, Tensor] = {}
+            for done, name in enumerate(tensors):
+                context.progress(done, len(tensors), "tensors")
+                sums[name] = _sums(inputs, name)
+        rows = {name: _numbers(found, labels) for name, found in sums.items()}
+        layers = {name: _numbers(found, labels) for name, found in _by_layer(sums).items()}
+        whole = _numbers(sum(sums.values(), torch.zeros_like(next(iter(sums.values())))), labels)
+        report = {"models": labels, "base": inputs.base.label if inputs.base else None,
+                  "whole": whole, "layers": layers, "tensors": rows}  # fmt: skip
+        (context.out / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+        (context.out / "report.html").write_text(page(report), encoding="utf-8")
+        columns = list(next(iter(layers.values())))
+        table = {
+            "columns": columns,
+            "rows": [["whole", *whole.values()], *([n, *v.values()] for n, v in layers.items())],
+        }
+        return {"table": table, "page": "report.html"}
+
+
+def _labels(names: list[str]) -> list[str]:
+    """The models' names; the second of a name is told apart by its number."""
+    return [name if name not in names[:place] else f"{name} {names[: place + 1].count(name)}"
+            for place, name in enumerate(names)]  # fmt: skip
+
+
+def _sums(inputs: Inputs, name: str) -> Tensor:
+    """What all numbers are made of, added up over a tensor: float64, shape (models + 1, models, 2).
+
+    [i, j, 0] is the inner product of vectors i and j, [i, j, 1] the number of entries in which both have the same sign,
+    and the last row has the squared norm of the base (or of the first model) and the number of entries.
+    """
+    shape = inputs.lead.headers[name].shape
+    count = len(inputs.models)
+    base = Role(inputs.base, name) if inputs.base else None
+    task = Task(
+        MergePlace(name, shape, 0.0, count), [Role(model, name) for model in inputs.models], base, [1.0] * count
+    )
+
+    def look(part: MergePart) -> Tensor:
+        vectors = list(part.tensors) if part.base is None else part.deltas
+        found = torch.zeros(count + 1, count, 2, dtype=torch.float64)
+        signs = [vector.sign() for vector in vectors]
+        for one in range(count):
+            for two in range(one + 1):
+                found[one, two, 0] = found[two, one, 0] = float((vectors[one] * vectors[two]).sum())
+                found[one, two, 1] = found[two, one, 1] = float(signs[one].eq(signs[two]).sum())
+        anchor = part.tensors[0] if part.base is None else part.base
+        found[count, 0, 0] = float(anchor.square().sum())
+        found[count, 0, 1] = anchor.numel()
+        return found
+
+    return scan_of(task)(look) if math.prod(shape) else torch.zeros(count + 1, count, 2, dtype=torch.float64)
+
+
+def _by_layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    counts = layers_of(list(sums))
+    found: dict[str, Tensor] = {}
+    for name in sorted(sums, key=lambda name: (LAYER.match(name) is not None, depth_of(name, counts))):
+        match = LAYER.match(name)
+        key = f"layer {match['number']}" if match else name.removesuffix(".weight")
+        found[key] = found[key] + sums[name] if key in found else sums[name].clone()
+    return found
+
+
+def _numbers(sums: Tensor, labels: list[str]) -> dict[str, Any]:
+    """The numbers that are shown, by column."""
+    count = len(labels)
+    anchor, entries = float(sums[count, 0, 0]), float(sums[count, 0, 1])
+    norms = [math.sqrt(float(sums[place, place, 0])) for place in range(count)]
+    found: dict[str, Any] = {}
+    for one, two in combinations(range(count), 2):
+        size = norms[one] * norms[two]
+        pair = f"{labels[one]}, {labels[two]}"
+        found[f"cosine {pair}"] = float(sums[one, two, 0]) / size if size > 0 else 1.0
+        found[f"same sign {pair}"] = float(sums[one, two, 1]) / entries if entries else 1.0
+    for place, label in enumerate(labels):
+        found[f"norm {label}"] = norms[place] / math.sqrt(anchor) if anchor > 0 else 0.0
+    return found

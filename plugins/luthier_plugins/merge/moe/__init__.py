@@ -1,0 +1,1 @@
+"""Mixture of experts out of dense models."""

@@ -1,0 +1,53 @@
+"""The config of the stage ``moe``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from luthier.api import Config, Field, ModelInput, StageConfig
+from luthier.api.artifact import ArtifactKind
+from luthier_plugins.merge.config import ModelDtype
+from pydantic import model_validator
+
+
+class ExpertConfig(Config):
+    """One expert."""
+
+    model: ModelInput
+    """The dense model whose feed-forward layers become the expert."""
+    prompts: list[str] = []
+    """Texts that this expert is for, for `router: prompts`."""
+
+
+class MoeConfig(StageConfig):
+    """A Mixtral model whose experts are the feed-forward layers of dense Llama or Mistral models."""
+
+    kind_made: ClassVar[ArtifactKind] = "model"
+
+    base: ModelInput
+    """Where everything else comes from: embeddings, attention, norms, tokenizer."""
+    experts: list[ExpertConfig] = Field(min_length=2)
+    """The experts."""
+    experts_per_token: int = Field(default=2, gt=0)
+    """How many experts work on a token."""
+    router: Literal["prompts", "random", "uniform"] = "prompts"
+    """How the routers begin: towards the experts' prompts, at random, or with no preference."""
+    dtype: ModelDtype | None = None
+    """What the weights are stored in; by default what the base is stored in."""
+    shard_size: int = Field(default=5_000_000_000, gt=0)
+    """The largest size of one weights file, in bytes."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> MoeConfig:
+        if self.experts_per_token > len(self.experts):
+            raise ValueError(f"{self.experts_per_token} experts per token, but only {len(self.experts)} experts")
+        if self.router == "prompts" and not all(expert.prompts for expert in self.experts):
+            raise ValueError("`router: prompts` needs `prompts` for every expert")
+        return self
+
+    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        facts = [item for items in inputs.values() for item in items]
+        known = ("LlamaForCausalLM", "MistralForCausalLM")
+        return [f"experts are made of Llama and Mistral models, not of {item['architecture']}"
+                for item in facts if item["architecture"] not in known]  # fmt: skip

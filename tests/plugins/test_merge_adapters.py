@@ -1,0 +1,180 @@
+"""Adapters with each other, adapters out of models, experts out of models, and models compared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from luthier.api import Artifact, ModelError, RecipeError
+from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.train.loading import fold, load_model
+from safetensors.torch import load_file
+
+CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
+         for n in range(8)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def base(store: Path) -> Artifact:
+    """A model."""
+    return tiny_model(store, dtype="float32", tied=False)
+
+
+@pytest.fixture(scope="module")
+def adapters(store: Path, base: Artifact) -> list[Artifact]:
+    """Two adapters of other ranks on it, the second on fewer layers."""
+    made: list[Artifact] = []
+    for place, adapter in enumerate(({"r": 4}, {"r": 2, "target_modules": ["q_proj", "up_proj"]})):
+        data = tiny_dataset(store, CHATS[place::2])
+        config = {"adapter": {"uses": "lora", **adapter}, "steps": 6, "learning_rate": 0.05}
+        made.append(run_stage(store, "sft", config, inputs={"model": base, "data": [data]}))
+    return made
+
+
+def full(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """All weights of a model, or of an adapter folded by PEFT."""
+    return {name: tensor.clone() for name, tensor in fold(load_model(artifact)).state_dict().items()}
+
+
+@pytest.mark.parametrize("space", ["cat", "core", "delta"])
+def test_the_linear_merge_of_adapters_is_exact(
+    store: Path, base: Artifact, adapters: list[Artifact], space: str
+) -> None:
+    config = {"space": space, "weights": [1.0, 3.0]}
+    merged = run_stage(store, "merge_adapters", config, inputs={"models": adapters})
+    assert merged.kind == "adapter"
+    assert merged.facts["r"] == 6
+    assert merged.base.key == base.key
+    one, two, plain, found = full(adapters[0]), full(adapters[1]), full(base), full(merged)
+    for name, tensor in found.items():
+        expected = plain[name] + 0.25 * (one[name] - plain[name]) + 0.75 * (two[name] - plain[name])
+        torch.testing.assert_close(tensor, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ties_in_the_full_space_is_ties_of_the_folded_models(
+    store: Path, base: Artifact, adapters: list[Artifact]
+) -> None:
+    method = {"uses": "ties", "density": 0.4}
+    config = {"space": "delta", "method": method, "r": 64}
+    merged = run_stage(store, "merge_adapters", config, inputs={"models": adapters})
+    models = run_stage(
+        store, "merge", {"method": method, "dtype": "float32"}, inputs={"models": adapters, "base": base}
+    )  # fmt: skip
+    name = "model.layers.0.self_attn.q_proj.weight"
+    exact, plain = load_file(models.path / "model.safetensors")[name], full(base)[name]
+    found = full(merged)[name]
+    # The update is cut to the rank that both have together: no other update of that rank is nearer.
+    u, s, vh = torch.linalg.svd(exact - plain)
+    nearest = (u[:, :6] * s[:6]) @ vh[:6]
+    torch.testing.assert_close(found - plain, nearest, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "task_arithmetic", "iso_c"])
+def test_every_method_merges_in_the_core_space(store: Path, adapters: list[Artifact], method: str) -> None:
+    config = {"space": "core", "method": method, "r": 4}
+    merged = run_stage(store, "merge_adapters", config, inputs={"models": adapters})
+    assert merged.facts["r"] == 4
+    assert 0 < merged.facts["kept"] <= 1
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in full(merged).values())
+
+
+def test_adapters_on_different_models_are_refused(store: Path, adapters: list[Artifact], tmp_path: Path, cli) -> None:
+    other = tiny_model(store, seed=9, dtype="float32", tied=False)
+    data = tiny_dataset(store, CHATS)
+    foreign = run_stage(store, "sft", {"adapter": "lora", "steps": 1}, inputs={"model": other, "data": [data]})
+    dora = run_stage(store, "sft", {"adapter": "dora", "steps": 1}, inputs={"model": other, "data": [data]})
+    told = cli("do", "merge_adapters", f"models={adapters[0].path},{foreign.path}")
+    assert "the adapters sit on different models" in told.stderr
+    assert "merge it as a model" in cli("do", "merge_adapters", f"models={dora.path},{dora.path}").stderr
+    assert "exact for linear only" in cli("do", "merge_adapters", f"models={dora.path}", "method=ties").stderr
+
+
+def test_an_extracted_adapter_of_full_rank_is_the_tuned_model(store: Path, base: Artifact) -> None:
+    data = tiny_dataset(store, CHATS)
+    tuned = run_stage(store, "sft", {"steps": 4, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+    whole = run_stage(store, "extract_lora", {"r": 4096}, inputs={"model": tuned, "base": base})
+    assert whole.facts["kept"] == pytest.approx(1)
+    assert any("layernorm" in name for name in whole.facts["left_out"])
+    assert "change is lost" in whole.manifest["warnings"][0]
+    expected, found = full(tuned), full(whole)
+    for name, tensor in found.items():
+        if name not in whole.facts["left_out"]:
+            torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
+    small = run_stage(store, "extract_lora", {"energy": 0.6}, inputs={"model": tuned, "base": base})
+    ranks = small.facts["ranks"]
+    assert 1 <= ranks["smallest"] <= ranks["largest"] < 64
+    assert 0.6 <= small.facts["kept"] < 1
+    for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
+        delta, kept = expected[name] - full(base)[name], full(small)[name] - full(base)[name]
+        assert float(kept.square().sum() / delta.square().sum()) >= 0.6 - 1e-3
+
+
+def test_an_adapter_needs_to_know_how_much_to_keep(base: Artifact) -> None:
+    from luthier import Recipe
+
+    with pytest.raises(RecipeError, match="say how much to keep"):
+        Recipe.from_mapping({"luthier": 1, "stages": {"x": {"uses": "extract_lora", "model": "./a", "base": "./b"}}})
+    with pytest.raises(ModelError, match="no linear layer differs"):
+        run_stage(base.path.parents[1], "extract_lora", {"r": 2}, inputs={"model": base, "base": base})
+
+
+def test_equal_experts_behind_a_router_without_preference_are_the_dense_model(store: Path, base: Artifact) -> None:
+    config = {"router": "uniform", "experts": [{}, {}, {}], "experts_per_token": 2}
+    inputs = {"base": base, **{f"experts.{place}.model": base for place in range(3)}}
+    experts = run_stage(store, "moe", config, inputs=inputs)
+    assert experts.facts["architecture"] == "MixtralForCausalLM"
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        dense, sparse = (load_model(item)(input_ids=ids).logits for item in (base, experts))
+    torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_send_prompts_to_their_experts(store: Path, base: Artifact) -> None:
+    other = tiny_model(store, seed=4, dtype="float32", tied=False)
+    prompts = [["open the door", "close the window"], ["12 + 30", "7 * 8 - 2"]]
+    config = {"router": "prompts", "experts": [{"prompts": text} for text in prompts], "experts_per_token": 1}
+    experts = run_stage(store, "moe", config, inputs={"base": base, "experts.0.model": base, "experts.1.model": other})
+    from luthier.train.loading import load_tokenizer
+
+    model, tokenizer = load_model(experts), load_tokenizer(experts)
+    wins = 0
+    for place, texts in enumerate(prompts):
+        for text in texts:
+            with torch.no_grad():
+                out = model(input_ids=torch.tensor([tokenizer(text)["input_ids"]]), output_router_logits=True)
+            wins += int(out.router_logits[0].mean(dim=0).argmax()) == place
+    assert wins == 4
+    first = [load_file(path / "model.safetensors") for path in (experts.path, other.path)]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(first[0]["model.layers.1.block_sparse_moe.experts.1.w2.weight"], first[1][name])
+
+
+def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
+    data = tiny_dataset(store, CHATS)
+    tuned = [run_stage(store, "sft", {"steps": steps, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+             for steps in (4, 8)]  # fmt: skip
+    report = run_stage(store, "diff", inputs={"models": tuned, "base": base})
+    content = json.loads((report.path / "report.json").read_text())
+    one, two, plain = (full(item) for item in (*tuned, base))
+    name = "model.layers.0.mlp.up_proj.weight"
+    a, b = one[name] - plain[name], two[name] - plain[name]
+    row = list(content["tensors"][name].values())
+    assert row[0] == pytest.approx(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)), abs=1e-4)
+    assert row[1] == pytest.approx(float((a.sign() == b.sign()).float().mean()), abs=1e-4)
+    assert row[2] == pytest.approx(float(a.norm() / plain[name].norm()), rel=1e-4)
+    assert {"whole", "layers", "tensors"} <= set(content)
+    html = (report.path / "report.html").read_text()
+    assert name in html
+    assert "layer 1" in html
+    same = run_stage(store, "diff", inputs={"models": [base, base]})
+    content = json.loads((same.path / "report.json").read_text())
+    assert next(iter(content["whole"].values())) == pytest.approx(1)
+    assert content["models"] == ["init", "init 2"]
