@@ -21,6 +21,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-merge_adapters": {"models": ["a", "b"]},
     "stage-extract_lora": {"model": "a", "base": "b", "r": 4},
     "stage-moe": {"base": "b", "experts": [{"model": "a"}, {"model": "b"}], "router": "uniform"},
+    "stage-search": {"models": ["a", "b"], "data": "d"},
     "stage-diff": {"models": ["a", "b"]},
     "stage-orpo": {"model": "m", "data": "d"},
     "stage-pretrain": {"model": "m", "data": ["d"]},

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Prediction, Row, StageContext
+from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Row, StageContext
 from luthier.artifacts.datasets import require_split
-from luthier.train.generate import greedy_answers, token_losses
 from luthier.train.loading import load_model, load_tokenizer
-from luthier.train.text import encode_conversation, encode_prompt
+from luthier.train.measure import items_of, predictions_of
 from luthier_plugins.evaluate.config import EvaluateConfig
 
 
@@ -76,21 +75,10 @@ class Evaluate:
     def _ask_model(
         self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
     ) -> dict[str, Sequence[Any]]:
-        tokenizer, model = load_tokenizer(artifact), load_model(artifact)
-        stops = artifact.facts["stop_token_ids"]
-        items: dict[str, Sequence[Any]] = {}
-        if "predictions" in needs:
-            prompts = [encode_prompt(tokenizer, row["messages"][:-1]) for row in rows]
-            answers = greedy_answers(
-                model, tokenizer, prompts, stops, self.config.max_new_tokens,
-                progress=lambda done, total: context.progress(done, total, "answers"),
-            )  # fmt: skip
-            items["predictions"] = _predictions(rows, answers, context)
-        if "losses" in needs:
-            items["losses"] = list(
-                token_losses(model, [encode_conversation(tokenizer, row["messages"], stops) for row in rows])
-            )
-        return items
+        return items_of(
+            load_model(artifact), load_tokenizer(artifact), rows, needs, artifact.facts["stop_token_ids"],
+            self.config.max_new_tokens, progress=lambda done, total: context.progress(done, total, "answers"),
+        )  # fmt: skip
 
     def _ask_export(
         self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
@@ -101,16 +89,11 @@ class Evaluate:
                             hint="measure perplexity on the model it was made from")  # fmt: skip
         exporter: Exporter = context.make("exporter", artifact.facts["format"])
         with exporter.serve(artifact, self.config.variant, self.config.max_new_tokens) as program:
-            answers = program.answer([row["messages"][:-1] for row in rows])
-            return {"predictions": _predictions(rows, answers, context)}
-
-
-def _predictions(rows: list[Row], answers: Iterable[str], context: StageContext) -> list[Prediction]:
-    predictions: list[Prediction] = []
-    for row, answer in zip(rows, answers, strict=True):
-        context.progress(len(predictions), len(rows), "answers")
-        predictions.append(Prediction(row["messages"][-2]["content"], answer, row["messages"][-1]["content"]))
-    return predictions
+            answers: list[str] = []
+            for answer in program.answer([row["messages"][:-1] for row in rows]):
+                context.progress(len(answers), len(rows), "answers")
+                answers.append(answer)
+        return {"predictions": predictions_of(rows, answers)}
 
 
 def _table(facts: Facts) -> Facts:

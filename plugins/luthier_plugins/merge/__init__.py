@@ -10,6 +10,8 @@ STAGES = (
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
      "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
     ("moe", "A mixture of experts out of dense models", "moe.config:MoeConfig", "moe.stage:Moe", 1),
+    ("search", "Find the weights and parameters of a merge on a validation set",
+     "search.config:SearchConfig", "search.stage:Search", 1),
     ("diff", "Compare models parameter by parameter", "diff.config:DiffConfig", "diff.stage:Diff", 1),
 )  # fmt: skip
 """Name, summary, config class, the module and class that do the work, and their revision."""

@@ -1,0 +1,1 @@
+"""Weights and parameters of a merge, found on a validation set."""

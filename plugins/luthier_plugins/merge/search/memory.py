@@ -1,0 +1,78 @@
+"""Models in memory: a trial costs a merge and an evaluation, and nothing is read or written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import torch
+from luthier.api import Artifact, ModelError
+from luthier.artifacts.models import TensorHeader
+from luthier_plugins.merge.reader import DTYPES, Scratch, Source
+from luthier_plugins.merge.writer import Described
+from torch import Tensor
+
+SHARE = 0.5
+"""The share of the free memory that the inputs may take."""
+
+
+class Held:
+    """A model whose tensors are held as float32."""
+
+    def __init__(self, source: Source) -> None:
+        self.artifact: Artifact = source.artifact
+        self.label = source.label
+        self.content = source.content
+        self.config = source.config
+        self.headers: dict[str, TensorHeader] = source.headers
+        self._source = source
+        self._tensors = {name: _whole(source, name) for name, header in self.headers.items() if header.dtype in DTYPES}
+
+    def raw(self, name: str, first: int, out: Tensor) -> None:
+        self._source.raw(name, first, out)
+
+    def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
+        out.view(-1).copy_(self._tensors[name].view(-1)[start : start + out.numel()])
+
+
+def _whole(source: Source, name: str) -> Tensor:
+    shape = source.headers[name].shape
+    out = torch.empty(shape)
+    if out.numel():
+        source.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
+    return out
+
+
+def held_where_they_fit(sources: list[Source]) -> list[Source]:
+    """The models in memory when all of them fit; else as they are, read from the disk by every trial."""
+    needed = sum(4 * torch.Size(header.shape).numel() for source in sources for header in source.headers.values())
+    if needed > SHARE * psutil.virtual_memory().available:
+        return sources
+    return [Held(source) for source in sources]
+
+
+class IntoModel:
+    """Stands where the engine writes files: the merged values become the parameters of a loaded model.
+
+    They are rounded to what they would be stored in, so that what is measured is what is stored.
+    """
+
+    def __init__(self, model: Any, tensors: Mapping[str, Described]) -> None:
+        state: dict[str, Tensor] = model.state_dict()
+        missing = [name for name in tensors if name not in state]
+        if missing:
+            raise ModelError(
+                f"transformers holds {missing[0]} in another form than the file does", where=type(model).__name__,
+                hint="the search works on models whose parameters are those of their files: no experts",
+            )  # fmt: skip
+        self.tensors = dict(tensors)
+        self._state = state
+
+    def write(self, name: str, start: int, values: Tensor, scratch: Scratch) -> None:
+        """Take merged values of a parameter, from the entry `start` on."""
+        rounded = values.reshape(-1).to(DTYPES[self.tensors[name].dtype])
+        self._state[name].view(-1)[start : start + rounded.numel()].copy_(rounded)
+
+    def raw(self, name: str, first: int, data: Tensor) -> None:
+        """Whole-number buffers stay as they were loaded."""

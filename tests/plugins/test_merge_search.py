@@ -1,0 +1,106 @@
+"""Searching for the weights of a merge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from luthier import Recipe, run
+from luthier.api import Interrupted, RecipeError
+from luthier.artifacts.datasets import read_split
+from luthier.testing import run_stage
+from luthier.train.loading import load_model, load_tokenizer
+from luthier.train.measure import items_of
+from luthier_plugins.merge.search import stage as searching
+
+RECIPE = """\
+luthier: 1
+name: searched
+seed: 3
+stages:
+  chats: {uses: data, source: chats.jsonl, split: {validation: 0.3}}
+  blank: {uses: init, data: [chats], vocab_size: 300, hidden_size: 32, intermediate_size: 64, layers: 2, heads: 2}
+  good: {uses: sft, model: blank, data: chats, steps: 60, learning_rate: 5e-3}
+  bad: {uses: sft, model: blank, data: chats, steps: 1, learning_rate: 1e-5}
+  best:
+    uses: search
+    models: [bad, good]
+    data: chats
+    trials: 14
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a search was run."""
+    place = tmp_path_factory.mktemp("searched")
+    rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}]}
+            for n in range(30)]  # fmt: skip
+    (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "searched.yaml").write_text(RECIPE)
+    return place
+
+
+def test_the_search_finds_the_better_model_and_stores_what_it_measured(folder: Path) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    assert result.exit_code == 0, {name: str(stage.error) for name, stage in result.stages.items()}
+    best = result.artifact("best")
+    found = best.facts["search"]
+    assert len(found["curve"]) == 14
+    assert found["best"]["score"] == min(found["curve"]) < found["curve"][0], "better than equal weights"
+    assert found["best"]["values"]["weight 1"] > found["best"]["values"]["weight 0"]
+    bad, good = found["against"]
+    assert bad["beyond_noise"]
+    assert good["score"] < bad["score"]
+    # What is in the store is what was measured.
+    rows = read_split(result.artifact("chats"), "validation")
+    items = items_of(load_model(best), load_tokenizer(best), rows, {"losses"}, best.facts["stop_token_ids"], 8)
+    from luthier_plugins.metrics.config import PerplexityConfig
+    from luthier_plugins.metrics.perplexity import Perplexity
+
+    assert Perplexity(PerplexityConfig()).score(items["losses"]) == pytest.approx(found["best"]["score"], rel=1e-4)
+
+
+def test_a_stopped_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats")}
+    config = {"trials": 9, "method": {"uses": "slerp"}, "over": {"t": [0.0, 1.0]}}
+    whole = run_stage(folder / "whole", "search", config, inputs=inputs, seed=3)
+    count = 0
+    merge = searching._Judge.merge
+
+    def stopping(self, values) -> None:
+        nonlocal count
+        count += 1
+        if count == 5:
+            raise Interrupted("stop")
+        merge(self, values)
+
+    monkeypatch.setattr(searching._Judge, "merge", stopping)
+    with pytest.raises(Interrupted):
+        run_stage(folder / "parts", "search", config, inputs=inputs, seed=3)
+    monkeypatch.setattr(searching._Judge, "merge", merge)
+    (work,) = (folder / "parts" / "work").iterdir()
+    assert len((work / "trials.jsonl").read_text().splitlines()) == 4
+    resumed = run_stage(folder / "parts", "search", config, inputs=inputs, seed=3)
+    assert resumed.facts["search"] == whole.facts["search"]
+    assert 0 <= resumed.facts["search"]["best"]["values"]["t"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "slerp"}, "nothing to search for"),
+        ({"method": "slerp", "weights": [0, 1]}, "slerp does not look at weights"),
+        ({"method": "ties"}, "ties merges task vectors"),
+        ({"over": {"density": [0, 1]}}, "linear has no parameter 'density'"),
+        ({"method": "ties", "base": "c", "over": {"density": [0.5, 2]}}, "2 is not between 0 and 1"),
+        ({"weights": [1, 0]}, "the smaller number comes first"),
+    ],
+)
+def test_searches_that_cannot_be_are_refused_before_anything_runs(values: dict, message: str) -> None:
+    stage = {"uses": "search", "models": ["./a", "./b"], "data": "./d.jsonl", **values}
+    with pytest.raises(RecipeError) as caught:
+        Recipe.from_mapping({"luthier": 1, "stages": {"x": stage}})
+    assert message in str(caught.value)
