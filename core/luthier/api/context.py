@@ -50,6 +50,10 @@ class StageContext(Protocol):
         """An instance of a component with its default config."""
         ...
 
+    def finished(self, path: Path) -> None:
+        """Say that a file in `out` is finished: it is hashed now, while the stage may do something else."""
+        ...
+
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
         """Report progress. Raises Interrupted when the user asked to stop."""
         ...

@@ -115,7 +115,11 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
-    def _digest_file(self, path: Path) -> str:
+    def digest_once(self, path: Path) -> str:
+        """The digest of a file that is about to move: one that is remembered is taken, a new one is not kept."""
+        return self._digest_file(path, keep=False)
+
+    def _digest_file(self, path: Path, *, keep: bool = True) -> str:
         stat = path.stat()
         stamp = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         memory = self.root / "digests" / digest_value(stamp)
@@ -123,6 +127,8 @@ class Store:
             return memory.read_text(encoding="ascii")
         except OSError:
             digest = digest_file(path)
+        if not keep:
+            return digest
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_suffix(f".{socket.gethostname()}.{os.getpid()}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from luthier.api.artifact import MANIFEST, Artifact, ArtifactKind
 from luthier.api.errors import StoreError
-from luthier.artifacts.digest import digest_file, files_in
+from luthier.artifacts.digest import files_in
 from luthier.artifacts.store import Store
 
 LIBRARIES = ("luthier", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "gguf",
@@ -31,7 +31,7 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
     manifest: dict[str, Any] = {"luthier": 1, "key": key, "kind": kind, **about}
     try:
         manifest["files"] = {
-            str(path.relative_to(out)): {"sha256": digest_file(path), "size": path.stat().st_size}
+            str(path.relative_to(out)): {"sha256": store.digest_once(path), "size": path.stat().st_size}
             for path in files_in(out)
         }
         for path in files_in(out):

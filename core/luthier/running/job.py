@@ -31,6 +31,7 @@ class Job:
     out: str
     work: str
     run: str
+    store: str
     trackers: list[dict[str, Any]]
 
     def to_json(self) -> dict[str, Any]:

@@ -252,6 +252,7 @@ class _Runner:
             out=str(work / "out"),
             work=str(work),
             run=str(self.folder),
+            store=str(self.store.root),
             trackers=[dump_use(use) for use in self.plan.recipe.trackers],
         )
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from luthier.api.component import Kind
 from luthier.api.config import StageConfig, Use
 from luthier.api.errors import Interrupted, LuthierError, ModelError, StageError, StoreError
 from luthier.api.protocols import Tracker
+from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.job import Job
 
@@ -83,6 +84,9 @@ class Context:
         component = self._registry.get(kind, name)
         config = self._registry.config_class(component).model_validate({}, context={"components": self._registry})
         return self._registry.impl_class(component)(config)
+
+    def finished(self, path: Path) -> None:
+        Store(Path(self._job.store)).digest_source(path)
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
         if self.stopping():

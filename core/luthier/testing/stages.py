@@ -89,6 +89,7 @@ def run_stage(
         out=str(work / "out"),
         work=str(work),
         run=str(store.runs),
+        store=str(store.root),
         trackers=[],
     )
     context = Context(job, registry, _Listener())

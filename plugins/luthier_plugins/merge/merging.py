@@ -52,7 +52,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
             vocabulary.write(context.out)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
         dump_json(context.out / "config.json", final)
-        proof = verifier.verdict(meanwhile=output.sync)
+        proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
     if layout.copied:
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
     return {
@@ -63,6 +63,13 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         "proof": proof,
         **({} if vocabulary is None else {"tokens_from": dict(Counter(vocabulary.sources.values()))}),
     }
+
+
+def _settle(output: Output, context: StageContext) -> None:
+    """See the files onto the disk and hash them, while the other process looks at them."""
+    output.sync()
+    for path in output.paths:
+        context.finished(path)
 
 
 def _vocabulary(config: MergeConfig, context: StageContext, inputs: Inputs) -> Vocabulary | None:

@@ -47,13 +47,14 @@ class Output:
     """The model's files: made at once in their full size, filled by several workers.
 
     Args:
-        folder: Where they go.
+        folder: Where they go; `paths` are the files, once they are made.
         tensors: All tensors, in the order of the model.
         limit: The largest size of one file's tensors, in bytes.
     """
 
     def __init__(self, folder: Path, tensors: Mapping[str, Described], limit: int) -> None:
         self.tensors = dict(tensors)
+        self.paths: list[Path] = []
         self._handles: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
         shards = shards_of(tensors, limit)
@@ -77,6 +78,7 @@ class Output:
             place = end
         text = json.dumps(described, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
+        self.paths.append(path)
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         self._handles.append(handle)
         os.write(handle, len(text).to_bytes(8, "little") + text)

@@ -91,11 +91,17 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
 
 def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     """`largest` for a parameter whose values fit into memory."""
-    parts = scan.each(lambda part: torch.stack(list(values(part))).flatten(1))
-    starts = np.cumsum([0, *(part.shape[1] for part in parts)])
+    held = torch.empty(len(counts), math.prod(scan.place.shape))
+
+    def hold(part: MergePart) -> Tensor:
+        for kind, value in enumerate(values(part)):
+            held[kind, part.start : part.start + value.numel()] = value.flatten()
+        return torch.tensor(part.start)
+
+    starts = torch.stack(scan.each(hold)).numpy()
     result: list[list[Cut]] = []
     for kind, several in enumerate(counts):
-        flat = torch.cat([part[kind] for part in parts]).numpy()
+        flat = held[kind].numpy()
         ranks = [len(flat) - count for count in several if count]
         ordered = np.partition(flat, ranks) if ranks else flat
         result.append([_cut_of(flat, ordered, count, starts) for count in several])
