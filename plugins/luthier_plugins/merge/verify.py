@@ -1,7 +1,7 @@
 """Looks at a written model the way its users will: transformers loads it, nothing is missing, it computes.
 
-This runs in a process of its own that begins to import transformers while the merge goes on: importing takes longer
-than merging.
+Where transformers is not loaded yet, this runs in a process of its own that begins to import it while the merge goes
+on: importing takes longer than merging.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOM = 0.5
 
 
 class Verifier:
-    """The other process; a context manager.
+    """Looks at a model once it is written; a context manager around the process that does so, where there is one.
 
     Args:
         folder: The model that will be looked at.
@@ -38,6 +38,8 @@ class Verifier:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Verifier:
+        if "transformers" in sys.modules:
+            return self
         self._process = subprocess.Popen(
             [sys.executable, "-m", "luthier_plugins.merge.verify"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
@@ -61,24 +63,33 @@ class Verifier:
         Raises:
             ModelError: the model is not what it should be.
         """
-        assert self._process is not None, "used as a context manager"
         check_index(self.folder)
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(f"{self.folder}\n")
-            self._process.stdin.flush()
-        meanwhile()
-        out, _ = self._process.communicate()
-        found: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2] or "{}")
-        if "problem" in found or not found:
-            self._log.seek(0)
-            last = self._log.read().strip().rpartition("\n")[2]
+        if self._process is None:
+            found = _looked(self.folder)
+            meanwhile()
+        else:
+            found = self._asked(self._process, meanwhile)
+        if "problem" in found:
             raise ModelError(
-                f"the written model is not sound: {found.get('problem') or last}",
+                f"the written model is not sound: {found['problem']}",
                 where=str(self.folder),
                 hint="nothing was stored; do the models themselves load with transformers?",
             )
         return found
+
+    def _asked(self, process: subprocess.Popen[str], meanwhile: Callable[[], None]) -> Facts:
+        """What the other process finds."""
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{self.folder}\n")
+            process.stdin.flush()
+        meanwhile()
+        out, _ = process.communicate()
+        found: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2] or "{}")
+        if found:
+            return found
+        self._log.seek(0)
+        return {"problem": self._log.read().strip().rpartition("\n")[2]}
 
 
 def check_index(folder: Path) -> None:
@@ -126,6 +137,14 @@ def look(folder: Path) -> Facts:
     return proof
 
 
+def _looked(folder: Path) -> Facts:
+    try:
+        return look(folder)
+    # transformers raises what it likes; whatever it is, the model cannot be loaded.
+    except Exception as error:  # noqa: BLE001
+        return {"problem": f"{type(error).__name__}: {error}"}
+
+
 def main() -> None:
     """Entry point of ``python -m luthier_plugins.merge.verify``: a folder in, a JSON line out."""
     import torch  # noqa: F401 - loaded while the merge goes on
@@ -134,12 +153,9 @@ def main() -> None:
 
     transformers.utils.logging.disable_progress_bar()
     folder = sys.stdin.readline().strip()
-    try:
-        found = look(Path(folder))
-    # transformers raises what it likes; whatever it is, the model cannot be loaded.
-    except Exception as error:  # noqa: BLE001
-        found = {"problem": f"{type(error).__name__}: {error}"}
-    print(json.dumps(found))
+    # The end of the input without a folder: the merge was given up.
+    if folder:
+        print(json.dumps(_looked(Path(folder))))
 
 
 if __name__ == "__main__":
