@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from luthier.api import Artifact, ModelError
+from luthier.artifacts.datasets import read_split
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
-from luthier.train.loading import fold, load_model
+from luthier.train.loading import fold, load_model, load_tokenizer
+from luthier.train.measure import items_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
@@ -282,3 +286,68 @@ def test_an_adapter_for_another_model_cannot_sneak_in(store: Path, models: list[
     merged = run_stage(store, "merge", {"dtype": "float32"}, inputs={"models": [adapter, models[1]]})
     folded, other = fold(load_model(adapter)).state_dict(), weights(models[1])
     torch.testing.assert_close(weights(merged)[NAME], (folded[NAME] + other[NAME].float()) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_of_an_earlier_merge_is_left_behind(store: Path, models: list[Artifact]) -> None:
+    before = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
+    # A merge that was killed left shards in its scratch folder; the next one begins with an empty one.
+    again = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
+    assert {path.name for path in again.path.iterdir()} == {path.name for path in before.path.iterdir()}
+    stray = store / "stray"
+    shutil.copytree(before.path, stray)
+    shutil.copyfile(models[0].path / "model.safetensors", stray / "model.safetensors")
+    from luthier_plugins.merge.verify import check_index
+
+    with pytest.raises(ModelError, match="do not fit the index"):
+        check_index(stray)
+
+
+def test_what_the_disk_cannot_hold_is_refused_before_a_tensor_is_read(
+    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(store)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(Weights, "read", lambda *arguments: pytest.fail("a tensor was read"))
+    with pytest.raises(ModelError, match=r"needs 0\.00 GB, the disk has 0.00 GB left"):
+        run_stage(store, "merge", inputs={"models": models[:2]})
+
+
+def test_the_other_process_tells_what_it_finds(tmp_path: Path, models: list[Artifact]) -> None:
+    code = (
+        "import sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
+        "with Verifier(Path(sys.argv[1])) as verifier:\n"
+        "    assert 'transformers' not in sys.modules\n"
+        "    print(verifier.verdict())\n"
+    )
+    good = subprocess.run(
+        [sys.executable, "-c", code, str(models[0].path)], capture_output=True, text=True, check=False
+    )
+    assert "'forward': 'finite'" in good.stdout, good.stderr
+    spoiled = changed(models[1], tmp_path / "spoiled", without_one)
+    bad = subprocess.run([sys.executable, "-c", code, str(spoiled.path)], capture_output=True, text=True, check=False)
+    assert "missing keys" in bad.stderr
+    assert NAME in bad.stderr
+
+
+def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
+    data = tiny_dataset(store, CHATS)
+    base = tiny_model(store, seed=3, dtype="float32")
+    tuned = run_stage(store, "sft", {"steps": 12, "learning_rate": 3e-3}, inputs={"model": base, "data": [data]})
+    moved = run_stage(store, "merge", {"method": {"uses": "linear"}}, inputs={"models": [base, tuned]})
+    rows = read_split(data, "train")
+
+    def loss(artifact: Artifact) -> float:
+        items = items_of(load_model(artifact), load_tokenizer(artifact), rows, {"losses"},
+                         artifact.facts["stop_token_ids"], 4)["losses"]  # fmt: skip
+        return sum(item.nll for item in items) / sum(item.tokens for item in items)
+
+    for method in ("fisher", "regmean"):
+        config = {"method": {"uses": method, "data": "d", "rows": 4}}
+        merged = run_stage(store, "merge", config, inputs={"models": [base, tuned], "method.data": data})
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in weights(merged).values())
+        equal = run_stage(store, "merge", config, inputs={"models": [tuned, tuned], "method.data": data})
+        for name, tensor in weights(equal).items():
+            torch.testing.assert_close(tensor, weights(tuned)[name], rtol=1e-3, atol=1e-4)
+        # Both weigh models by what they do on the data; the plain mean does not.
+        assert loss(merged) != pytest.approx(loss(moved), rel=1e-6)
+        assert loss(merged) < loss(base)
