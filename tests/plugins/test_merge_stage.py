@@ -81,6 +81,8 @@ def test_the_soup_is_the_mean_in_the_dtype_of_the_first(store: Path, models: lis
     one, two, soup = weights(models[0]), weights(models[1]), weights(merged)
     assert merged.facts["dtype"] == "BF16"
     assert merged.facts["proof"] == {"loaded": "memory", "forward": "finite"}
+    for fact in ("tokenizer", "chat_template", "stop_tokens", "stop_token_ids"):
+        assert merged.facts[fact] == models[0].facts[fact], "template, tokenizer and stop tokens are carried"
     for name, tensor in soup.items():
         torch.testing.assert_close(tensor, ((one[name].float() + two[name].float()) / 2).to(torch.bfloat16))
 

@@ -52,6 +52,7 @@ def test_the_union_has_every_token_with_its_rows(store: Path, pair: list[Artifac
         torch.testing.assert_close(soup[place], 0.25 * sides[0] + 0.75 * sides[1])
     assert merged.facts["vocab_size"] == len(soup)
     assert sum(merged.facts["tokens_from"].values()) == len(union) - len(first)
+    assert set(json.loads((merged.path / "token_sources.json").read_text())) == set(union) - set(first)
 
 
 def test_texts_come_back_whole_from_the_joint_tokenizer(store: Path, pair: list[Artifact]) -> None:

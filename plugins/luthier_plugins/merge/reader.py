@@ -161,6 +161,15 @@ class Weights:
                              hint="train again with a lower learning rate, or take an earlier checkpoint")  # fmt: skip
 
 
+def whole(source: Source, name: str) -> Tensor:
+    """A whole tensor as float32, in its own shape."""
+    shape = source.headers[name].shape
+    out = torch.empty(shape)
+    if out.numel():
+        source.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
+    return out
+
+
 def label_of(artifact: Artifact) -> str:
     """What to call a model: its stage, or the folder that it was read from."""
     stage = str(artifact.manifest.get("stage", artifact.path.name))

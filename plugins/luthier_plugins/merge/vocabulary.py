@@ -17,6 +17,8 @@ from luthier_plugins.merge.reader import Scratch, Source, dump_json
 from torch import Tensor
 
 TOKENIZER = "tokenizer.json"
+SOURCES = "token_sources.json"
+"""Which model each token comes from that the first one does not have."""
 SAME = ("normalizer", "pre_tokenizer", "decoder")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Tokenizer = dict[str, Any]
@@ -43,6 +45,7 @@ class Vocabulary:
         carry_text_files(self.speaker.artifact.path, out)
         if self.sources:
             dump_json(out / TOKENIZER, self.tokenizer)
+            dump_json(out / SOURCES, self.sources)
 
     def settle(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with this vocabulary's size and special ids."""

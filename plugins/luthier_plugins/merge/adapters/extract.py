@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-import torch
 from luthier.api import Facts, ModelError, StageContext
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.check import is_vocabulary
 from luthier_plugins.merge.merging import open_inputs
-from luthier_plugins.merge.reader import DTYPES, Scratch, Source
-from torch import Tensor
+from luthier_plugins.merge.reader import DTYPES, whole
 
 
 class ExtractLora:
@@ -37,7 +35,7 @@ class ExtractLora:
                 context.progress(done, len(base.headers), "tensors")
                 if header.dtype not in DTYPES:
                     continue
-                delta = _whole(tuned, name) - _whole(base, name)
+                delta = whole(tuned, name) - whole(base, name)
                 if not bool(delta.any()):
                     continue
                 if len(header.shape) != 2 or is_vocabulary(name):
@@ -57,11 +55,3 @@ class ExtractLora:
             "kept": min(kept.values()),
             "left_out": left_out,
         }
-
-
-def _whole(model: Source, name: str) -> Tensor:
-    shape = model.headers[name].shape
-    out = torch.empty(shape)
-    if out.numel():
-        model.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
-    return out

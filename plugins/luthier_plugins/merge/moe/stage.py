@@ -15,7 +15,7 @@ from luthier_plugins.merge.layout import NAMES, Inputs
 from luthier_plugins.merge.merging import carry, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.router import from_prompts
-from luthier_plugins.merge.reader import Scratch, Source, dump_json
+from luthier_plugins.merge.reader import Scratch, Source, dump_json, whole
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.writer import Described, Output
 from torch import Tensor
@@ -79,7 +79,7 @@ class Moe:
     def _write(self, output: Output, inputs: Inputs, routers: list[Tensor], context: StageContext) -> None:
         scratch = Scratch()
         base = inputs.lead
-        for done, (name, header) in enumerate(base.headers.items()):
+        for done, name in enumerate(base.headers):
             context.progress(done, len(base.headers), "tensors")
             match = FEED_FORWARD.match(name)
             sources: Mapping[str, Source] = {name: base}
@@ -91,9 +91,7 @@ class Moe:
                 sources = {f"{block}.experts.{place}.{MIXTRAL[match[2]]}.weight": model
                            for place, model in enumerate(inputs.models)}  # fmt: skip
             for target, source in sources.items():
-                values = torch.empty(header.shape)
-                source.read(name, 0, values.view(-1, header.shape[-1]), scratch)
-                output.write(target, 0, values.reshape(-1), scratch)
+                output.write(target, 0, whole(source, name).reshape(-1), scratch)
 
     def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
         dropped = ("mlp_bias", "attention_bias", "pretraining_tp")

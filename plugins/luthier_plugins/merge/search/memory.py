@@ -9,7 +9,7 @@ import psutil
 import torch
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.models import TensorHeader
-from luthier_plugins.merge.reader import DTYPES, Scratch, Source
+from luthier_plugins.merge.reader import DTYPES, Scratch, Source, whole
 from luthier_plugins.merge.writer import Described
 from torch import Tensor
 
@@ -27,21 +27,13 @@ class Held:
         self.config = source.config
         self.headers: dict[str, TensorHeader] = source.headers
         self._source = source
-        self._tensors = {name: _whole(source, name) for name, header in self.headers.items() if header.dtype in DTYPES}
+        self._tensors = {name: whole(source, name) for name, header in self.headers.items() if header.dtype in DTYPES}
 
     def raw(self, name: str, first: int, out: Tensor) -> None:
         self._source.raw(name, first, out)
 
     def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
         out.view(-1).copy_(self._tensors[name].view(-1)[start : start + out.numel()])
-
-
-def _whole(source: Source, name: str) -> Tensor:
-    shape = source.headers[name].shape
-    out = torch.empty(shape)
-    if out.numel():
-        source.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
-    return out
 
 
 def held_where_they_fit(sources: list[Source]) -> list[Source]:
