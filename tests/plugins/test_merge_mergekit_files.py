@@ -55,6 +55,25 @@ slices:
 merge_method: passthrough
 dtype: float32
 """,
+    "doubled": """\
+slices:
+  - sources: [{model: ./a, layer_range: [0, 3]}]
+  - sources:
+      - model: ./b
+        layer_range: [2, 4]
+        parameters: {scale: [{filter: o_proj, value: 0}, {filter: down_proj, value: 0.5}, {value: 1}]}
+merge_method: passthrough
+dtype: float32
+""",
+    "fallback": """\
+models:
+  - {model: ./a, parameters: {density: [{filter: mlp, value: 0.25}], weight: [{filter: mlp, value: 0.3}]}}
+  - {model: ./b, parameters: {weight: 0.5}}
+merge_method: ties
+base_model: ./base
+parameters: {density: 0.5, weight: 0.25}
+dtype: float32
+""",
     "stock": """\
 models: [{model: ./a}, {model: ./b}]
 merge_method: model_stock
@@ -79,8 +98,8 @@ base_model: ./base
 dtype: float32
 """,
 }
-OURS = {"linear": "linear", "slerp": "slerp", "ties": "ties", "stack": "passthrough", "stock": "model_stock",
-        "rescaled": "mergekit", "nuslerp": "nuslerp"}  # fmt: skip
+OURS = {"doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp": "slerp", "ties": "ties",
+        "stack": "passthrough", "stock": "model_stock", "rescaled": "mergekit", "nuslerp": "nuslerp"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +145,10 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
         ({"modules": {}}, "`modules` of mergekit files are not supported"),
         ({"colour": "red"}, "has 'colour', which is not supported"),
         ({"models": [{"model": "a+lora"}]}, "name an adapter's own folder"),
+        ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),
+        ({"models": ["./a"]}, "no list of entries that have `model`"),
+        ({"dtype": "float64"}, "the dtype float64"),
+        ({"tokenizer": {"source": "union", "tokens": {}}}, "'tokens', which is not supported"),
         ({"models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 1}}]}, "needs a weight for every model"),
     ],
 )

@@ -257,5 +257,46 @@ def test_settings_that_say_nothing_or_too_much_are_refused(setting: object, mess
 
 def test_della_names_probabilities_that_are_none() -> None:
     base, models = near(0, 2)
+    densities = [{"filter": "nothing", "value": 0.5}, {"value": 0.9}]
     with pytest.raises(ModelError, match="probabilities from"):
-        merge_tensors(method("della", density=0.9, epsilon=0.2), models, base=base)
+        merge_tensors(method("della", density=densities, epsilon=0.2), models, base=base)
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("shape", [(0,), (5, 0), ()])
+def test_tensors_without_entries_and_scalars_are_merged_too(name: str, shape: tuple[int, ...]) -> None:
+    count, takes_base = needs(name)
+    models = [torch.full(shape, 1.0 + place) for place in range(count)]
+    merged = merge_tensors(method(name), models, base=torch.zeros(shape) if takes_base else None)
+    assert merged.shape == shape
+
+
+def test_model_stock_of_small_changes_is_no_less_sure() -> None:
+    base, (one,) = near(4, 1)
+    small = base + 1e-5 * (one - base) / (one - base).norm()
+    for rows in (False, True):
+        merged = merge_tensors(method("model_stock", filter_wise=rows), [small, small], base=base)
+        torch.testing.assert_close(merged - base, small - base, rtol=1e-2, atol=1e-8)
+
+
+def test_ram_takes_what_no_other_model_changed_at_any_threshold() -> None:
+    base = torch.zeros(2, 2)
+    models = [torch.zeros(2, 2), torch.tensor([[1.0, 0.0], [0.0, 0.0]])]
+    merged = merge_tensors(method("ram", threshold=0, r=0.1), models, base=base)
+    assert bool(torch.isfinite(merged).all())
+
+
+def test_regmean_of_inputs_that_never_occur_is_the_mean() -> None:
+    a, b = tensors(0, 2, 4, 3)
+    merged = merge_tensors(method("regmean"), [a, b], extras=[torch.zeros(3, 3)] * 2)
+    torch.testing.assert_close(merged, (a + b) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [("della", {"density": 0.9, "epsilon": 0.2}, "make probabilities from"),
+     ("ties", {"density": [{"value": []}]}, "at least 1 item")],
+)  # fmt: skip
+def test_configs_that_cannot_work_are_refused(name: str, values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(name, **values)

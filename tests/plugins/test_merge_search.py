@@ -88,6 +88,30 @@ def test_a_stopped_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest
     assert 0 <= resumed.facts["search"]["best"]["values"]["t"] <= 1
 
 
+def test_what_a_method_learns_from_data_counts_in_every_trial(folder: Path) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats"),
+              "method.data": result.artifact("chats")}  # fmt: skip
+    scores = {}
+    for name in ("fisher", "linear"):
+        given = inputs if name == "fisher" else {key: value for key, value in inputs.items() if key != "method.data"}
+        method = {"uses": name, "data": "d", "rows": 4} if name == "fisher" else name
+        found = run_stage(folder / "learned", "search", {"method": method, "trials": 1}, inputs=given, seed=3)
+        scores[name] = found.facts["search"]["best"]["score"]
+    assert scores["fisher"] != scores["linear"]
+
+
+def test_the_order_of_the_ranges_is_no_matter_of_the_result() -> None:
+    stage = {"uses": "search", "models": ["./a", "./b"], "base": "./c", "data": "./d.jsonl", "method": "ties"}
+    ranges = {"density": [0.2, 1.0], "scale": [0.5, 1.5]}
+    points = []
+    for names in (["density", "scale"], ["scale", "density"]):
+        over = {name: ranges[name] for name in names}
+        recipe = Recipe.from_mapping({"luthier": 1, "stages": {"x": {**stage, "over": over}}})
+        points.append(recipe.stages["x"].config.bounds)
+    assert points[0] == points[1]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -97,6 +121,8 @@ def test_a_stopped_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest
         ({"over": {"density": [0, 1]}}, "linear has no parameter 'density'"),
         ({"method": "ties", "base": "c", "over": {"density": [0.5, 2]}}, "2 is not between 0 and 1"),
         ({"weights": [1, 0]}, "the smaller number comes first"),
+        ({"weights": [-1, 1]}, "begin at 0"),
+        ({"method": "karcher", "over": {"steps": [1, 20]}}, "no number that could be searched for"),
     ],
 )
 def test_searches_that_cannot_be_are_refused_before_anything_runs(values: dict, message: str) -> None:

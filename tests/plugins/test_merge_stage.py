@@ -353,3 +353,91 @@ def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
         # Both weigh models by what they do on the data; the plain mean does not.
         assert loss(merged) != pytest.approx(loss(moved), rel=1e-6)
         assert loss(merged) < loss(base)
+
+
+SLICES = {"method": "passthrough", "slices": [{"sources": [{"layers": [0, 2]}]}, {"sources": [{"layers": [0, 2]}]}]}
+
+
+def stacked(models: list[Artifact]) -> dict[str, Artifact]:
+    """The inputs of two slices."""
+    return {f"slices.{place}.sources.0.model": model for place, model in enumerate(models)}
+
+
+def with_a_bias(tensors: dict, config: dict) -> None:
+    tensors["model.layers.1.self_attn.q_proj.bias"] = torch.ones(64)
+
+
+def with_a_table(tensors: dict, config: dict) -> None:
+    tensors["model.scale_table"] = torch.ones(3)
+
+
+def with_more_rows(tensors: dict, config: dict) -> None:
+    rows = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([rows, rows[:8]])
+    config["vocab_size"] += 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(with_a_bias, "self_attn.q_proj.bias is none in"), (with_a_table, "model.scale_table is none in"),
+     (with_more_rows, "model.embed_tokens.weight is")],
+)  # fmt: skip
+@pytest.mark.parametrize("second", [True, False])
+def test_no_tensor_of_a_slice_is_dropped_and_no_shape_is_guessed(
+    store: Path, models: list[Artifact], tmp_path: Path, change: Callable, message: str, second: bool
+) -> None:
+    odd = changed(models[1], tmp_path / models[1].key, change)
+    both = {"method": "linear", "slices": [{"sources": [{"layers": [0, 2]}, {"layers": [0, 2]}]}]}
+    pair = [models[0], odd] if second else [odd, models[0]]
+    inputs = {f"slices.0.sources.{place}.model": model for place, model in enumerate(pair)}
+    with pytest.raises(ModelError) as caught:
+        run_stage(store, "merge", both, inputs=inputs)
+    assert message.partition(" is")[0] in str(caught.value)
+
+
+def test_a_slice_beyond_the_last_layer_is_refused(store: Path, models: list[Artifact]) -> None:
+    config = {"method": "passthrough", "slices": [{"sources": [{"layers": [1, 3]}]}]}
+    with pytest.raises(ModelError, match=r"has 2 layers; a slice takes \[1, 3\]"):
+        run_stage(store, "merge", config, inputs={"slices.0.sources.0.model": models[0]})
+
+
+def test_a_layer_scaled_to_nothing_changes_nothing(store: Path, models: list[Artifact]) -> None:
+    nothing = [{"filter": "o_proj", "value": 0}, {"filter": "down_proj", "value": 0}, {"value": 1}]
+    slices = [{"sources": [{"layers": [0, 2]}]}, {"sources": [{"layers": [1, 2], "scale": nothing}]}]
+    merged = run_stage(store, "merge", {"method": "passthrough", "slices": slices}, inputs=stacked([models[0]] * 2))
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        before, after = (load_model(item)(input_ids=ids).logits for item in (models[0], merged))
+    assert merged.facts["tensors"] > models[0].facts["tensors"]
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+
+
+def test_random_masks_of_mergekit_are_the_same_for_any_number_of_workers(
+    tmp_path: Path, models: list[Artifact]
+) -> None:
+    values = {"uses": "mergekit", "name": "dare_ties", "parameters": {"density": 0.5}}
+    found = [merged_by(tmp_path, models[:2], models[2], values, workers=workers) for workers in (1, 4, 4)]
+    for other in found[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in found[0].items())
+
+
+def test_weights_that_sum_to_zero_somewhere_are_named_before_anything_is_read(
+    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Weights, "read", lambda *arguments: pytest.fail("a tensor was read"))
+    with pytest.raises(ModelError, match=r"sum to zero for \d+ parameters, and linear divides"):
+        run_stage(store, "merge", {"weights": [1.0, [-1.0, 0.5]]}, inputs={"models": models[:2]})
+
+
+def test_alpha_patterns_are_the_regular_expressions_that_peft_takes_them_for(tmp_path: Path, adapter: Artifact) -> None:
+    folder = tmp_path / adapter.key
+    shutil.copytree(adapter.path, folder)
+    shutil.copytree(adapter.base.path, tmp_path / adapter.base.key)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {r"model\.layers\.0\..*q_proj": 40, "v_proj": 3}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    odd = Artifact.load(folder)
+    found = merged_by(tmp_path, [odd], None, {"uses": "passthrough"})
+    folded = fold(load_model(odd)).state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, folded[name], rtol=1e-4, atol=1e-5)

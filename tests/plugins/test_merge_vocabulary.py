@@ -90,3 +90,30 @@ def test_tokenizers_of_other_kinds_cannot_be_joined(store: Path, pair: list[Arti
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="their pre_tokenizer differ"):
         run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [pair[0], Artifact.load(folder)]})
+
+
+def test_padding_rows_stay_what_they_are(store: Path, pair: list[Artifact]) -> None:
+    """The rows behind the last token are the same in models of one family: nothing may differ there."""
+    import shutil
+
+    from safetensors.torch import save_file
+
+    padded = []
+    for place, model in enumerate((pair[0], tiny_model(store, seed=5, dtype="float32", vocab_size=310, tied=False))):
+        folder = store / f"padded-{place}" / model.key
+        shutil.copytree(model.path, folder)
+        tensors = load_file(folder / "model.safetensors")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = torch.cat([tensors[name], torch.ones(16, tensors[name].shape[1])])
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 16}))
+        padded.append(Artifact.load(folder))
+    plain, joint = (
+        load_file(
+            run_stage(store, "merge", {"tokenizer": choice}, inputs={"models": padded}).path / "model.safetensors"
+        )
+        for choice in ("base", "union")
+    )
+    for name, tensor in plain.items():
+        assert torch.equal(tensor, joint[name]), name

@@ -39,6 +39,14 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1]}\n", "weights sum to zero"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
          "slerp does not look at weights"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, method: {uses: ties, "
+         "density: {per_model: [0.5]}}}\n", "given `per_model`, but not for 2 models"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, slices: [{sources: [{model: a, layers: [0, 1], "
+         "weight: 0.5}]}]}\n", "passthrough does not look at weights"),
+        ("luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b, c], space: core, method: slerp}\n",
+         "slerp cannot merge 3 adapters"),
+        ("luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b], space: core, "
+         "method: {uses: fisher, data: d}}\n", "whole models do with data"),
     ],
 )  # fmt: skip
 def test_bad_recipes_are_messages_and_no_tracebacks(tmp_path: Path, text: str, message: str) -> None:

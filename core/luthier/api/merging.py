@@ -29,6 +29,22 @@ class MergeMethodConfig(Config):
     """The fewest and the most models it takes, the base not among them; None is no limit."""
     weighted: ClassVar[bool] = True
     """Whether it looks at the models' weights."""
+    prepares: ClassVar[bool] = False
+    """Whether it learns something of each model first, see `Preparing`."""
+
+    @property
+    def divides(self) -> bool:
+        """Whether it divides by the sum of the weights, which must not be zero then."""
+        return False
+
+    def of_other_length(self, count: int) -> list[str]:
+        """The settings that are given `per_model`, but not for so many models."""
+        return [name for name in type(self).model_fields if _length_of(getattr(self, name)) not in (None, count)]
+
+
+def _length_of(value: Any) -> int | None:
+    """For how many models a setting is given, where it is given model by model."""
+    return len(value.per_model) if isinstance(value, PerModel) else None
 
 
 class Filtered(Config):
@@ -36,7 +52,7 @@ class Filtered(Config):
 
     filter: str | None = None
     """Part of a parameter's name, such as ``mlp``; leave it out for all the others."""
-    value: float | list[float]
+    value: float | Annotated[list[float], Field(min_length=1)]
     """A number, or numbers from the first layer to the last."""
 
 

@@ -38,5 +38,6 @@ def diff_command(models: tuple[str, ...], base: str | None, html: Path | None, s
         sys.exit(result.exit_code)
     made = result.artifact("diff").path / result.artifact("diff").facts["page"]
     if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_bytes(made.read_bytes())
     click.echo(f"\nall parameters: {html or made}")

@@ -39,7 +39,7 @@ class Grid:
 
     def spans(self) -> Iterator[tuple[int, int]]:
         """The first row of each part, and the row behind its last."""
-        for first in range(0, self.rows, self.height):
+        for first in range(0, self.rows if self.columns else 0, self.height):
             yield first, min(first + self.height, self.rows)
 
 
@@ -114,6 +114,8 @@ def merge_tensors(
         The merged parameter, float32, of the same shape.
     """
     shape = tuple(tensors[0].shape)
+    if 0 in shape:
+        return torch.empty(shape)
     place = MergePlace(name, shape, depth, len(tensors))
     given = list(weights or [1.0] * len(tensors))
     draw = noise or Noise(0, [str(index) for index in range(len(tensors))], name)

@@ -9,7 +9,8 @@ from typing import Any
 
 from luthier.api import ModelError
 from luthier.artifacts.models import tokenizer_digest
-from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.config import SMALL, MergeConfig
+from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
 from luthier_plugins.merge.reader import DTYPES, Source
 from luthier_plugins.merge.writer import Described
@@ -128,16 +129,68 @@ def is_vocabulary(name: str) -> bool:
 
 
 def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+    """What does not fit in a stack of slices: every layer's tensors, and those outside of layers."""
+    if not config.slices:
+        return
+    lead = inputs.lead
+    stacks = layers_of(list(lead.headers))
+    if len(stacks) != 1:
+        named = ", ".join(sorted(stacks)) or "none"
+        yield f"{lead.label} has {len(stacks)} stacks of layers ({named}); slices need one"
+        return
+    (head,) = stacks
+    outside = _outside(lead)
     placed = iter(inputs.models)
     for part in config.slices:
-        for source in part.sources:
-            model = next(placed)
-            count = max(layers_of(list(model.headers)).values(), default=0)
+        sources = [(next(placed), source) for source in part.sources]
+        short = False
+        for model, source in sources:
+            count = layers_of(list(model.headers)).get(head, 0)
             if source.layers[1] > count:
+                short = True
                 yield f"{model.label} has {count} layers; a slice takes [{source.layers[0]}, {source.layers[1]}]"
-            odd = [name for name in inputs.lead.headers if LAYER.match(name) is None and name not in model.headers]
-            if odd:
-                yield f"{model.label} lacks the tensor {odd[0]}"
+            if model is not lead:
+                yield from _differences(outside, _outside(model), lead.label, model.label)
+        if short:
+            continue
+        if inputs.base is not None:
+            sources.append((inputs.base, sources[0][1]))
+        for step in range(part.sources[0].layers[1] - part.sources[0].layers[0]):
+            first, *others = [(model, _layer(model, f"{head}{source.layers[0] + step}.")) for model, source in sources]
+            for model, layer in others:
+                yield from _differences(first[1], layer, first[0].label, model.label)
+
+
+def _outside(model: Source) -> dict[str, tuple[int, ...]]:
+    return {name: header.shape for name, header in model.headers.items() if LAYER.match(name) is None}
+
+
+def _layer(model: Source, start: str) -> dict[str, tuple[int, ...]]:
+    return {name[len(start) :]: header.shape for name, header in model.headers.items() if name.startswith(start)}
+
+
+def _differences(
+    left: Mapping[str, tuple[int, ...]], right: Mapping[str, tuple[int, ...]], one: str, two: str
+) -> Iterator[str]:
+    for name in sorted({*left, *right}):
+        if left.get(name) != right.get(name):
+            shapes = [list(found[name]) if name in found else "none" for found in (left, right)]
+            yield f"{name} is {shapes[0]} in {one} and {shapes[1]} in {two}"
+
+
+def check_weights(method: str, tasks: Sequence[Task]) -> None:
+    """Refuse weights that sum to zero for some parameter, where the method divides by their sum.
+
+    Raises:
+        ModelError: names such parameters.
+    """
+    odd = [task.place.name for task in tasks if task.numbers and abs(sum(task.numbers)) < SMALL]
+    if odd:
+        raise ModelError(
+            f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum: "
+            f"{', '.join(odd[:SHOWN])}",
+            hint="change the gradients or filters of `weights`",
+        )
 
 
 def check_room(folder: Path, tensors: Mapping[str, Described]) -> None:

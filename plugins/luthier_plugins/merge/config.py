@@ -11,6 +11,8 @@ from luthier_plugins.merge.mergekit_yaml import as_config
 from pydantic import ValidationInfo, model_validator
 
 SAME = ("architecture", "tensors")
+SMALL = 1e-8
+"""A sum of weights that counts as zero."""
 ModelDtype = Literal["float32", "float16", "bfloat16"]
 TokenizerChoice = Annotated[str, Input(("model", "adapter"), words=("base", "union"))]
 
@@ -24,6 +26,9 @@ class SliceSource(Config):
     """The first of its layers, and the one behind the last."""
     weight: Setting = 1.0
     """Its weight."""
+    scale: Setting = 1.0
+    """What its parameters are multiplied with before they are merged; 0 on ``o_proj`` and ``down_proj`` makes a layer
+    that changes nothing."""
 
     @model_validator(mode="after")
     def _in_order(self) -> SliceSource:
@@ -111,11 +116,10 @@ class MergeConfig(StageConfig):
             found.append(f"{name} merges task vectors: name the models' ancestor as `base`")
         if method.base == "unused" and self.base is not None:
             found.append(f"{name} does not look at a base: leave `base` out, or count it among `models`")
-        if not method.weighted and self.weights is not None:
-            found.append(f"{name} does not look at weights: leave `weights` out")
-        plain = [weight for weight in self.weights or [] if not isinstance(weight, list)]
-        if method.weighted and self.weights and len(plain) == len(self.weights) and sum(plain) == 0:
-            found.append("the weights sum to zero")
+        beside = [source.weight for part in self.slices for source in part.sources]
+        if not method.weighted and (self.weights is not None or any(weight != 1.0 for weight in beside)):
+            found.append(f"{name} does not look at weights: leave them out")
+        found += settings_problems(method, name, self.weights or [], counts)
         return found
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -129,6 +133,18 @@ class MergeConfig(StageConfig):
                 hint = "; `tokenizer: union` joins them" if name == "tokenizer" else ""
                 found.append(f"the models cannot be merged, their {name} differs: {short}{hint}")
         return found
+
+
+def settings_problems(method: MergeMethodConfig, name: str, weights: Sequence[Any], counts: Sequence[int]) -> list[str]:
+    """What is wrong with weights and `per_model` settings for so many models."""
+    found: list[str] = []
+    for count in counts:
+        found += [f"`{field}` of {name} is given `per_model`, but not for {count} models"
+                  for field in method.of_other_length(count)]  # fmt: skip
+    plain = [weight for weight in weights if not isinstance(weight, list)]
+    if method.divides and weights and len(plain) == len(weights) and abs(sum(plain)) < SMALL:
+        found.append(f"the weights sum to zero, and {name} divides by their sum")
+    return found
 
 
 def _several(least: int, most: int | None) -> str:

@@ -42,10 +42,11 @@ Walk = Callable[[Look, bool], Iterator[Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """Where one model's part in a parameter comes from."""
+    """Where one model's part in a parameter comes from, and what it is multiplied with."""
 
     weights: Source
     name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,10 @@ class Engine:
             self.output.raw(task.place.name, first, raw)
 
     def _matrix(self, task: Task) -> None:
-        size = 4 * task.entries * (len(task.roles) + (task.base is not None) + MATRIX_COPIES)
+        if not task.entries:
+            return
+        prepared = sum(math.prod(files.headers[name].shape) for files, name in task.extras)
+        size = 4 * (task.entries * (len(task.roles) + (task.base is not None) + MATRIX_COPIES) + 3 * prepared)
         with self._budget.of(size):
             grid = Grid.of(task.place.shape)
             whole = read_part(task, (0, grid.rows), None, Scratch(), whole=True)
@@ -251,6 +255,8 @@ def read_part(task: Task, span: Span, found: Any, scratch: Scratch, *, whole: bo
     for role in [*task.roles, *([task.base] if task.base else [])]:
         buffer = scratch.floats(len(inputs), rows * columns).view(rows, columns)
         role.weights.read(role.name, start, buffer, scratch)
+        if role.scale != 1.0:
+            buffer.mul_(role.scale)
         inputs.append(buffer)
     extras: list[Tensor] = []
     for files, name in () if whole else task.extras:

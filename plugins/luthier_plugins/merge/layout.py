@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.api import MergePlace, Setting
 from luthier.train.merging import Noise
-from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.config import MergeConfig, SliceSource
 from luthier_plugins.merge.engine import Role, Task
 from luthier_plugins.merge.reader import DTYPES, Source
 from luthier_plugins.merge.writer import Described
@@ -122,17 +122,27 @@ class _Maker:
             self._outside(name, slices[-1])
         return self._layout(_restacked(lead.config, [source for source, _ in sources]))
 
-    def _outside(self, name: str, part: Sequence[tuple[Source, Any]]) -> None:
-        self._add(name, [Role(model, name) for model, _ in part], [source.weight for _, source in part], 0.0)
+    def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]]) -> None:
+        roles = [self._role(model, name, name, source, 0.0) for model, source in part]
+        self._add(name, roles, [source.weight for _, source in part], 0.0)
 
-    def _layer(self, head: str, number: int, step: int, part: Sequence[tuple[Source, Any]], depth: float) -> None:
+    @staticmethod
+    def _role(model: Source, name: str, target: str, source: SliceSource, depth: float) -> Role:
+        """A source's part in a parameter of the merged model, scaled as the slice says."""
+        return Role(model, name, MergePlace(target, (), depth).value(source.scale))
+
+    def _layer(
+        self, head: str, number: int, step: int, part: Sequence[tuple[Source, SliceSource]], depth: float
+    ) -> None:
         first = part[0][1].layers[0] + step
         start = f"{head}{first}."
         tails = [name[len(start) - 1 :] for name in part[0][0].headers if name.startswith(start)]
         for tail in tails:
-            roles = [Role(model, f"{head}{source.layers[0] + step}{tail}") for model, source in part]
+            target = f"{head}{number}{tail}"
+            roles = [self._role(model, f"{head}{source.layers[0] + step}{tail}", target, source, depth)
+                     for model, source in part]  # fmt: skip
             base = f"{head}{first}{tail}"
-            self._add(f"{head}{number}{tail}", roles, [source.weight for _, source in part], depth, base)
+            self._add(target, roles, [source.weight for _, source in part], depth, base)
 
     def _add(
         self, name: str, roles: Sequence[Role], weights: Sequence[Any], depth: float, base_name: str | None = None
@@ -141,7 +151,7 @@ class _Maker:
         header = lead.headers.get(base_name or name) or roles[0].weights.headers[roles[0].name]
         shape = header.shape
         if header.dtype not in DTYPES:
-            source = Role(lead, name) if name in lead.headers else roles[0]
+            source = Role(lead, base_name or name) if (base_name or name) in lead.headers else roles[0]
             self.tensors[name] = Described(header.dtype, shape)
             self.tasks.append(Task(MergePlace(name, shape), [source], copied=True))
             self.copied.append(name)

@@ -81,6 +81,14 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     return {**_Reader(found, path.parent).config(), **own}
 
 
+def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
+    """A list of mappings, each of which names something under `inside`."""
+    value: Any = content.get(key)
+    if not isinstance(value, list) or not all(isinstance(item, dict) and inside in item for item in value):
+        raise ValueError(f"`{key}` of the mergekit file is no list of entries that have `{inside}`")
+    return cast("list[Values]", value)
+
+
 class _Reader:
     """Translates one file."""
 
@@ -96,17 +104,24 @@ class _Reader:
         result: Values = {}
         if "models" in self.content:
             entries = [(self._place(entry["model"]), dict(entry.get("parameters") or {}))
-                       for entry in self.content["models"]]  # fmt: skip
+                       for entry in _entries(self.content, "models")]  # fmt: skip
             result |= self._of_models(entries, base)
         elif "slices" in self.content:
-            result |= self._of_slices(self.content["slices"], base)
+            result |= self._of_slices(_entries(self.content, "slices", "sources"), base)
         else:
             raise ValueError("the mergekit file has neither `models` nor `slices`")
-        for key in ("out_dtype", "dtype"):
-            if self.content.get(key) in DTYPES:
-                result["dtype"] = self.content[key]
-                break
-        tokenizer = self.content.get("tokenizer_source") or (self.content.get("tokenizer") or {}).get("source")
+        stored = self.content.get("out_dtype") or self.content.get("dtype")
+        if stored is not None:
+            if stored not in DTYPES:
+                raise ValueError(f"the dtype {stored} of the mergekit file is not one of {', '.join(sorted(DTYPES))}")
+            result["dtype"] = stored
+        named: Any = self.content.get("tokenizer") or {}
+        odd = sorted(set(named) - {"source"}) if isinstance(named, dict) else [str(named)]
+        if odd:
+            raise ValueError(
+                f"`tokenizer` of the mergekit file has '{odd[0]}', which is not supported: only `source` is"
+            )
+        tokenizer = self.content.get("tokenizer_source") or named.get("source")
         if tokenizer is not None:
             result["tokenizer"] = tokenizer if tokenizer in ("base", "union") else self._place(tokenizer)
         return result
@@ -128,28 +143,39 @@ class _Reader:
 
     def _of_slices(self, slices: Sequence[Values], base: str | None) -> Values:
         made: list[Values] = []
-        parameters: list[Values] = []
+        parameters: list[list[Values]] = []
         for entry in slices:
             if entry.get("parameters") or entry.get("base_model") or entry.get("residual_weight"):
                 raise ValueError("a slice of the mergekit file has settings of its own, which is not supported: "
                                  "use filters or gradients, or a recipe")  # fmt: skip
-            sources: list[Values] = []
-            for source in entry["sources"]:
+            sources: list[tuple[Values, Values]] = []
+            for source in _entries(entry, "sources"):
                 place = self._place(source["model"])
                 own = dict(source.get("parameters") or {})
                 first = self.method in BASE_IS_A_MODEL and place == base
                 if place == base and self.method not in WITHOUT_BASE:
                     continue
+                if "layer_range" not in source:
+                    raise ValueError("a source in the mergekit file has no layer_range")
                 made_of: Values = {"model": place, "layers": list(source["layer_range"])}
                 if self.method in WEIGHTED:
                     made_of["weight"] = self._weight(own)
-                sources.insert(0 if first else len(sources), made_of)
-                parameters.append(own)
-            made.append({"sources": sources})
+                if self.method == "passthrough" and "scale" in {*own, *self.shared}:
+                    made_of["scale"] = self._complete(own.pop("scale", self.shared.get("scale")), "scale", 1.0)
+                sources.insert(0 if first else len(sources), (made_of, own))
+            made.append({"sources": [made_of for made_of, _ in sources]})
+            parameters.append([own for _, own in sources])
+        if self.method == "passthrough":
+            # It stands beside every source now.
+            self.shared.pop("scale", None)
+        apart = [{key: value for key, value in own.items() if key != "weight"} for part in parameters for own in part]
+        if len(slices) > 1 and any(own != apart[0] for own in apart):
+            raise ValueError("the slices of the mergekit file have other parameters than each other, which is not "
+                             "supported: use filters or gradients, or merges of their own")  # fmt: skip
         result: Values = {"slices": made}
         if base is not None and self.method not in WITHOUT_BASE:
             result["base"] = base
-        return {**result, "method": self._method(parameters if len(slices) == 1 else [{}])}
+        return {**result, "method": self._method(parameters[0])}
 
     def _method(self, parameters: Sequence[Values]) -> Values:
         names = OURS.get(self.method)
@@ -170,28 +196,31 @@ class _Reader:
 
     def _setting(self, name: str, parameters: Sequence[Values], default: Any) -> Any:
         if not any(name in values for values in parameters):
-            return self._complete(self.shared[name], default)
-        several = [self._complete(values.get(name, self.shared.get(name, default)), default) for values in parameters]
+            return self._complete(self.shared[name], name, default, own=False)
+        several = [self._complete(values.get(name, self.shared.get(name, default)), name, default,
+                                  own=name in values) for values in parameters]  # fmt: skip
         return several[0] if all(item == several[0] for item in several) else {"per_model": several}
 
     def _weight(self, parameters: Values) -> Any:
         if "weight" not in parameters and "weight" not in self.shared:
             raise ValueError(f"{self.method} needs a weight for every model in the mergekit file")
-        return self._complete(parameters.get("weight", self.shared.get("weight")), 1.0)
+        return self._complete(parameters.get("weight", self.shared.get("weight")), "weight", None,
+                              own="weight" in parameters)  # fmt: skip
 
-    @staticmethod
-    def _complete(value: Any, default: Any) -> Any:
-        """A list of filters whose last entry is for all other parameters."""
-        if isinstance(value, dict):
-            value = [value]
-        if isinstance(value, list) and value and isinstance(value[-1], dict):
-            entries = [{**entry, "filter": entry.get("filter")} for entry in cast("list[Values]", value)]
-            if entries[-1]["filter"] not in (None, "*"):
-                if default is None:
-                    raise ValueError("a list of filters in the mergekit file has no entry for all other tensors")
-                entries.append({"filter": None, "value": default})
+    def _complete(self, value: Any, name: str, default: Any, *, own: bool = True) -> Any:
+        """Filters with an entry for all other parameters at the end: what the whole file says, else the default."""
+        listed: Any = [value] if isinstance(value, dict) else value
+        if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
+            return value
+        entries = [{**entry, "filter": entry.get("filter")} for entry in cast("list[Values]", listed)]
+        if entries[-1]["filter"] in (None, "*"):
             return entries
-        return value
+        rest = self._complete(self.shared[name], name, default, own=False) if own and name in self.shared else default
+        if rest is None:
+            raise ValueError(f"the filters of {name} in the mergekit file leave tensors without a value")
+        if isinstance(rest, list) and rest and isinstance(rest[0], dict):
+            return [*entries, *cast("list[Values]", rest)]
+        return [*entries, {"filter": None, "value": rest}]
 
     def _place(self, model: Any) -> str:
         """A model's folder, relative to the file or to where one stands; else its hub id."""

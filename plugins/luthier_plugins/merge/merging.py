@@ -15,7 +15,7 @@ import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import carry_text_files, model_facts
-from luthier_plugins.merge.check import check, check_room
+from luthier_plugins.merge.check import check, check_room, check_weights
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings, extras_of
 from luthier_plugins.merge.layout import Inputs, lay_out
@@ -40,8 +40,10 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         if vocabulary is not None:
             inputs = respell(inputs, vocabulary)
         layout = lay_out(config, inputs, context.seed, config.dtype)
+        if getattr(config.method.config, "divides", False):
+            check_weights(config.method.name, layout.tasks)
         check_room(context.out, layout.tensors)
-        prepared = extras_of(_prepared(method, context, artifacts))
+        prepared = extras_of(prepared_by(method, context, artifacts))
         tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
         engine = Engine(method, output, _settings(config, method), lambda done, total:
@@ -127,7 +129,8 @@ def _folded(artifact: Artifact, scratch: Path) -> Artifact:
     return replace(artifact, kind="model", path=folder)
 
 
-def _prepared(method: Any, context: StageContext, models: Sequence[Artifact]) -> Any:
+def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) -> Any:
+    """What a method has learned of each model, see `luthier.api.Preparing`; nothing for most."""
     prepare = getattr(method, "prepare", None)
     return prepare(context, models) if prepare else []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,6 +68,8 @@ class Files:
     def raw(self, name: str, first: int, out: Tensor) -> None:
         """Fill `out`, uint8, with the tensor's bytes from the byte `first` on."""
         header = self.headers[name]
+        if first + out.numel() > math.prod(header.shape) * SIZES[header.dtype]:
+            raise ModelError("is shorter than what is read of it", where=f"{self.folder / header.file}: {name}")
         view = bytes_of(out)
         place = header.start + first
         while view:
@@ -135,8 +138,8 @@ class Weights:
         self.content = content_of(artifact)
         self.headers = tensor_headers(full.path)
         self.config = read_json(full.path / "config.json")
-        self.files = Files(full.path, self.headers)
         self.adapter = LowRank(artifact.path, self.headers) if artifact.kind == "adapter" else None
+        self.files = Files(full.path, self.headers)
 
     def close(self) -> None:
         """Close the files."""
@@ -208,22 +211,23 @@ class LowRank:
     def __init__(self, folder: Path, headers: Mapping[str, TensorHeader]) -> None:
         path = folder / "adapter_model.safetensors"
         self.settings: dict[str, Any] = read_json(folder / "adapter_config.json")
-        self.files = Files(folder, safetensors_header(path))
+        self.headers = safetensors_header(path)
         self.targets = self._targets(headers)
+        self.files = Files(folder, self.headers)
         self.factors = lru_cache(maxsize=8)(self._factors)
 
     def _targets(self, headers: Mapping[str, TensorHeader]) -> dict[str, _Target]:
         if self.settings["peft_type"] != "LORA" or self.settings.get("fan_in_fan_out"):
             raise Unfoldable(f"a {self.settings['peft_type']} adapter")
         found: dict[str, _Target] = {}
-        for name in self.files.headers:
+        for name in self.headers:
             module, _, rest = name.partition(".lora_")
             weight = f"{module.removeprefix(WRAPPED)}.weight"
             if rest == "A.weight" and weight in headers and len(headers[weight].shape) == 2:
                 magnitude = f"{module}.lora_magnitude_vector"
                 found[weight] = _Target(
                     name, f"{module}.lora_B.weight", self._scale(weight, name),
-                    magnitude if magnitude in self.files.headers else None,
+                    magnitude if magnitude in self.headers else None,
                 )  # fmt: skip
             elif rest not in ("B.weight", "magnitude_vector"):
                 raise Unfoldable(f"the tensor {name}")
@@ -232,9 +236,10 @@ class LowRank:
     def _scale(self, weight: str, a: str) -> float:
         module = weight.removesuffix(".weight")
         alphas: dict[str, float] = self.settings.get("alpha_pattern") or {}
-        alpha = next((value for key, value in alphas.items() if module == key or module.endswith(f".{key}")),
+        # PEFT's keys are regular expressions for the end of a module's name; the first that fits counts.
+        alpha = next((value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", module)),
                      self.settings["lora_alpha"])  # fmt: skip
-        r = self.files.headers[a].shape[0]
+        r = self.headers[a].shape[0]
         return alpha / (math.sqrt(r) if self.settings.get("use_rslora") else r)
 
     def _factors(self, weight: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -72,8 +72,7 @@ def vocabulary_of(choice: str, inputs: Inputs, speaker: Source | None) -> Vocabu
         for other in inputs.all:
             if other is not lead:
                 tokenizer = _joined(tokenizer, _read(other), lead, other, sources)
-    rows = lead.headers[_embedding(lead)].shape[0]
-    return Vocabulary(lead, tokenizer, max(rows, max(tokens_of(tokenizer).values()) + 1), sources)
+    return Vocabulary(lead, tokenizer, max(_rows(lead), max(tokens_of(tokenizer).values()) + 1), sources)
 
 
 def _embedding(model: Source) -> str:
@@ -81,6 +80,10 @@ def _embedding(model: Source) -> str:
     if name is None:
         raise ModelError("no embedding was found whose rows could be moved", where=model.label)
     return name
+
+
+def _rows(model: Source) -> int:
+    return model.headers[_embedding(model)].shape[0]
 
 
 def _read(model: Source) -> Tokenizer:
@@ -133,7 +136,8 @@ def _pair(merge: Any) -> tuple[str, str]:
 def respell(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
     """Every model as if it had the vocabulary; models that are the same stay the same."""
     tokens = tokens_of(vocabulary.tokenizer)
-    own = {id(model): tokens_of(_read(model)) for model in inputs.all}
+    own = {id(model): {token: row for token, row in tokens_of(_read(model)).items() if row < _rows(model)}
+           for model in inputs.all}  # fmt: skip
     # A token that a model lacks is read from the first that has it: the base, then the models in their order.
     order = inputs.all
     found: dict[int, Source] = {}
@@ -143,11 +147,16 @@ def respell(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
             if token in own[id(model)]:
                 rows[place] = (model, own[id(model)][token])
             else:
-                rows[place] = next((other, own[id(other)][token]) for other in order if token in own[id(other)])
-        # Rows behind the last token are padding: zero where the model has none there.
+                having = (other for other in order if token in own[id(other)])
+                rows[place] = next(((other, own[id(other)][token]) for other in having), (model, -1))
+        # Rows of no token are padding. A model's own stand where it has such; else those of the model whose vocabulary
+        # it is, so that nothing differs there; else zeros.
+        taken = set(own[id(model)].values())
         for place in set(range(vocabulary.rows)) - set(tokens.values()):
-            if model is vocabulary.speaker and place < model.headers[_embedding(model)].shape[0]:
+            if place < _rows(model) and place not in taken:
                 rows[place] = (model, place)
+            elif place < _rows(vocabulary.speaker):
+                rows[place] = (vocabulary.speaker, place)
         found[id(model)] = _Respelled(model, rows)
     return Inputs([found[id(model)] for model in inputs.models], found[id(inputs.base)] if inputs.base else None)
 
@@ -186,11 +195,12 @@ class _Respelled:
         place = 0
         while place < len(flat):
             source, row = self._rows[first + place]
+            if row < 0:
+                flat[place].zero_()
+                place += 1
+                continue
             count = 1
             while place + count < len(flat) and self._rows[first + place + count] == (source, row + count):
                 count += 1
-            if row < 0:
-                flat[place].zero_()
-            else:
-                source.read(name, row * width, flat[place : place + count], scratch)
+            source.read(name, row * width, flat[place : place + count], scratch)
             place += count

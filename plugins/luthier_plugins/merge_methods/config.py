@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.api import DatasetInput, Field, MergeMethodConfig, ModelSetting, Setting, Share, within
 from luthier.api.merging import BaseUse
+from pydantic import model_validator
 
 Fraction = Annotated[Setting, within(0.0, 1.0)]
 
@@ -15,6 +16,10 @@ class LinearConfig(MergeMethodConfig):
 
     normalize: bool = True
     """Divide by the sum of the weights."""
+
+    @property
+    def divides(self) -> bool:
+        return self.normalize
 
 
 class SlerpConfig(MergeMethodConfig):
@@ -45,6 +50,10 @@ class MultislerpConfig(MergeMethodConfig):
     normalize: bool = True
     """Divide the weights by their sum."""
 
+    @property
+    def divides(self) -> bool:
+        return self.normalize
+
 
 class KarcherConfig(MergeMethodConfig):
     """The weighted Karcher mean on the sphere."""
@@ -53,6 +62,10 @@ class KarcherConfig(MergeMethodConfig):
     """Iterations at most."""
     tolerance: float = Field(default=1e-5, gt=0)
     """Stop when the mean moves by less, in radians."""
+
+    @property
+    def divides(self) -> bool:
+        return True
 
 
 class TaskVectorConfig(MergeMethodConfig):
@@ -102,6 +115,16 @@ class DellaConfig(TaskVectorConfig):
     """Divide what is kept by its probability, so that the expectation stays."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> DellaConfig:
+        density, epsilon = self.density, self.epsilon
+        if isinstance(density, float) and isinstance(epsilon, float) and 0 < density < 1:
+            low, high = density - epsilon, density + epsilon
+            if low <= 0 or high >= 1:
+                raise ValueError(f"`density` and `epsilon` make probabilities from {low:g} to {high:g}: "
+                                 "both have to be between 0 and 1")  # fmt: skip
+        return self
 
 
 class DellaLinearConfig(DellaConfig):
@@ -189,6 +212,10 @@ class PassthroughConfig(MergeMethodConfig):
 class IsoCConfig(TaskVectorConfig):
     """Isotropic merging in the common subspace."""
 
+    @property
+    def divides(self) -> bool:
+        return True
+
 
 class TsvMConfig(TaskVectorConfig):
     """Merging of task singular vectors."""
@@ -202,12 +229,18 @@ class TsvMConfig(TaskVectorConfig):
 class DataMethodConfig(MergeMethodConfig):
     """What methods that look at data share."""
 
+    prepares: ClassVar[bool] = True
+
     data: DatasetInput
     """What the models were tuned for: conversations or texts, of the split `train`."""
     rows: int = Field(default=256, gt=0)
     """How many rows to look at."""
     max_length: int = Field(default=512, gt=1)
     """Tokens of a row that are looked at."""
+
+    @property
+    def divides(self) -> bool:
+        return True
 
 
 class FisherConfig(DataMethodConfig):
@@ -235,3 +268,8 @@ class MergekitConfig(MergeMethodConfig):
     """Its parameters, such as ``{density: 0.5}``; each may be a setting, as for Luthier's own methods."""
     seed: int = Field(default=0, ge=0)
     """The seed of methods with random masks."""
+
+    def of_other_length(self, count: int) -> list[str]:
+        given: list[tuple[str, Any]] = [(name, value["per_model"]) for name, value in self.parameters.items()
+                                        if isinstance(value, dict) and "per_model" in value]  # fmt: skip
+        return [name for name, values in given if len(values) != count]

@@ -30,7 +30,7 @@ def _rows(config: DataMethodConfig, model: Artifact, context: StageContext) -> I
         else:
             raise DataError("this method looks at conversations or texts", hint="give `method.data` one of these")
         ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
-        if len(ids) > 1:
+        if len(ids) > 1 and any(label >= 0 for label in labels[1:]):
             yield torch.tensor([ids]), torch.tensor([labels])
 
 
@@ -152,6 +152,8 @@ class Regmean:
             right += (gram @ tensor.double().T).cpu()
         # Inputs that never occur leave the matrix singular: a little of the mean's pull settles them.
         ridge = 1e-8 * float(total.diagonal().mean())
+        if ridge == 0:
+            return _average(part)
         total.diagonal().add_(ridge)
         right += ridge * torch.stack(list(part.tensors)).mean(dim=0).double().T.cpu()
         return torch.linalg.solve(total, right).T.float().contiguous()

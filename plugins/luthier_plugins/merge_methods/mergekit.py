@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any, ClassVar
 
@@ -11,6 +14,10 @@ from luthier.api import Granularity, MergePart, ModelError, ModelSetting, PerMod
 from luthier_plugins.merge_methods.config import MergekitConfig
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+
+WITHOUT_CHANCE = ("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "breadcrumbs",
+                  "breadcrumbs_ties", "model_stock", "sce", "nearswap", "ram", "ramplus_tl", "passthrough")  # fmt: skip
+"""Methods of mergekit that draw no random numbers, so that several parameters may be merged at a time."""
 
 
 class Mergekit:
@@ -35,30 +42,42 @@ class Mergekit:
         self._weighs_base = known.get("weight") == "input"
         self._settings = {name: _setting(value) for name, value in config.parameters.items()}
         self.config = config
+        self._lock = threading.Lock()
 
     def merge(self, part: MergePart) -> Tensor:
         models = [f"model-{place}" for place in range(len(part.tensors))]
         if self._base == "required" and part.base is None:
             raise ModelError(f"mergekit's {self.config.name} needs a base", hint="name the models' ancestor as `base`")
-        uses_base = part.base is not None and self._base != "ignored"
+        if self._base == "ignored" and part.base is not None:
+            raise ModelError(f"mergekit's {self.config.name} does not look at a base", hint="leave `base` out")
+        uses_base = part.base is not None
         tensors = [*([part.base] if uses_base else []), *part.tensors]
         ids = [*(["base"] if uses_base else []), *models]
         parameters = {name: self._value(part, setting, models) for name, setting in self._settings.items()}
         if self._takes_weights:
             weights = dict(zip(models, part.weights, strict=True))
             parameters["weight"] = {"base": 1.0, **weights} if self._weighs_base and uses_base else weights
-        # Methods with random masks draw from torch's global generator, of which every thread has its own: leave
-        # it as it was, and let nothing but the recipe, the models and the parameter decide.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed + int(part.uniform(0).flatten()[0] * 2**24))
+        given = [tensor.clone() for tensor in tensors if tensor is not None]
+        with self._seeded(part):
             merged: Tensor = self._merge_tensors(
-                [tensor.clone() for tensor in tensors if tensor is not None],
-                self._method,
-                parameters=parameters,
-                ids=ids,
-                base_index=0 if uses_base else None,
-            )
+                given, self._method, parameters=parameters, ids=ids, base_index=0 if uses_base else None
+            )  # fmt: skip
         return merged
+
+    @contextmanager
+    def _seeded(self, part: MergePart) -> Generator[None]:
+        """Let nothing but the recipe, the models and the parameter decide about random masks.
+
+        They are drawn from torch's generator, which all threads share: one parameter at a time, and it is left as it
+        was.
+        """
+        if self.config.name in WITHOUT_CHANCE:
+            yield
+            return
+        assert part.draw is not None, "the engine gives every part its random numbers"
+        with self._lock, torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed + int(part.draw(0, 0, 1) * 2**24))
+            yield
 
     @staticmethod
     def _value(part: MergePart, setting: Any, models: list[str]) -> Any:

@@ -28,7 +28,8 @@ class ModelStock:
     def measure(self, scan: Scan) -> Tensor:
         products = gram(scan, from_base)
         sizes = products.diagonal().sqrt()
-        cosines = (products / sizes.outer(sizes).clamp(min=SINGULAR)).clamp(-1, 1)
+        norms = sizes.outer(sizes)
+        cosines = torch.where(norms > 0, products / torch.where(norms > 0, norms, 1.0), 0.0).clamp(-1, 1)
         count = len(sizes)
         return _share(torch.stack([cosines[a, b] for a, b in combinations(range(count), 2)]).mean(), count)
 
@@ -42,9 +43,11 @@ class ModelStock:
         return total.mul_(share.float() / len(deltas)).add_(part.base)
 
     def _by_rows(self, deltas: list[Tensor]) -> Tensor:
+        pairs = list(combinations(deltas, 2))
+        norms = [a.norm(dim=1).double() * b.norm(dim=1).double() for a, b in pairs]
         cosines = [
-            ((a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=SINGULAR)).clamp(-1, 1)
-            for a, b in combinations(deltas, 2)
+            torch.where(norm > 0, (a * b).sum(dim=1).double() / torch.where(norm > 0, norm, 1.0), 0.0).clamp(-1, 1)
+            for (a, b), norm in zip(pairs, norms, strict=True)
         ]
         return _share(torch.stack(cosines).mean(dim=0), len(deltas))[:, None]
 

@@ -7,6 +7,8 @@ from luthier.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import RamConfig
 from torch import Tensor
 
+TINY = 1e-12
+
 
 class Ram:
     """Averages the entries that several models changed and takes over those that one changed (arXiv:2601.13572).
@@ -28,7 +30,7 @@ class Ram:
                                 for own in changed])  # fmt: skip
 
         shared, own = scan(counts).double().unbind(dim=1)
-        ratio = shared / own.clamp(min=self.config.threshold)
+        ratio = shared / own.clamp(min=max(self.config.threshold, TINY))
         return 1 + self.config.r * ratio.clamp(0, self.config.alpha)
 
     def merge(self, part: MergePart) -> Tensor:

@@ -13,7 +13,12 @@ from torch import Tensor
 
 def kept_entries(share: float, entries: int) -> int:
     """How many entries a share is; a share above 0 is one entry at least."""
-    return min(entries, max(round(share * entries), 1 if share > 0 else 0))
+    return min(entries, max(_floor(share * entries), 1 if share > 0 else 0))
+
+
+def _floor(value: float) -> int:
+    """The whole number below; what floating point makes of a whole number is that number."""
+    return int(value + 1e-6)
 
 
 def magnitudes(part: MergePart) -> list[Tensor]:
@@ -30,7 +35,7 @@ def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[floa
     for density, gamma in zip(densities, gammas, strict=True):
         keep = kept_entries(density, entries)
         # Fewer outliers go where there would not be enough entries left.
-        outliers = min(round(gamma * entries), entries - keep)
+        outliers = min(_floor(gamma * entries), entries - keep)
         counts.append((outliers, outliers + keep))
     return [(top, both) for top, both in largest(scan, magnitudes, counts)]
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import Field, Input, MergeMethodConfig, MergeUse, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
+from luthier_plugins.merge.config import settings_problems
 from pydantic import model_validator
 
 AdapterInput = Annotated[str, Input(("adapter",))]
@@ -45,8 +46,18 @@ class MergeAdaptersConfig(RankConfig):
             raise ValueError(f"`space: cat` is exact for linear only; use `core` or `delta` for {self.method.name}")
         if self.space == "cat" and (self.r is not None or self.energy is not None):
             raise ValueError("`space: cat` keeps everything: choose `core` or `delta` for a smaller rank")
-        if not isinstance(self.method.config, MergeMethodConfig):
-            raise ValueError(f"the config of {self.method.name} is no MergeMethodConfig")
+        method, name, count = self.method.config, self.method.name, len(self.models)
+        if not isinstance(method, MergeMethodConfig):
+            raise ValueError(f"the config of {name} is no MergeMethodConfig")
+        least, most = method.models
+        if count < least or (most is not None and count > most):
+            raise ValueError(f"{name} cannot merge {count} adapters")
+        if method.prepares:
+            raise ValueError(f"{name} looks at what whole models do with data: use it in the stage `merge`")
+        if not method.weighted and self.weights is not None:
+            raise ValueError(f"{name} does not look at weights: leave them out")
+        for problem in settings_problems(method, name, self.weights or [], [count]):
+            raise ValueError(problem)
         return self
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -11,6 +11,9 @@ from luthier_plugins.merge.check import is_vocabulary
 from luthier_plugins.merge.merging import open_inputs
 from luthier_plugins.merge.reader import DTYPES, whole
 
+TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
+"""Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
+
 
 class ExtractLora:
     """The first singular vectors of tuned minus base, linear layer by linear layer."""
@@ -28,6 +31,9 @@ class ExtractLora:
                 odd = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
                 raise ModelError(f"the two models do not have the same tensors: {', '.join(odd[:5])}",
                                  hint="name the model it was tuned from as `base`")  # fmt: skip
+            if base.config.get("model_type") in TRANSPOSED:
+                raise ModelError(f"{base.label} keeps its weights transposed, which this stage does not handle",
+                                 hint="extract from Llama-like models")  # fmt: skip
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []

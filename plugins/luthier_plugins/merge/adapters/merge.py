@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from luthier.api import Facts, Merge, MergeMethodConfig, StageContext
-from luthier.artifacts.models import tensor_headers
+from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
+from luthier.artifacts.models import TensorHeader, tensor_headers
 from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge.adapters.config import MergeAdaptersConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.layout import depth_of, layers_of
-from luthier_plugins.merge.reader import LowRank, content_of
+from luthier_plugins.merge.reader import LowRank, Unfoldable, content_of
 from torch import Tensor
 
 
@@ -26,7 +26,7 @@ class MergeAdapters:
         artifacts = context.inputs("models")
         base = artifacts[0].base
         headers = tensor_headers(base.path)
-        adapters = [LowRank(artifact.path, headers) for artifact in artifacts]
+        adapters = [_opened(artifact, headers) for artifact in artifacts]
         contents = [content_of(artifact) for artifact in artifacts]
         method: Merge = context.component(self.config.method)
         names = [name for name in headers if any(name in adapter.targets for adapter in adapters)]
@@ -41,6 +41,17 @@ class MergeAdapters:
             kept.append(share)
         facts = write_adapter(context.out, factors, base, artifacts[0])
         return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
+
+
+def _opened(artifact: Artifact, headers: Mapping[str, TensorHeader]) -> LowRank:
+    try:
+        return LowRank(artifact.path, headers)
+    except Unfoldable as reason:
+        raise ModelError(
+            f"an adapter changes more than linear layers: {reason}",
+            where=str(artifact.path),
+            hint="merge it as a model, in the stage `merge`",
+        ) from reason
 
 
 def _factors(adapter: LowRank, name: str, shape: Sequence[int]) -> Factors:

@@ -109,15 +109,24 @@ class Moe:
         }
 
 
+def _feed_forward(model: Source) -> dict[str, list[int]]:
+    return {name: list(header.shape) for name, header in model.headers.items() if FEED_FORWARD.match(name)}
+
+
 def _check(inputs: Inputs) -> None:
     base = inputs.lead
     problems: list[str] = []
     if base.config.get("mlp_bias") or base.config.get("attention_bias"):
         problems.append(f"{base.label} has biases, which Mixtral has not")
+    layers = _feed_forward(base)
     for expert in inputs.models:
-        for name, header in base.headers.items():
-            if FEED_FORWARD.match(name) and getattr(expert.headers.get(name), "shape", None) != header.shape:
-                problems.append(f"{expert.label} has no {name} of the shape {list(header.shape)}")
-                break
+        theirs = _feed_forward(expert)
+        odd = sorted(name for name in {*layers, *theirs} if layers.get(name) != theirs.get(name))
+        if odd:
+            problems.append(
+                f"{odd[0]} is {theirs.get(odd[0])} in {expert.label} and {layers.get(odd[0])} in {base.label}"
+            )
+        if expert.config.get("hidden_act") != base.config.get("hidden_act"):
+            problems.append(f"{expert.label} has another activation than {base.label}")
     if problems:
         raise ModelError("; ".join(problems), hint="experts and base have to be tuned from one model")

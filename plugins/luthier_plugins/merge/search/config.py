@@ -17,7 +17,7 @@ from luthier.api import (
     other_formats,
 )
 from luthier.api.artifact import ArtifactKind
-from luthier_plugins.merge.config import MergeConfig, ModelDtype
+from luthier_plugins.merge.config import SMALL, MergeConfig, ModelDtype
 from pydantic import AfterValidator, model_validator
 
 
@@ -71,21 +71,27 @@ class SearchConfig(StageConfig):
             raise ValueError(f"{self.method.name} has no parameter '{odd[0]}'; it has: {known}")
         if self.weights is None and not self.over:
             raise ValueError("there is nothing to search for: give a range of `weights`, or parameters in `over`")
-        for bound in (0, 1):
-            self.merge(self.values_at([self.bounds[place][bound] or 0.5 for place in range(len(self.bounds))]))
+        whole = [name for name in self.over if type(method).model_fields[name].annotation in (int, bool)]
+        if whole:
+            raise ValueError(f"'{whole[0]}' is no number that could be searched for step by step")
+        if self.weights is not None and self.weights[0] < 0:
+            raise ValueError("the weights of a search begin at 0: their sum must not become zero")
+        # The ends of every range, and a point inside, have to make a config.
+        for share in (0.0, 1.0, 0.37):
+            self.merge(self.values_at([low + max(share, SMALL) * (high - low) for low, high in self.bounds]))
         return self
 
     @property
     def names(self) -> list[str]:
         """What is searched for."""
         weights = [f"weight {place}" for place in range(len(self.models))] if self.weights is not None else []
-        return [*weights, *self.over]
+        return [*weights, *sorted(self.over)]
 
     @property
     def bounds(self) -> list[tuple[float, float]]:
         """The range of each."""
         weights = [self.weights] * len(self.models) if self.weights is not None else []
-        return [*weights, *self.over.values()]
+        return [*weights, *(self.over[name] for name in sorted(self.over))]
 
     def values_at(self, point: Sequence[float]) -> dict[str, float]:
         """The values by name."""

@@ -7,6 +7,8 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cmaes
@@ -16,9 +18,9 @@ from luthier.artifacts.datasets import require_split
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier_plugins.merge.check import check
-from luthier_plugins.merge.engine import Engine, Settings
+from luthier_plugins.merge.engine import Engine, Settings, extras_of
 from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.merging import merge_into, open_inputs
+from luthier_plugins.merge.merging import merge_into, open_inputs, prepared_by
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
 from luthier_plugins.merge.verify import Verifier
@@ -51,7 +53,7 @@ class Search:
     def _trials(self, judge: _Judge, context: StageContext, stack: ExitStack) -> list[Trial]:
         judge.hold(context, stack)
         path = context.work / "trials.jsonl"
-        known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+        known = _known(path)
         if known:
             context.log(f"going on after {len(known)} trials")
         trials: list[Trial] = []
@@ -112,6 +114,13 @@ class Search:
         }
 
 
+def _known(path: Path) -> list[Trial]:
+    """The trials of a search that was stopped; a last line that was cut short is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return [json.loads(line) for line in lines]
+
+
 def _compared(best: Sequence[float], other: Sequence[float]) -> Facts:
     """The mean difference row by row, larger is better, and whether it is more than noise."""
     differences = np.array(best) - np.array(other)
@@ -142,14 +151,17 @@ class _Judge:
         held = held_where_they_fit([*opened.models, *([opened.base] if opened.base else [])])
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
+        method = context.component(self.config.method)
+        self._extras = extras_of(prepared_by(method, context, context.inputs("models")))
 
     def merge(self, values: dict[str, float]) -> None:
         """Put the merge with these values into the model."""
         config = self.config.merge(values)
         layout = lay_out(config, self._inputs, self._context.seed, config.dtype)
+        tasks = [replace(task, extras=self._extras(task.place.name)) for task in layout.tasks]
         target: Any = IntoModel(self._model, layout.tensors)
         workers = Settings(len(os.sched_getaffinity(0)))
-        Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(layout.tasks)
+        Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(tasks)
 
     def score(self) -> float:
         """The metric of the model as it is."""
