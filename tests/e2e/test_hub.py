@@ -37,7 +37,7 @@ def test_a_hub_model_is_pinned_and_taken(hub: Path, cli, tmp_path: Path) -> None
     assert done.returncode == 0, done.stdout + done.stderr
     assert yaml.safe_load((tmp_path / "taken.lock.yaml").read_text()) == {"org/model": COMMIT}
     manifest = json.loads(cli("show", "taken/base", "--json").stdout)
-    assert manifest["payload"]["sources"] == {"source": f"hf:org/model@{COMMIT}"}
+    assert manifest["payload"]["sources"] == {"source": [f"hf:org/model@{COMMIT}"]}
     # The hub moves on; the recipe stays where it was pinned.
     (hub / "refs" / "main").write_text(OTHER)
     (node,) = plan(Recipe.load(tmp_path / "taken.yaml"), tmp_path / ".luthier").nodes.values()
@@ -47,7 +47,7 @@ def test_a_hub_model_is_pinned_and_taken(hub: Path, cli, tmp_path: Path) -> None
 def test_a_commit_in_the_recipe_needs_no_lock(hub: Path, tmp_path: Path) -> None:
     recipe = Recipe.load(tmp_path / "taken.yaml", overrides=[f"stages.base.source=hf:org/model@{OTHER}"])
     (node,) = plan(recipe, tmp_path / "s").nodes.values()
-    assert node.sources["source"].digest == f"hf:org/model@{OTHER}"
+    assert node.sources["source"][0].digest == f"hf:org/model@{OTHER}"
     assert not (tmp_path / "taken.lock.yaml").exists()
 
 

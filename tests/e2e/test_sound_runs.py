@@ -133,8 +133,11 @@ def test_a_disk_that_is_full_from_the_start_is_a_message(chats: Path, tmp_path: 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
+    # Measuring coverage writes files of its own.
+    there = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     done = subprocess.run(
-        [*MAIN, "run", "tuned.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=no_room
+        [*MAIN, "run", "tuned.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=no_room,
+        env=there,
     )  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
@@ -172,3 +175,45 @@ def test_a_vocabulary_that_the_config_tells_wrongly_is_refused(tmp_path: Path) -
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 4}))
     with pytest.raises(ModelError, match="tells vocab_size 4"):
         run_stage(tmp_path / "s", "base", {"source": str(tmp_path / "model")})
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "message"),
+    [
+        (
+            {"uses": "evaluate", "model": "model", "data": "rows"},
+            "text",
+            "evaluate reads the format messages, not text",
+        ),
+        ({"uses": "pretrain", "model": "model", "data": ["rows"]}, "preference", "pretrain reads the format text or"),
+        ({"uses": "init", "data": ["rows"]}, "preference", "init reads the format text or messages, not preference"),
+        ({"uses": "sft", "model": "model", "data": ["rows"]}, "text", "sft reads the format messages, not text"),
+        ({"uses": "dpo", "model": "model", "data": "rows"}, "text", "reads the format preference, not text"),
+    ],
+    ids=lambda value: value["uses"] if isinstance(value, dict) else "",
+)
+def test_data_of_another_format_is_a_message(tmp_path: Path, stage: dict, rows: str, message: str) -> None:
+    raw = {"text": {"text": "a b"}, "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}[rows]
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(raw)}\n" * 4)
+    recipe = {"luthier": 1, "stages": {"model": {"uses": "base"}, "rows": {"uses": "data", "source": "rows.jsonl"},
+                                       "x": stage}}  # fmt: skip
+    result = run(Recipe.from_mapping(recipe, folder=tmp_path), store=tmp_path / "s")
+    assert result.exit_code == 1
+    assert message in str(result.stages["x"].error)
+
+
+def test_new_rows_keep_the_columns_of_the_old_ones_even_when_those_go(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "slice": "x"}
+    data = tiny_dataset(tmp_path, [row])
+    method = {
+        "uses": "template",
+        "count": 2,
+        "slots": {"n": {"range": [1, 99]}},
+        "templates": [
+            {"slice": "y", "messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "c"}]}
+        ],
+    }
+    made = run_stage(tmp_path, "augment", {"method": method, "keep_original": False}, inputs={"data": data})
+    from luthier.artifacts.datasets import read_split
+
+    assert [found["slice"] for found in read_split(made, "train")] == ["y", "y"]

@@ -200,3 +200,12 @@ def test_a_tokenizer_that_llama_cpp_splits_differently_is_refused(model: Artifac
     (folder / "tokenizer.json").write_text(text.replace(r"\\p{N}", r"\\p{N}{1,2}"))
     with pytest.raises(ModelError, match="does not know this tokenizer's split expression"):
         read_tokenizer(folder, model.facts["vocab_size"])
+
+
+def test_a_plain_base_model_without_a_template_is_exported_too(model: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / model.key
+    shutil.copytree(model.path, folder)
+    (folder / "chat_template.jinja").unlink()
+    config = {"format": {"uses": "gguf", "types": ["F16"]}}
+    made = run_stage(tmp_path / "s", "export", config, inputs={"model": Artifact.load(folder)})
+    assert made.facts["files"]["F16"]["kl"] < 1e-5

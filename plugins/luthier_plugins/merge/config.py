@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from luthier.api import Config, Field, Input, MergeMethodConfig, MergeUse, ModelInput, NotIdentity, Setting, StageConfig
 from luthier.api.artifact import ArtifactKind
 from luthier_plugins.merge.mergekit_yaml import as_config
-from pydantic import ValidationInfo, model_validator
+from pydantic import ConfigDict, ValidationInfo, model_validator
 
 SAME = ("architecture", "tensors")
 SMALL = 1e-8
@@ -52,8 +52,15 @@ class Slice(Config):
         return self
 
 
+def _with_file(schema: dict[str, Any]) -> None:
+    """Tell editors of the key that stands for a whole file."""
+    schema["properties"]["config"] = {"type": "string", "description": "A mergekit file that says all the rest."}
+
+
 class MergeConfig(StageConfig):
     """Merges models that share an architecture."""
+
+    model_config = ConfigDict(json_schema_extra=_with_file)
 
     kind_made: ClassVar[ArtifactKind] = "model"
 
