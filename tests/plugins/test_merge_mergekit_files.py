@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from luthier import Recipe
-from luthier.api import RecipeError
+from luthier.api import Artifact, RecipeError
+from luthier.registry import default_registry
 from luthier.testing import tiny_model
+from luthier_plugins.merge.check import check
+from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.engine import Engine, Settings
+from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.mergekit_yaml import as_config
+from luthier_plugins.merge.reader import Weights
+from luthier_plugins.merge.writer import Output
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
+SHAPE = {"dtype": "float32", "layers": 4, "tied": False}
 FILES = {
     "linear": """\
 models:
@@ -106,29 +115,52 @@ OURS = {"doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with three model folders."""
     folder = tmp_path_factory.mktemp("models")
-    for seed, name in enumerate(("base", "a", "b")):
-        model = tiny_model(folder / "store", seed=seed, dtype="float32", layers=4, tied=False)
+    for name, model in artifacts(folder).items():
         shutil.copytree(model.path, folder / name, ignore=shutil.ignore_patterns("manifest.json"))
     return folder
+
+
+def by_mergekit(file: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What mergekit makes of a file."""
+    content = yaml.safe_load(file.read_text().replace("./", f"{file.parent}/"))
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(content), str(out), options)
+    return {key: tensor for path in out.glob("*.safetensors") for key, tensor in load_file(path).items()}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_gives_what_mergekit_gives(models: Path, tmp_path: Path, name: str) -> None:
     file = models / f"{name}.yml"
     file.write_text(FILES[name])
-    theirs = tmp_path / "theirs"
-    command = [str(Path(sys.executable).parent / "mergekit-yaml"), file.name, str(theirs), "--no-copy-tokenizer"]
-    subprocess.run(command, cwd=models, capture_output=True, check=True)
-    main = [sys.executable, "-c", "from luthier.cli.main import main; main()"]
-    ours = tmp_path / "ours"
-    arguments = ["do", "merge", f"config={file}", "--out", str(ours), "--store", str(tmp_path / "s")]
-    done = subprocess.run([*main, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = load_file(ours / "model.safetensors")
-    expected = {key: tensor for path in theirs.glob("*.safetensors") for key, tensor in load_file(path).items()}
+    registry = default_registry()
+    config = MergeConfig.model_validate({"config": str(file)}, context={"components": registry})
+    made = {str(models / label): Weights(artifact) for label, artifact in artifacts(models).items()}
+    places = config.models or [source.model for part in config.slices for source in part.sources]
+    inputs = Inputs([made[place] for place in places], made[config.base] if config.base else None)
+    check(config, inputs)
+    layout = lay_out(config, inputs, 0, config.dtype)
+    output = Output(tmp_path, layout.tensors, 1 << 30)
+    method = registry.impl_class(config.method.component)(config.method.config)
+    Engine(method, output, Settings(), lambda done, total: None).run(layout.tasks)
+    output.close()
+    found, expected = load_file(tmp_path / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
     assert set(found) == set(expected)
     for key, tensor in found.items():
         assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5), key
+
+
+def artifacts(folder: Path) -> dict[str, Artifact]:
+    """The models as artifacts, by the name of their folder."""
+    return {label: tiny_model(folder / "store", seed=seed, **SHAPE) for seed, label in enumerate(("base", "a", "b"))}
+
+
+def test_the_command_line_takes_a_file(models: Path, tmp_path: Path, cli) -> None:
+    file = models / "linear.yml"
+    file.write_text(FILES["linear"])
+    done = cli("do", "merge", f"config={file}", "--out", "ours")
+    assert done.returncode == 0, done.stderr
+    found, expected = load_file(tmp_path / "ours" / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
+    assert all(torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5) for key, tensor in found.items())
 
 
 @pytest.mark.parametrize("name", FILES)
