@@ -22,7 +22,7 @@ quickstart: setup
 		--ask "remind me at 4 pm to clean the oven"
 
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=xml
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=xml --durations=15
 
 lint: setup
 	$(BIN)/ruff check core plugins tests docs
@@ -35,3 +35,4 @@ docs: setup
 
 benchmark: setup
 	$(BIN)/python tests/benchmarks/shell.py
+	$(BIN)/python tests/benchmarks/merge.py

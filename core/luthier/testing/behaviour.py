@@ -27,7 +27,8 @@ def _merge(impl: Any, config: Any) -> None:
     least, most = config.models
     tensors = [base + 0.1 * torch.randn(8, 6, generator=generator) for _ in range(max(least, min(2, most or 2)))]
     before = [tensor.clone() for tensor in [*tensors, base]]
-    ancestor = None if config.base == "unused" else base
+    # Where a base is optional, the method has to do without one.
+    ancestor = base if config.base == "required" else None
     results = [merge_tensors(impl, tensors, base=ancestor) for _ in range(2)]
     assert results[0].shape == base.shape, f"the result has the shape {tuple(results[0].shape)}"
     assert results[0].dtype == torch.float32, f"the result has the dtype {results[0].dtype}"
