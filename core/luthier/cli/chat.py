@@ -17,7 +17,7 @@ import click
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.artifacts.store import Store
-from luthier.running.runner import QUIET
+from luthier.running.process import QUIET
 
 Turns = list[dict[str, str]]
 
