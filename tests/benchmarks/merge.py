@@ -146,14 +146,17 @@ def by_luthier(folder: Path, layers: int, name: str) -> float:
 
 def by_engine(folder: Path, name: str) -> dict[str, float]:
     """Merging alone, and its anonymous memory above that of the imports, in MiB."""
+    from luthier.running.process import ALLOCATOR
+
     ours, _, count, has_base = METHODS[name]
     out = folder / "engine"
     out.mkdir(exist_ok=True)
     arguments = [str(folder / "store"), str(out), ours, NAMES[:count], "base" if has_base else None,
                  len(os.sched_getaffinity(0))]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-c", WORK, json.dumps(arguments)], capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", WORK, json.dumps(arguments)],
+        capture_output=True, text=True, check=True, env={**ALLOCATOR, **os.environ},
+    )  # fmt: skip
     shutil.rmtree(out)
     return json.loads(done.stdout)
 

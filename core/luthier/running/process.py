@@ -19,13 +19,18 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
     "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
+ALLOCATOR = {
+    # glibc gives tensors of 128 KB and more back to the system at once, and takes them anew for the next operation;
+    # clearing these pages again and again takes up to a tenth of a small model's training.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_TOP_PAD_": str(4 << 20),
+}  # fmt: skip
 
 
 class WorkerProcess:
     """The worker's process and the thread that reads its events."""
 
     def __init__(self, executor: Executor, log: Path) -> None:
-        environment = {**QUIET, **os.environ}
+        environment = {**QUIET, **ALLOCATOR, **os.environ}
         command = [sys.executable, "-m", "luthier.running.worker"]
         self._process = executor.launch(command, environment, log)
         self._log = log

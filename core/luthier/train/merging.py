@@ -16,8 +16,8 @@ from luthier.api.merging import Merge, MergePart, MergePlace, Scan
 
 BLOCK = 1 << 18
 """Entries in a part, at most, unless one row has more: small enough for a core's cache."""
-PHILOX_WORDS = 8
-"""Philox gives 256 bits for each count: eight numbers of 32 bits."""
+PHILOX_NUMBERS = 16
+"""Philox gives 256 bits for each count: 16 numbers of 16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,9 @@ class Grid:
 class Noise:
     """Uniform random numbers by count, not by sequence: Philox4x64 (Salmon et al. 2011) in numpy.
 
+    A number is the middle of one of 65536 equal steps of [0, 1): it is below a probability p with the next multiple of
+    1/65536, which is p to within 0.000008, in half the time that numbers of 32 bits take.
+
     Args:
         seed: The recipe's seed.
         contents: What tells each model's content, such as a digest of its weights.
@@ -58,9 +61,10 @@ class Noise:
 
     def __call__(self, model: int, start: int, count: int) -> Tensor:
         """The numbers of the entries from `start` on, float32, shape (count,)."""
-        counter, ahead = divmod(start, PHILOX_WORDS)
-        generator = np.random.Generator(np.random.Philox(key=self._keys[model], counter=counter))
-        return torch.from_numpy(generator.random(ahead + count, dtype=np.float32))[ahead:]
+        counter, ahead = divmod(start, PHILOX_NUMBERS)
+        raw = np.random.Philox(key=self._keys[model], counter=counter).random_raw(-(-(ahead + count) // 4))
+        steps = torch.from_numpy(raw.view(np.int16))[ahead : ahead + count]
+        return steps.float().add_(32768.5).mul_(1 / 65536)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ from torch import Tensor
 
 CHUNK = 1 << 21
 """Entries in a job on a large parameter, at least one part."""
+KEPT = 1 << 26
+"""Bytes that a worker keeps of a parameter that is looked at twice, so that it is not read twice."""
 COPY = 1 << 22
 """Bytes copied at once."""
 MEMORY = 2 << 30
@@ -168,15 +170,28 @@ class Engine:
             self._matrix(task)
         else:
             spans = list(Grid.of(task.place.shape).spans())
+            parts = self._kept(task, spans) if self._keeps(task) else None
             found = measured(
-                self.method, _Scan(task, lambda look, _: (look(part) for part in self._parts(task, spans)))
+                self.method, _Scan(task, lambda look, _: (look(part) for part in parts or self._parts(task, spans)))
             )
-            for part in self._parts(task, spans, found):
-                self._write(task, part)
+            for part in parts or self._parts(task, spans):
+                self._write(task, part, found)
         return task.entries
 
-    def _write(self, task: Task, part: MergePart) -> None:
-        self.output.write(task.place.name, part.start, self.method.merge(part), self._scratch)
+    def _keeps(self, task: Task) -> bool:
+        """Whether a parameter is read into memory once, because it is looked at twice."""
+        size = 4 * task.entries * (len(task.roles) + (task.base is not None) + len(task.extras))
+        return self.method.granularity == "statistics" and size <= KEPT
+
+    def _kept(self, task: Task, spans: Sequence[Span]) -> list[MergePart]:
+        """All parts at once, each in buffers of its own that are used again for the next parameter."""
+        held: list[Scratch] = self._local.__dict__.setdefault("held", [])
+        held.extend(Scratch() for _ in range(len(spans) - len(held)))
+        return [read_part(task, span, scratch) for span, scratch in zip(spans, held, strict=False)]
+
+    def _write(self, task: Task, part: MergePart, found: Any) -> None:
+        merged = self.method.merge(replace(part, found=found))
+        self.output.write(task.place.name, part.start, merged, self._scratch)
 
     def _copy(self, task: Task) -> None:
         role = task.roles[0]
@@ -193,7 +208,7 @@ class Engine:
         size = 4 * (task.entries * (len(task.roles) + (task.base is not None) + MATRIX_COPIES) + 3 * prepared)
         with self._budget.of(size):
             grid = Grid.of(task.place.shape)
-            whole = read_part(task, (0, grid.rows), None, Scratch(), whole=True)
+            whole = read_part(task, (0, grid.rows), Scratch(), whole=True)
             device, shape = self.settings.device, task.place.shape
             part = MergePart(
                 task.place, 0, [tensor.view(shape).to(device) for tensor in whole.tensors], task.numbers,
@@ -224,8 +239,8 @@ class Engine:
         found = measured(self.method, _Scan(task, walk))
 
         def work(job: Sequence[Span]) -> None:
-            for part in self._parts(task, job, found):
-                self._write(task, part)
+            for part in self._parts(task, job):
+                self._write(task, part, found)
 
         for _ in _ahead(pool, work, jobs, 2 * self.settings.workers):
             pass
@@ -238,12 +253,12 @@ class Engine:
             self._local.scratch = Scratch()
         return self._local.scratch
 
-    def _parts(self, task: Task, spans: Iterable[Span], found: Any = None) -> Iterator[MergePart]:
+    def _parts(self, task: Task, spans: Iterable[Span]) -> Iterator[MergePart]:
         for span in spans:
-            yield read_part(task, span, found, self._scratch)
+            yield read_part(task, span, self._scratch)
 
 
-def read_part(task: Task, span: Span, found: Any, scratch: Scratch, *, whole: bool = False) -> MergePart:
+def read_part(task: Task, span: Span, scratch: Scratch, *, whole: bool = False) -> MergePart:
     """Read a part into scratch buffers: it is valid until the next one is read there.
 
     Args:
@@ -264,14 +279,14 @@ def read_part(task: Task, span: Span, found: Any, scratch: Scratch, *, whole: bo
         files.floats(name, start, buffer, scratch)
         extras.append(buffer.view(rows, columns))
     base = inputs.pop() if task.base else None
-    return MergePart(task.place, start, inputs, task.numbers, base, found, extras, task.noise)
+    return MergePart(task.place, start, inputs, task.numbers, base, None, extras, task.noise)
 
 
 def scan_of(task: Task) -> Scan:
     """A walk over one parameter in this thread."""
     scratch = Scratch()
     spans = list(Grid.of(task.place.shape).spans())
-    return _Scan(task, lambda look, _: (look(read_part(task, span, None, scratch)) for span in spans))
+    return _Scan(task, lambda look, _: (look(read_part(task, span, scratch)) for span in spans))
 
 
 class _Scan:

@@ -6,7 +6,9 @@ on: importing takes longer than merging.
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -147,6 +149,9 @@ def _looked(folder: Path) -> Facts:
 
 def main() -> None:
     """Entry point of ``python -m luthier_plugins.merge.verify``: a folder in, a JSON line out."""
+    gc.set_threshold(10_000)  # see luthier.running.worker
+    # transformers would import it for the losses of object detection alone.
+    sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
     import torch  # noqa: F401 - loaded while the merge goes on
     import transformers
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
@@ -155,7 +160,9 @@ def main() -> None:
     folder = sys.stdin.readline().strip()
     # The end of the input without a folder: the merge was given up.
     if folder:
-        print(json.dumps(_looked(Path(folder))))
+        print(json.dumps(_looked(Path(folder))), flush=True)
+    # The libraries' own way out takes most of a second, and the merge waits for this process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

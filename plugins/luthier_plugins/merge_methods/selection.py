@@ -41,14 +41,15 @@ class Cut:
     more: int
 
     def holds(self, values: Tensor, start: int) -> Tensor:
-        """Which of a part's values belong to it: 1 and 0, float32, of the values' shape."""
+        """Which of a part's values belong to it: 1 and 0, float32, in place of the values."""
         # In place, on floats: comparisons that make booleans, and products with them, are several times slower.
         if start < self.start:
-            return values.clone().ge_(self.value)
-        chosen = values.clone().gt_(self.value)
-        if start == self.start and self.more:
-            equal = (values == self.value).flatten().nonzero().flatten()[: self.more]
-            chosen.view(-1)[equal] = 1.0
+            return values.ge_(self.value)
+        if start > self.start or not self.more:
+            return values.gt_(self.value)
+        equal = (values == self.value).flatten().nonzero().flatten()[: self.more]
+        chosen = values.gt_(self.value)
+        chosen.view(-1)[equal] = 1.0
         return chosen
 
 
@@ -91,11 +92,12 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
 
 def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     """`largest` for a parameter whose values fit into memory."""
-    held = torch.empty(len(counts), math.prod(scan.place.shape))
+    # One by one: an allocation as large as all of them together would get new pages from the system every time.
+    held = [torch.empty(math.prod(scan.place.shape)) for _ in counts]
 
     def hold(part: MergePart) -> Tensor:
         for kind, value in enumerate(values(part)):
-            held[kind, part.start : part.start + value.numel()] = value.flatten()
+            held[kind][part.start : part.start + value.numel()].view(value.shape).copy_(value)
         return torch.tensor(part.start)
 
     starts = torch.stack(scan.each(hold)).numpy()
@@ -114,11 +116,12 @@ def _cut_of(flat: Any, ordered: Any, count: int, starts: Any) -> Cut:
         return Cut(math.inf, 0, 0)
     value = ordered[len(flat) - count]
     missing = np.count_nonzero(ordered[len(flat) - count :] == value)
-    if missing == np.count_nonzero(flat == value):
+    equal = np.flatnonzero(flat == value)
+    if missing == len(equal):
         return Cut(float(value), EVERYTHING, 0)
-    last = int(np.flatnonzero(flat == value)[missing - 1])
-    start = int(starts[np.searchsorted(starts, last, side="right") - 1])
-    return Cut(float(value), start, int(np.count_nonzero(flat[start : last + 1] == value)))
+    last = equal[missing - 1]
+    start = starts[np.searchsorted(starts, last, side="right") - 1]
+    return Cut(float(value), int(start), int(missing - np.searchsorted(equal, start)))
 
 
 def _keys(values: Tensor) -> Tensor:

@@ -43,9 +43,10 @@ def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[floa
 def by_magnitude(delta: Tensor, cuts: tuple[Cut, Cut], start: int) -> Tensor:
     """The entries behind the first cut and inside the second; the others become 0."""
     size = delta.abs()
+    outliers = cuts[0].holds(size.clone(), start) if cuts[0].start or cuts[0].more else None
     mask = cuts[1].holds(size, start)
-    if cuts[0].start or cuts[0].more:
-        mask.sub_(cuts[0].holds(size, start))
+    if outliers is not None:
+        mask.sub_(outliers)
     return mask.mul_(delta)
 
 
