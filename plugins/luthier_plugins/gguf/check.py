@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from luthier.api import Facts, Message, ModelError
-from luthier.train.text import encode_prompt, render
+from luthier.train.text import render
 from luthier_plugins.gguf.server import LlamaServer
 
 CORPUS = (
@@ -44,27 +44,30 @@ class Expected:
     texts: dict[str, list[int]]
     prompts: list[str]
     dated_prompts: list[str]
+    prompt_ids: dict[str, list[int]]
     prefixes: list[list[int]]
     log_probabilities: list[np.ndarray]
     stop_ids: list[int]
 
 
-def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> Expected:
+def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int], own: Sequence[str] = ()) -> Expected:
     """What a GGUF file of this model has to agree with.
 
     Args:
         model: The model in full precision.
         stop_ids: The tokens it was trained to stop on.
+        own: Texts of the recipe that have to become the same tokens, as the model is shown them.
     """
     model.eval()
-    texts = {text: tokenizer(text, add_special_tokens=False)["input_ids"] for text in CORPUS}
+    texts = {text: ids_of(tokenizer, text) for text in CORPUS}
     # A plain base model has no template: there is no prompt to compare, only texts.
     conversations = CONVERSATIONS if tokenizer.chat_template is not None else ()
     prompts = [render(tokenizer, messages, open_turn=True) for messages in conversations]
     # llama.cpp gives templates such as Llama 3's today's date, where transformers leaves their fixed one.
     today = time.strftime("%d %b %Y")
     dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in conversations]
-    sequences = [encode_prompt(tokenizer, messages) for messages in conversations] + list(texts.values())
+    prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own]}
+    sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values())
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
     positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
@@ -75,22 +78,27 @@ def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int]) -> Expected
         for place in range(len(ids) - 1, 0, -step):
             prefixes.append(ids[: place + 1])
             logs.append(rows[place])
-    return Expected(texts, prompts, dated, prefixes, logs, list(stop_ids))
+    return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids))
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, special ones recognised and none added."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     """Compare a loaded file with the original.
 
     Returns:
-        The facts ``kl`` (mean, in nats), ``top1`` (share of positions with the same best token) and
-        ``positions``.
+        The facts ``kl`` (mean, in nats), ``top1`` (share of positions with the same best token),
+        ``positions``, and ``texts``, how many became the same tokens.
 
     Raises:
         ModelError: text becomes other ids, a prompt is rendered differently, a stop token does not stop,
             or the distributions are further apart than `largest_kl`.
     """
     where = str(server.file)
-    for text, ids in expected.texts.items():
+    for text, ids in {**expected.texts, **expected.prompt_ids}.items():
         if server.tokenize(text) != ids:
             raise ModelError(f"llama.cpp reads this text as other tokens than transformers: {text!r}", where=where)
     # Without a template there are no prompts to compare.
@@ -121,6 +129,8 @@ def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Fact
             f"the file does not behave like the model it came from: mean KL divergence {kl:.3g} nats, "
             f"at most {largest_kl:g} is expected",
             where=str(server.file),
-            hint="choose a finer type, or raise `max_kl` if this loss is what you want",
+            hint="choose a finer type, set `imatrix: true` with `calibration` data like what the model is for, keep "
+            "sensitive tensors finer with `overrides`, or raise `max_kl` if this loss is what you want",
         )
-    return {"kl": max(kl, 0.0), "top1": same / len(divergences), "positions": len(divergences)}
+    return {"kl": max(kl, 0.0), "top1": same / len(divergences), "positions": len(divergences),
+            "texts": len(expected.texts) + len(expected.prompt_ids)}  # fmt: skip

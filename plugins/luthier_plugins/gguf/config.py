@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
-from luthier.api import Config, Field
+from luthier.api import Config, DatasetInput, Field, FileSource
+from pydantic import field_validator
 
 FileType = Literal[
-    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S", "Q2_K"
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
+    "IQ4_NL", "IQ4_XS", "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XS", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_S",
+    "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
 ]  # fmt: skip
+TensorType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS", "Q3_K",
+    "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S",
+]  # fmt: skip
+NEED_IMATRIX: tuple[FileType, ...] = ("IQ3_XS", "IQ3_XXS", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
+"""Files that have tensors so coarse that llama.cpp refuses to make them without importances."""
 
 LARGEST_KL: dict[FileType, float] = {
-    "F32": 0.001, "F16": 0.001, "BF16": 0.02, "Q8_0": 0.02, "Q6_K": 0.05, "Q5_K_M": 0.1, "Q5_K_S": 0.1, "Q4_K_M": 0.25,
-    "Q4_K_S": 0.25, "Q3_K_L": 0.5, "Q3_K_M": 0.5, "Q3_K_S": 0.7, "Q2_K": 1.5,
+    "F32": 1e-4, "F16": 1e-4, "BF16": 1e-3, "Q8_0": 1e-3, "Q6_K": 0.005, "Q5_K_M": 0.01, "Q5_K_S": 0.012,
+    "Q5_1": 0.012, "Q5_0": 0.015, "Q4_K_M": 0.02, "Q4_K_S": 0.03, "Q4_1": 0.04, "Q4_0": 0.05, "IQ4_NL": 0.04,
+    "IQ4_XS": 0.04, "Q3_K_L": 0.06, "Q3_K_M": 0.08, "Q3_K_S": 0.15, "IQ3_M": 0.12, "IQ3_S": 0.15, "IQ3_XS": 0.15,
+    "IQ3_XXS": 0.25, "Q2_K": 0.3, "IQ2_M": 0.4, "IQ2_S": 0.5, "IQ2_XS": 0.6, "IQ2_XXS": 0.8, "IQ1_M": 1.5, "IQ1_S": 2.0,
 }  # fmt: skip
-"""Mean KL divergence in nats above which a file is not merely coarse but wrong.
-
-Ten times and more what honest quantization costs even very small models; a lost permutation, a wrong
-rotary base or a mixed-up tensor costs several nats.
-"""
+"""The largest mean KL divergence to the model, in nats per token, that a file may have: the gate of each type."""
 
 
 class GgufConfig(Config):
@@ -26,6 +34,50 @@ class GgufConfig(Config):
 
     types: list[FileType] = Field(default=["F16"], min_length=1)
     """The types of the weights, named as llama.cpp names them."""
-    max_kl: float | None = Field(default=None, gt=0)
-    """The largest mean KL divergence to the model it came from, in nats per token; by default what is
-    far beyond rounding for each type."""
+    overrides: dict[str, TensorType] = {}
+    """Types of single tensors: by a regular expression for names in GGUF, such as ``attn_v: Q8_0``; the first that is
+    found in a name counts."""
+    imatrix: bool | None = None
+    """Whether to choose what is rounded away by how much it matters on the calibration data; by default only where a
+    type cannot do without."""
+    calibration: DatasetInput | None = None
+    """What the importances are computed on, and text that llama.cpp has to read alike; by default the data that the
+    model was tuned on."""
+    calibration_tokens: int | None = Field(default=None, gt=0)
+    """How many tokens of it; by default 16,384, or as many as there are."""
+    max_kl: float | dict[FileType, float] | None = None
+    """The largest mean KL divergence to the model it came from, in nats per token, for all files or by type; by
+    default from 0.0001 for F16 over 0.02 for Q4_K_M to 2 for IQ1_S."""
+    converter: FileSource | None = None
+    """For architectures that Luthier does not know: a converter script such as llama.cpp's ``convert_hf_to_gguf.py``,
+    run as ``python SCRIPT MODEL --outfile FILE --outtype f16``; what it writes is checked like any other file."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _patterns_parse(cls, value: dict[str, TensorType]) -> dict[str, TensorType]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return value
+
+    @field_validator("types")
+    @classmethod
+    def _types_differ(cls, value: list[FileType]) -> list[FileType]:
+        twice = sorted({name for name in value if value.count(name) > 1})
+        if twice:
+            raise ValueError(f"{twice[0]} stands twice")
+        return value
+
+    def largest_kl(self, file_type: FileType) -> float:
+        """What the file's KL divergence may be at most."""
+        given = self.max_kl.get(file_type) if isinstance(self.max_kl, dict) else self.max_kl
+        return LARGEST_KL[file_type] if given is None else given
+
+    @property
+    def wants_imatrix(self) -> bool:
+        """Whether importances are computed."""
+        if self.imatrix is not None:
+            return self.imatrix
+        return any(name in NEED_IMATRIX for name in self.types)

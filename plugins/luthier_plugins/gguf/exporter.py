@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
+from luthier.artifacts.models import read_json
+from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.train.loading import full_weights, load_model, load_tokenizer
+from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
-from luthier_plugins.gguf.config import LARGEST_KL, GgufConfig
+from luthier_plugins.gguf.config import FileType, GgufConfig
+from luthier_plugins.gguf.imatrix import importances_of
+from luthier_plugins.gguf.modelfile import write_modelfile
 from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.write import Source
 
 CHECK_CONTEXT = 512
+OWN_TEXTS = 50
+"""Texts of the recipe's own that have to become the same tokens."""
+CALIBRATION_TOKENS = 16_384
+BLOCK = 512
+"""Tokens that the model is shown at once."""
 
 
 class Gguf:
@@ -23,30 +38,104 @@ class Gguf:
 
     def export(self, model: Artifact, context: StageContext) -> Facts:
         weights = full_weights(model, context.work / "folded")
-        files: dict[str, Facts] = {}
+        if self.config.converter is not None:
+            return self._convert(model, weights, context)
         with ExitStack() as stack:
             source = Source(weights, stack)
-            expected = expected_of(load_model(model), load_tokenizer(model), model.facts["stop_token_ids"])
+            source.override(self.config.overrides)
             for file_type in self.config.types:
-                path = context.out / f"model-{file_type}.gguf"
-                for done in source.write(path, file_type, f"{model.facts['architecture']} {model.key[:12]}"):
+                _tell_fallbacks(source, file_type, context)
+            loaded, tokenizer = load_model(model), load_tokenizer(model)
+            data = self._data(model, context)
+            facts: Facts = {}
+            if self.config.wants_imatrix:
+                facts["imatrix"] = self._weigh(source, loaded, tokenizer, data, context)
+            expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer))
+            del loaded
+            files: dict[str, Facts] = {}
+            for file_type in self.config.types:
+                path = context.work / f"model-{file_type}.gguf"
+                for done in source.write(path, file_type, model.key[:12]):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
-                limit = self.config.max_kl or LARGEST_KL[file_type]
-                with LlamaServer(path, context_length=CHECK_CONTEXT) as server:
-                    verdict = check(server, expected, limit)
-                size = path.stat().st_size
-                files[file_type] = {"file": path.name, "bytes": size, "tensors": source.mix(file_type), **verdict}
-                context.log(
-                    f"{path.name}: {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats, "
-                    f"same best token {verdict['top1']:.0%}"
-                )
-            length = source.config["max_position_embeddings"]
-        return {"files": files, "context_length": length, "stop_token_ids": model.facts["stop_token_ids"]}
+                verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
+                files[file_type] = {**verdict, "tensors": source.mix(file_type)}
+            facts |= {"files": files, "context_length": source.context_length,
+                      "stop_token_ids": model.facts["stop_token_ids"]}  # fmt: skip
+        write_modelfile(context.out, files, tokenizer, model.facts, facts["context_length"])
+        write_card(context.out, model, facts)
+        return facts
+
+    def _data(self, model: Artifact, context: StageContext) -> list[Artifact]:
+        """The calibration data: what is named, or what the model was tuned on."""
+        named = self.config.calibration is not None
+        return context.inputs("format.calibration") if named else tuned_on(model)
+
+    def _weigh(
+        self, source: Source, model: Any, tokenizer: Any, data: Sequence[Artifact], context: StageContext
+    ) -> Facts:
+        """Compute the importances, and have the source quantize with them."""
+        if not data:
+            raise ModelError("there is no data to compute importances on: the model was not tuned in this store",
+                             hint="name a dataset as `calibration`")  # fmt: skip
+        wanted = self.config.calibration_tokens
+        blocks = blocks_of(texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK,
+                           exactly=wanted is not None)  # fmt: skip
+        importances, idle = importances_of(model, source.parts, blocks, lambda done, total:
+                                           context.progress(done, total, "texts for the importances"))  # fmt: skip
+        if idle:
+            context.warn(f"no token of the calibration data came to {idle} of the experts of a layer: "
+                         "name more data, or data of more kinds")  # fmt: skip
+        source.weigh(importances)
+        return {**digest_of(blocks), "tensors": len(importances)}
+
+    def _convert(self, model: Artifact, weights: Path, context: StageContext) -> Facts:
+        """Have a script of the user's convert the model, and check what it wrote."""
+        if self.config.types != ["F16"]:
+            raise ModelError("a converter script writes F16 only: leave `types` out")
+        script, path = context.source("format.converter"), context.work / "model-F16.gguf"
+        command = [sys.executable, str(script), str(weights), "--outfile", str(path), "--outtype", "f16"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        context.log(done.stdout + done.stderr)
+        if done.returncode or not path.exists():
+            last = (done.stderr.strip() or done.stdout.strip() or "it wrote no file").splitlines()[-1]
+            raise ModelError(f"the converter ended with exit code {done.returncode}: {last}", where=str(script),
+                             hint="its whole output is in the run's log")  # fmt: skip
+        tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
+        expected = expected_of(load_model(model), tokenizer, stops, _own(self._data(model, context), tokenizer))
+        files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
+        length = read_json(weights / "config.json").get("max_position_embeddings", CHECK_CONTEXT)
+        facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}
+        write_modelfile(context.out, files, tokenizer, model.facts, length)
+        write_card(context.out, model, facts)
+        return facts
 
     def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
         path, length = _file_of(export, variant), export.facts["context_length"]
         # A model made for very long contexts need not pay for all of it to answer short prompts.
         return LlamaServer(path, context_length=min(length, 4096), limit=limit)
+
+
+def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:
+    """Some texts of the recipe's own."""
+    return list(islice(texts_of(data, tokenizer), OWN_TEXTS)) if data else []
+
+
+def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:
+    found = source.fallbacks(file_type)
+    if found:
+        some = ", ".join(f"{name} is {kind}" for name, kind in list(found.items())[:3])
+        context.warn(f"{file_type}: the rows of {len(found)} tensors are no multiple of 256, so that they get larger "
+                     f"types ({some})")  # fmt: skip
+
+
+def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> Facts:
+    """Check a file in llama.cpp; only then is it put where a user would take it for good."""
+    with LlamaServer(path, context_length=CHECK_CONTEXT) as server:
+        verdict = check(server, expected, limit)
+    size = path.stat().st_size
+    path.rename(context.out / path.name)
+    context.log(f"{path.name}: {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats, same best token {verdict['top1']:.0%}")
+    return {"file": path.name, "bytes": size, **verdict, "largest_kl": limit}
 
 
 def _file_of(export: Artifact, variant: str | None) -> Path:

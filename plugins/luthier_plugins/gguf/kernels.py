@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from concurrent.futures import ThreadPoolExecutor
+import math
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 import xllamacpp
 from luthier.api import ModelError
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 T = GGMLQuantizationType
-ROWS_AT_ONCE = 1024
 
 
 @cache
@@ -29,52 +28,49 @@ def _library() -> ctypes.CDLL:
     return library
 
 
+def prepare(kinds: set[GGMLQuantizationType]) -> None:
+    """Build the tables that some types need, before several threads want them."""
+    for kind in kinds:
+        _library().ggml_quantize_init(int(kind))
+
+
 def size_in_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     """The size of a tensor of that type; its rows have to be whole blocks."""
     block, size = GGML_QUANT_SIZES[kind]
-    elements = int(np.prod(shape))
+    elements = math.prod(shape)
     assert shape[-1] % block == 0, "the mix chooses types that fit"
     return elements // block * size
 
 
-def to_type(tensor: np.ndarray, kind: GGMLQuantizationType, name: str) -> np.ndarray:
-    """The tensor's data in that type: float16, float32, or raw bytes.
+def to_type(
+    rows: np.ndarray, kind: GGMLQuantizationType, name: str, importance: np.ndarray | None = None
+) -> np.ndarray:
+    """Some rows of a tensor in that type: float16, float32, or raw bytes.
 
     Args:
-        tensor: float32, shape (..., columns), contiguous.
+        rows: float32, shape (..., columns), contiguous.
         name: For messages.
+        importance: How much each column matters, float32, shape (columns,); for types with blocks only.
 
     Raises:
         ModelError: a value is not finite, or too large for float16.
     """
-    # ggml quantizes NaN without a word.
-    if not bool(np.isfinite(tensor).all()):
-        raise ModelError("the tensor has NaN or infinite values", where=name)
+    tensor = torch.from_numpy(rows)
+    # ggml quantizes NaN without a word. The sum is finite unless an entry is not, or the sum itself overflows.
+    if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        raise ModelError("the tensor has NaN or infinite values", where=name,
+                         hint="train again with a lower learning rate, or take an earlier checkpoint")  # fmt: skip
     if kind == T.F32:
-        return tensor
+        return rows
     if kind == T.F16:
-        with np.errstate(over="ignore"):
-            half = tensor.astype(np.float16)
-        if not bool(np.isfinite(half).all()):
+        half = tensor.half()
+        if not bool(torch.isfinite(half).all()):
             raise ModelError("a weight is too large for F16", where=name, hint="export BF16 or F32")
-        return half
-    return _quantized(tensor, kind)
-
-
-def _quantized(tensor: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    columns = tensor.shape[-1]
-    rows = tensor.size // columns
-    out = np.empty(size_in_bytes(tensor.shape, kind), dtype=np.uint8)
-    library = _library()
-
-    def quantize(first: int) -> None:
-        count = min(ROWS_AT_ONCE, rows - first)
-        # The kernel takes both whole buffers and the place of the first element.
-        library.ggml_quantize_chunk(
-            int(kind), tensor.ctypes.data, out.ctypes.data, first * columns, count, columns, None
-        )
-
-    # The kernels release the interpreter's lock.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(quantize, range(0, rows, ROWS_AT_ONCE)))
+        return half.numpy()
+    columns = rows.shape[-1]
+    out = np.empty(size_in_bytes(rows.shape, kind), dtype=np.uint8)
+    matters = None if importance is None else np.ascontiguousarray(importance, dtype=np.float32).ctypes.data
+    _library().ggml_quantize_chunk(
+        int(kind), rows.ctypes.data, out.ctypes.data, 0, rows.size // columns, columns, matters
+    )
     return out

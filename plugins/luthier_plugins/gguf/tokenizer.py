@@ -1,7 +1,8 @@
-"""A byte-level BPE tokenizer as GGUF metadata."""
+"""A tokenizer as GGUF metadata: byte-level BPE, and the BPE of SentencePiece."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,51 @@ LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
-"""llama.cpp's name for each split expression that it implements. A wrong one loads without a word."""
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥぀-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+    r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+SPLITS: dict[tuple[str, ...], str] = {
+    ("byte-level",): "gpt-2",
+    (LLAMA3_SPLIT, "bytes"): "llama-bpe",
+    (QWEN2_SPLIT, "bytes"): "qwen2",
+    (TEKKEN_SPLIT, "bytes"): "tekken",
+    (*DEEPSEEK_SPLITS, "bytes"): "deepseek-v3",
+    ("digits", "byte-level"): "smollm",
+}
+"""llama.cpp's name for each way of splitting that it implements. A wrong one loads without a word."""
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerData:
-    """What a GGUF file says of a tokenizer; `tokens` and `types` have one entry per row of the embedding."""
+    """What a GGUF file says of a tokenizer; `tokens`, `types` and `scores` have one entry per row of the embedding.
 
+    Attributes:
+        model: ``gpt2`` for byte-level BPE, ``llama`` for SentencePiece's.
+        pre: How text is split before.
+        scores: SentencePiece's: the pair that makes the token with the largest one is merged first.
+        space_prefix: Whether a space is put in front of a text.
+    """
+
+    model: str
     pre: str
     tokens: list[str]
     types: list[int]
+    scores: list[float]
     merges: list[str]
     ids: dict[str, int]
     add_bos: bool
+    space_prefix: bool
     template: str | None
 
 
@@ -41,46 +73,113 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
         vocabulary_size: Rows of the embedding.
 
     Raises:
-        ModelError: it is not a byte-level BPE whose splitting llama.cpp implements.
+        ModelError: it is none that llama.cpp implements, or it has tokens without a row.
     """
     data = read_json(folder / "tokenizer.json")
     model = data["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ModelError("the tokenizer is not a byte-level BPE: it cannot be exported to GGUF yet", where=str(folder))
+    if model["type"] != "BPE":
+        raise ModelError(f"llama.cpp's BPE cannot express a {model['type']} tokenizer", where=str(folder),
+                         hint="convert it with a script of its own, named as `converter`")  # fmt: skip
     tokens = {int(index): text for text, index in model["vocab"].items()}
-    types = dict.fromkeys(tokens, int(TokenType.NORMAL))
+    pieces = bool(model.get("byte_fallback"))
+    types = {index: _piece_type(text, model) if pieces else int(TokenType.NORMAL) for index, text in tokens.items()}
     for added in data.get("added_tokens", []):
         tokens[added["id"]] = added["content"]
         types[added["id"]] = int(TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED)
+        if added["content"] == model.get("unk_token"):
+            types[added["id"]] = int(TokenType.UNKNOWN)
+    beyond = sorted(text for index, text in tokens.items() if index >= vocabulary_size)
+    if beyond:
+        raise ModelError(
+            f"the tokenizer has {len(beyond)} tokens without a row in the embedding ({vocabulary_size} rows): "
+            f"{', '.join(beyond[:5])}",
+            where=str(folder),
+            hint="resize the embedding to the tokenizer before training, or remove these tokens",
+        )
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     unused = int(TokenType.UNUSED)
     return TokenizerData(
-        pre=_pre_tokenizer(data, folder),
+        model="llama" if pieces else "gpt2",
+        pre="default" if pieces else _pre_tokenizer(data, folder),
         tokens=[tokens.get(index, f"[PAD{index}]") for index in range(vocabulary_size)],
         types=[types.get(index, unused) for index in range(vocabulary_size)],
-        merges=[merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        scores=_scores(model["vocab"], merges, vocabulary_size) if pieces else [],
+        merges=[] if pieces else [" ".join(merge) for merge in merges],
         ids=_special_ids(folder, {text: index for index, text in tokens.items()}),
         add_bos=_adds_bos(data),
+        space_prefix=_space_prefix(data, folder) if pieces else False,
         template=chat_template(folder),
     )
 
 
+def _piece_type(text: str, model: dict[str, Any]) -> int:
+    if text == model.get("unk_token"):
+        return int(TokenType.UNKNOWN)
+    return int(TokenType.BYTE if BYTE.fullmatch(text) else TokenType.NORMAL)
+
+
+def _scores(vocabulary: dict[str, int], merges: list[list[str]], rows: int) -> list[float]:
+    """Scores with which SentencePiece's way of merging, best token first, takes the order of the merges.
+
+    What no merge makes is a single character, whose score nobody asks for.
+    """
+    scores = [-float(rows)] * rows
+    for rank, (left, right) in reversed(list(enumerate(merges))):
+        scores[vocabulary[left + right]] = -float(rank)
+    return scores
+
+
+def _space_prefix(data: dict[str, Any], folder: Path) -> bool:
+    """Whether a space is put in front of a text.
+
+    Raises:
+        ModelError: spaces are treated in a way that llama.cpp does not have.
+    """
+    steps = [*_steps(data.get("normalizer"), "normalizers"), *_steps(data.get("pre_tokenizer"), "pretokenizers")]
+    prefix = False
+    for step in steps:
+        match step:
+            case {"type": "Prepend", "prepend": given} if given == SPACE:
+                prefix = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": given} if given == SPACE:
+                pass
+            case {"type": "Metaspace", "split": False, "prepend_scheme": scheme}:
+                prefix = scheme != "never"
+            case {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}:
+                # There are no spaces left by then.
+                pass
+            case _:
+                raise ModelError(f"llama.cpp has no such step before a SentencePiece tokenizer: {step}",
+                                 where=str(folder / "tokenizer.json"))  # fmt: skip
+    return prefix
+
+
+def _steps(given: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
+    """The steps of a sequence, or the one step that is given; none."""
+    return list((given or {}).get(several) or ([given] if given else []))
+
+
 def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
     """llama.cpp's name for the way in which text is split before BPE."""
-    given: dict[str, Any] = data.get("pre_tokenizer") or {}
-    parts: list[dict[str, Any]] = given.get("pretokenizers", [given])
-    for part in parts:
-        if part.get("type") == "Split":
-            expression = part["pattern"].get("Regex")
-            if expression in SPLITS and part["behavior"] == "Isolated" and not part["invert"]:
-                return SPLITS[expression]
-            raise ModelError(
-                f"llama.cpp does not know this tokenizer's split expression: {expression}",
-                where=str(folder / "tokenizer.json"),
-                hint="another one would load without a word and read text differently",
-            )
-        if part.get("type") == "ByteLevel" and part.get("use_regex", True) and not part.get("add_prefix_space"):
-            return "gpt-2"
-    raise ModelError("the tokenizer's pre_tokenizer is none that llama.cpp knows", where=str(folder / "tokenizer.json"))
+    found: list[str] = []
+    for step in _steps(data.get("pre_tokenizer"), "pretokenizers"):
+        match step:
+            case {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}:
+                found.append(expression)
+            case {"type": "Digits", "individual_digits": True}:
+                found.append("digits")
+            case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
+                found.append("byte-level" if step.get("use_regex", True) else "bytes")
+            case _:
+                found.append(str(step))
+    name = SPLITS.get(tuple(found))
+    if name is None:
+        raise ModelError(
+            f"llama.cpp does not know this tokenizer's split expression: {'; '.join(found)}",
+            where=str(folder / "tokenizer.json"),
+            hint="another one would load without a word and read text differently",
+        )
+    return name
 
 
 def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
