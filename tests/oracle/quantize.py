@@ -1,6 +1,6 @@
 """Runs in an environment with llama-cpp-python: quantizes a GGUF file as llama.cpp does.
 
-    python quantize.py SOURCE FOLDER [--imatrix FILE.npz] TYPE...
+python quantize.py SOURCE FOLDER [--imatrix FILE.npz] TYPE...
 """
 
 from __future__ import annotations

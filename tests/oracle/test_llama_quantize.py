@@ -10,11 +10,10 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from gguf_models import MODELS, make_model
 from luthier_plugins.gguf.config import NEED_IMATRIX, FileType
 from luthier_plugins.gguf.mixes import MOSTLY, is_quantized
 from luthier_plugins.gguf.write import Source
-
-from tests.plugins.gguf_models import MODELS, make_model
 
 SCRIPT = Path(__file__).parent / "quantize.py"
 TYPES: list[FileType] = [name for name in MOSTLY if name not in ("F32", "F16", "BF16")]

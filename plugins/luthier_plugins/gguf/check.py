@@ -50,32 +50,36 @@ class Expected:
     stop_ids: list[int]
 
 
-def expected_of(model: Any, tokenizer: Any, stop_ids: Sequence[int], own: Sequence[str] = ()) -> Expected:
+def expected_of(
+    model: Any, tokenizer: Any, stop_ids: Sequence[int], own: Sequence[str] = (), *, spaced: bool = True
+) -> Expected:
     """What a GGUF file of this model has to agree with.
 
     Args:
         model: The model in full precision.
         stop_ids: The tokens it was trained to stop on.
         own: Texts of the recipe that have to become the same tokens, as the model is shown them.
+        spaced: Whether texts that begin with a space have to become the same tokens as well.
     """
     model.eval()
-    texts = {text: ids_of(tokenizer, text) for text in CORPUS}
+    texts = {text: ids_of(tokenizer, text) for text in CORPUS if spaced or not text[0].isspace()}
     # A plain base model has no template: there is no prompt to compare, only texts.
     conversations = CONVERSATIONS if tokenizer.chat_template is not None else ()
     prompts = [render(tokenizer, messages, open_turn=True) for messages in conversations]
     # llama.cpp gives templates such as Llama 3's today's date, where transformers leaves their fixed one.
     today = time.strftime("%d %b %Y")
     dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in conversations]
-    prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own]}
+    prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own] if spaced or not text[0].isspace()}
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values())
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
+    longest: int = getattr(model.config, "sliding_window", None) or model.config.max_position_embeddings
     positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
     for ids in sequences:
         with torch.no_grad():
             rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu().numpy()
         step = max(1, len(ids) * len(sequences) // positions)
-        for place in range(len(ids) - 1, 0, -step):
+        for place in range(min(len(ids), longest) - 1, 0, -step):
             prefixes.append(ids[: place + 1])
             logs.append(rows[place])
     return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids))

@@ -50,8 +50,12 @@ class Gguf:
             facts: Facts = {}
             if self.config.wants_imatrix:
                 facts["imatrix"] = self._weigh(source, loaded, tokenizer, data, context)
-            expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer))
+            expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer),
+                                   spaced=source.tokenizer.spaced)  # fmt: skip
             del loaded
+            if not source.tokenizer.spaced:
+                context.warn("llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
+                             "does not: such texts begin with another token")  # fmt: skip
             files: dict[str, Facts] = {}
             for file_type in self.config.types:
                 path = context.work / f"model-{file_type}.gguf"

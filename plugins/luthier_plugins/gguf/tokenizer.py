@@ -24,7 +24,7 @@ TEKKEN_SPLIT = (
 )
 DEEPSEEK_SPLITS = (
     r"\p{N}{1,3}",
-    "[一-龥぀-ゟ゠-ヿ]+",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
@@ -51,6 +51,7 @@ class TokenizerData:
         pre: How text is split before.
         scores: SentencePiece's: the pair that makes the token with the largest one is merged first.
         space_prefix: Whether a space is put in front of a text.
+        spaced: Whether that is so for a text that begins with a space as well, as it always is in llama.cpp.
     """
 
     model: str
@@ -62,6 +63,7 @@ class TokenizerData:
     ids: dict[str, int]
     add_bos: bool
     space_prefix: bool
+    spaced: bool
     template: str | None
 
 
@@ -108,6 +110,7 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
         ids=_special_ids(folder, {text: index for index, text in tokens.items()}),
         add_bos=_adds_bos(data),
         space_prefix=_space_prefix(data, folder) if pieces else False,
+        spaced="Metaspace" not in [step["type"] for step in _steps(data.get("pre_tokenizer"), "pretokenizers")],
         template=chat_template(folder),
     )
 

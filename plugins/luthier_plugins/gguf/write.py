@@ -122,8 +122,9 @@ class Source:
             header = self._headers[name]
             file = self._files[header.file]
             columns = math.prod(header.shape[1:])
-            height = max(1, ENTRIES // columns // part.unit) * part.unit if len(header.shape) > 1 else header.shape[0]
-            for first in range(0, header.shape[0], height):
+            rows = int(header.shape[0])
+            height = max(1, ENTRIES // columns // part.unit) * part.unit if len(header.shape) > 1 else rows
+            for first in range(0, rows, height):
                 yield Piece(_reader(file, name, first, first + height, part), place)
 
     def write(self, path: Path, file_type: FileType, key: str, workers: int | None = None) -> Iterator[int]:
@@ -178,7 +179,7 @@ class Source:
             while len(waiting) > until:
                 future, last = waiting.popleft()
                 data = future.result()
-                file.write(memoryview(data).cast("B"))
+                file.write(data.reshape(-1).view(np.uint8))
                 size += data.nbytes
                 if last:
                     yield size

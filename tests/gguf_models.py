@@ -20,10 +20,10 @@ LATENT: dict[str, Any] = {
 }  # fmt: skip
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.01 * place for place in range(32)],
         "long_factor": [1.0 + 0.1 * place for place in range(32)],
-        "original_max_position_embeddings": 256}  # fmt: skip
+        "original_max_position_embeddings": 512}  # fmt: skip
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32}),
-    "mistral": ("MistralConfig", {"sliding_window": 128}),
+    "mistral": ("MistralConfig", {"sliding_window": 256}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
@@ -36,7 +36,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {"num_hidden_layers": 7, "head_dim": 64, "query_pre_attn_scalar": 64,
                                     "sliding_window": 16}),
     "phi3": ("Phi3Config", {}),
-    "phi3-long": ("Phi3Config", {"rope_parameters": LONG, "original_max_position_embeddings": 256}),
+    "phi3-long": ("Phi3Config", {"rope_parameters": LONG, "original_max_position_embeddings": 512,
+                                "max_position_embeddings": 1024}),
     "deepseek-v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256}),
     "deepseek-v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
     "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1}),
