@@ -72,3 +72,28 @@ stages:
         encoding="utf-8",
     )
     return path
+
+
+ORACLES = "LUTHIER_ORACLES"
+"""A folder for environments with other programs: set, the comparisons run, and what is missing is installed there."""
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., Path]:
+    """Gives the Python of an environment with some packages, made once; skips where nobody asked for such."""
+    folder = os.environ.get(ORACLES)
+    if not folder:
+        pytest.skip(f"set {ORACLES} to a folder to compare with other programs (installing them takes minutes)")
+
+    def made(name: str, *packages: str) -> Path:
+        place = Path(folder) / name
+        python = place / "bin" / "python"
+        if not (place / ".ready").exists():
+            subprocess.run([sys.executable, "-m", "venv", str(place)], check=True)
+            # torch first: what depends on it must find the pinned one.
+            for package in packages:
+                subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
+            (place / ".ready").touch()
+        return python
+
+    return made

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,10 +17,13 @@ import click
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
+from luthier.artifacts.golden import ServerError, model_of, streamed
 from luthier.artifacts.store import Store
 from luthier.running.process import QUIET
 
 Turns = list[dict[str, str]]
+Answer = Callable[[Turns], Iterator[str]]
+"""Gives the pieces of an answer to a conversation."""
 
 
 @click.command("chat", epilog='Example: luthier chat support/tuned --ask "How do I reset it?"')
@@ -41,21 +45,47 @@ def chat_command(
 ) -> None:
     """Talk with a model, an adapter, or an export in the program it is made for.
 
-    ARTIFACT is RECIPE/STAGE, a key or the beginning of one, or a folder. Answers are greedy. An empty line ends.
+    ARTIFACT is RECIPE/STAGE, a key or the beginning of one, a folder, or the address of a running server such as
+    http://127.0.0.1:8080, whose answers are shown as they come. Answers are greedy. An empty line ends.
     """
+    start: Turns = [{"role": "system", "content": system}] if system else []
+    if artifact.startswith(("http://", "https://")):
+        _exchange(start, ask, partial(_over_http, artifact, limit))
+        return
     found = Store.at(store).resolve(artifact)
     if variant and found.kind != "export":
         raise click.BadParameter(f"this is a {found.kind}, which has no variants", param_hint="--variant")
-    start: Turns = [{"role": "system", "content": system}] if system else []
     with _talking(found, variant, limit) as answer:
-        for text in ask:
-            click.echo(f"> {text}")
-            click.echo(answer([*start, {"role": "user", "content": text}]))
-        if not ask:
-            _converse(start, answer)
+        _exchange(start, ask, lambda turns: iter([answer(turns)]))
 
 
-def _converse(turns: Turns, answer: Any) -> None:
+def _exchange(start: Turns, ask: tuple[str, ...], answer: Answer) -> None:
+    """Ask what was given on the command line, or what is typed."""
+    for text in ask:
+        click.echo(f"> {text}")
+        _shown(answer([*start, {"role": "user", "content": text}]))
+    if not ask:
+        _converse(start, answer)
+
+
+def _shown(pieces: Iterator[str]) -> str:
+    """Print an answer as it comes."""
+    found: list[str] = []
+    for piece in pieces:
+        found.append(piece)
+        click.echo(piece, nl=False)
+    click.echo()
+    return "".join(found)
+
+
+def _over_http(url: str, limit: int, turns: Turns) -> Iterator[str]:
+    try:
+        yield from streamed(url, turns, limit, model_of(url))
+    except ServerError as error:
+        raise ModelError(str(error), hint="is the server running, and is this its address?") from error
+
+
+def _converse(turns: Turns, answer: Answer) -> None:
     while True:
         try:
             text = click.prompt(">", prompt_suffix=" ", default="", show_default=False)
@@ -67,8 +97,7 @@ def _converse(turns: Turns, answer: Any) -> None:
         if not text:
             return
         turns = [*turns, {"role": "user", "content": text}]
-        reply = answer(turns)
-        click.echo(reply)
+        reply = _shown(answer(turns))
         turns = [*turns, {"role": "assistant", "content": reply}]
 
 

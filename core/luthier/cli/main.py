@@ -22,6 +22,8 @@ VERBS = {
     "run": ("luthier.cli.run_verbs:run_command", "Run a recipe."),
     "schema": ("luthier.cli.plugin_verbs:schema_command", "Print the JSON Schema of recipes."),
     "show": ("luthier.cli.show:show_command", "Show a run, a stage, an artifact, or what there is."),
+    "serve": ("luthier.cli.serve:serve_command", "Serve a model or an export on this machine, for trying out."),
+    "verify": ("luthier.cli.verify:verify_command", "Compare a running server with a golden file."),
 }
 
 

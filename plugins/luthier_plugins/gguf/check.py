@@ -10,19 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from luthier.api import Facts, Message, ModelError
+from luthier.train.compare import CORPUS
 from luthier.train.text import render
 from luthier_plugins.gguf.server import LlamaServer
 
-CORPUS = (
-    "The quick brown fox can't jump over 13 lazy dogs; it's 2026-11-24, 07:45 o'clock.",
-    "  indented\n\n\nblank lines,\ttabs\t\tand trailing spaces   \n",
-    'def f(x: int) -> str:\n    return {"a": [1, 22, 333, 4444], "b": None}["a"][x:]  # ÷ ≠ ≤\r\n',
-    "Größe, naïve façade, Ελληνικά, русский язык, 日本語の文章、中文字符, العربية, हिन्दी, ไทย",
-    "emoji 👩‍👩‍👧 🇩🇪 👍🏽 and symbols §±µ¶ — “quotes” … ½ ²",
-    "I'LL SHE'S we'd They're 'tis rock'n'roll http://example.org/a_b?c=d&e=1#f e-mail@host.de 1,000,000.00",
-    "ABCdefGHI123xyz 0x1F 3.14159e-10 ... !!! ??? ~~~ ```code``` <b>html</b> &amp; $$x^2$$ \\n",
-)
-"""Texts that come apart differently under a wrong pre-tokenizer."""
 CONVERSATIONS: tuple[list[Message], ...] = (
     [Message(role="user", content="Hello, who are you?")],
     [

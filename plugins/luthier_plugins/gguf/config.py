@@ -52,6 +52,10 @@ class GgufConfig(Config):
     """For architectures that Luthier does not know: a converter script such as llama.cpp's ``convert_hf_to_gguf.py``,
     run as ``python SCRIPT MODEL --outfile FILE --outtype f16``; what it writes is checked like any other file."""
 
+    serve: list[Literal["llama.cpp", "ollama"]] = []
+    """For each of these programs: the command that starts it, a compose file, and a golden file with a script that
+    checks a running server against it; for the last of the files."""
+
     @field_validator("overrides")
     @classmethod
     def _patterns_parse(cls, value: dict[str, TensorType]) -> dict[str, TensorType]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
 from luthier.artifacts.models import read_json
+from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
+from luthier.train.golden import LIMIT, conversations_of, entries_of
 from luthier.train.loading import full_weights, load_model, load_tokenizer
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
@@ -23,6 +25,7 @@ from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.write import Source
 
 CHECK_CONTEXT = 512
+SERVED_CONTEXT = 4096
 OWN_TEXTS = 50
 """Texts of the recipe's own that have to become the same tokens."""
 CALIBRATION_TOKENS = 16_384
@@ -65,9 +68,7 @@ class Gguf:
                 files[file_type] = {**verdict, "tensors": source.mix(file_type)}
             facts |= {"files": files, "context_length": source.context_length,
                       "stop_token_ids": model.facts["stop_token_ids"]}  # fmt: skip
-        write_modelfile(context.out, files, tokenizer, model.facts, facts["context_length"])
-        write_card(context.out, model, facts)
-        return facts
+        return self._finish(model, tokenizer, data, facts, context)
 
     def _data(self, model: Artifact, context: StageContext) -> list[Artifact]:
         """The calibration data: what is named, or what the model was tuned on."""
@@ -105,10 +106,24 @@ class Gguf:
             raise ModelError(f"the converter ended with exit code {done.returncode}: {last}", where=str(script),
                              hint="its whole output is in the run's log")  # fmt: skip
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
-        expected = expected_of(load_model(model), tokenizer, stops, _own(self._data(model, context), tokenizer))
+        data = self._data(model, context)
+        expected = expected_of(load_model(model), tokenizer, stops, _own(data, tokenizer))
         files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
         length = read_json(weights / "config.json").get("max_position_embeddings", CHECK_CONTEXT)
         facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}
+        return self._finish(model, tokenizer, data, facts, context)
+
+    def _finish(
+        self, model: Artifact, tokenizer: Any, data: Sequence[Artifact], facts: Facts, context: StageContext
+    ) -> Facts:
+        """Write what stands beside the files."""
+        files: dict[str, Facts] = facts["files"]
+        length: int = facts["context_length"]
+        if self.config.serve:
+            last = list(files.values())[-1]["file"]
+            with LlamaServer(context.out / last, context_length=min(length, SERVED_CONTEXT), limit=LIMIT) as server:
+                entries = entries_of(tokenizer, conversations_of(data), server.answer)
+            facts["serve"] = write_bundle(context.out, self.config.serve, last, length, entries, LIMIT)
         write_modelfile(context.out, files, tokenizer, model.facts, length)
         write_card(context.out, model, facts)
         return facts
@@ -116,7 +131,14 @@ class Gguf:
     def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
         path, length = _file_of(export, variant), export.facts["context_length"]
         # A model made for very long contexts need not pay for all of it to answer short prompts.
-        return LlamaServer(path, context_length=min(length, 4096), limit=limit)
+        return LlamaServer(path, context_length=min(length, SERVED_CONTEXT), limit=limit)
+
+    @contextmanager
+    def listen(self, export: Artifact, variant: str | None, port: int) -> Generator[str]:
+        """llama.cpp's own server with a file of an export; gives its address."""
+        path, length = _file_of(export, variant), export.facts["context_length"]
+        with LlamaServer(path, context_length=min(length, SERVED_CONTEXT), port=port) as server:
+            yield server.url
 
 
 def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:

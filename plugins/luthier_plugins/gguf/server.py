@@ -27,14 +27,16 @@ class LlamaServer:
         file: The GGUF file.
         context_length: The longest prompt and answer together, in tokens.
         limit: The most tokens of an answer.
+        port: Where it listens; 0 takes a free one.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, *, context_length: int, limit: int = 256) -> None:
+    def __init__(self, file: Path, *, context_length: int, limit: int = 256, port: int = 0) -> None:
         self.file = file
         self.limit = limit
+        self._port = port
         self._context_length = context_length
         self._server: Any = None
 
@@ -53,7 +55,7 @@ class LlamaServer:
         options.cache_ram_mib = 0
         options.verbosity = -1
         options.hostnames = ["127.0.0.1"]
-        options.port = 0
+        options.port = self._port
         options.sampling.temp = 0
         # Otherwise a conversation that ends with the assistant would be taken as the answer's beginning.
         options.prefill_assistant = False
@@ -71,6 +73,11 @@ class LlamaServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return str(self._server.listening_address)
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

@@ -1,0 +1,178 @@
+"""Compares a running server with what it should say: a golden file has prompts, their tokens and the greedy answers.
+
+This file needs nothing but Python, and stands beside the golden file in a serving bundle::
+
+    python check.py http://127.0.0.1:8080 golden.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SECONDS = 600
+LEAST = 0.9
+"""The share of answers that has to be the same; rounding in another program may turn a choice between equals."""
+
+
+class ServerError(Exception):
+    """The server cannot be reached, or does not answer as a server of this kind should."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How one entry of a golden file came out.
+
+    Attributes:
+        question: The last message.
+        tokens: How many tokens the server made of the prompt; None where it does not say.
+        expected_tokens: How many there should be.
+        answer: What it said.
+        expected: What it should have said.
+        finished: Why it stopped: ``stop`` at a stop token, ``length`` at the limit.
+    """
+
+    question: str
+    tokens: int | None
+    expected_tokens: int
+    answer: str
+    expected: str
+    finished: str
+
+    @property
+    def same_prompt(self) -> bool:
+        """Whether the prompt has as many tokens as it should: a wrong template or a doubled first token shows here."""
+        return self.tokens is None or self.tokens == self.expected_tokens
+
+    @property
+    def same_answer(self) -> bool:
+        return self.answer == self.expected
+
+
+def completions_url(url: str) -> str:
+    """Where a server is asked, from its address with or without ``/v1``."""
+    return f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
+
+
+def opened(url: str, body: dict[str, Any] | None = None) -> Any:
+    """Ask a server over HTTP.
+
+    Raises:
+        ServerError: it cannot be reached, or refuses.
+    """
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    # No proxy of the environment stands between this machine and a server on it.
+    host = urllib.parse.urlsplit(url).hostname
+    local = host in ("127.0.0.1", "localhost", "::1")
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if local else urllib.request.build_opener()
+    try:
+        return opener.open(request, timeout=SECONDS)
+    except urllib.error.HTTPError as error:
+        raise ServerError(f"{url} refuses: {error.code} {error.read().decode(errors='replace')[:500]}") from error
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise ServerError(f"{url} cannot be reached: {error}") from error
+
+
+def model_of(url: str) -> str:
+    """The name of the first model that a server has; empty where it does not say."""
+    try:
+        with opened(f"{url.rstrip('/').removesuffix('/v1')}/v1/models") as reply:
+            return str(json.load(reply)["data"][0]["id"])
+    except (ServerError, LookupError, TypeError, ValueError):
+        return ""
+
+
+def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> tuple[str, int | None, str]:
+    """Ask for a greedy answer: the text, how many tokens the prompt was, and why it ended.
+
+    Raises:
+        ServerError: there is no answer.
+    """
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": limit, "seed": 0}
+    with opened(completions_url(url), body) as reply:
+        try:
+            content: dict[str, Any] = json.load(reply)
+            choice: dict[str, Any] = content["choices"][0]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ServerError(f"{url} does not answer like an OpenAI-compatible server: {error}") from error
+    usage: dict[str, Any] = content.get("usage") or {}
+    tokens: int | None = usage.get("prompt_tokens")
+    return choice["message"].get("content") or "", tokens, str(choice.get("finish_reason"))
+
+
+def streamed(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> Iterator[str]:
+    """A greedy answer piece by piece, as the server says it.
+
+    Raises:
+        ServerError: there is no answer.
+    """
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": limit, "stream": True}
+    with opened(completions_url(url), body) as reply:
+        for line in reply:
+            text = line.decode().strip()
+            if not text.startswith("data:") or text == "data: [DONE]":
+                continue
+            event: dict[str, Any] = json.loads(text.removeprefix("data:"))
+            choices: list[dict[str, Any]] = event.get("choices") or []
+            if choices:
+                yield choices[0].get("delta", {}).get("content") or ""
+
+
+def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:
+    """Ask a server everything that a golden file has.
+
+    Raises:
+        ServerError: it cannot be asked.
+    """
+    model = model_of(url)
+    for entry in golden["entries"]:
+        answer, tokens, finished = ask(url, entry["messages"], golden["max_tokens"], model)
+        yield Verdict(entry["messages"][-1]["content"], tokens, len(entry["prompt_ids"]), answer, entry["answer"],
+                      finished)  # fmt: skip
+
+
+def problem_of(verdicts: list[Verdict], least: float) -> str | None:
+    """What is wrong with a server, if anything is."""
+    odd = [verdict for verdict in verdicts if not verdict.same_prompt]
+    if odd:
+        first = odd[0]
+        return (
+            f"{len(odd)} of {len(verdicts)} prompts became other tokens: {first.tokens} instead of "
+            f"{first.expected_tokens} for {first.question!r}; the chat template or the first token differs"
+        )
+    same = sum(verdict.same_answer for verdict in verdicts)
+    if same < least * len(verdicts):
+        return f"only {same} of {len(verdicts)} answers are the same, {least:.0%} are expected"
+    return None
+
+
+def main() -> None:
+    """Entry point of the file itself."""
+    parser = argparse.ArgumentParser(description="Compare a running server with a golden file.")
+    parser.add_argument("url")
+    parser.add_argument("golden", type=Path)
+    options = parser.parse_args()
+    golden = json.loads(options.golden.read_text(encoding="utf-8"))
+    try:
+        verdicts = list(verify(options.url, golden))
+    except ServerError as error:
+        sys.exit(str(error))
+    for verdict in verdicts:
+        print(f"{'same ' if verdict.same_answer else 'OTHER'}  {verdict.question!r} -> {verdict.answer!r}")
+    problem = problem_of(verdicts, golden["least"])
+    if problem:
+        sys.exit(problem)
+    print(f"{sum(verdict.same_answer for verdict in verdicts)} of {len(verdicts)} answers are the same")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""``luthier serve``: try a model out with any client."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import click
+
+from luthier.artifacts.store import Store
+from luthier.running.process import QUIET
+
+EXAMPLE = "Example: luthier serve quickstart/gguf --variant Q4_K_M --port 8080"
+
+
+@click.command("serve", epilog=EXAMPLE)
+@click.argument("artifact")
+@click.option("--variant", default="", help="Which file of an export, such as Q4_K_M; by default its last.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
+def serve_command(artifact: str, variant: str, port: int, store: Path | None) -> None:
+    """Serve a model, an adapter or an export on 127.0.0.1 as OpenAI's chat completions.
+
+    ARTIFACT is RECIPE/STAGE, a key or the beginning of one, or a folder. A GGUF is served by llama.cpp, a model by
+    transformers. It is for trying out: one answer at a time, and nobody is asked who they are.
+    """
+    found = Store.at(store).resolve(artifact)
+    command = [sys.executable, "-m", "luthier.running.serve", str(found.path), variant, str(port)]
+    process = subprocess.Popen(command, env={**QUIET, **os.environ})
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        # The child got it too.
+        with suppress(KeyboardInterrupt):
+            process.wait()
+        return
+    finally:
+        process.terminate()
+    if code:
+        sys.exit(1)

@@ -1,0 +1,44 @@
+"""``luthier verify``: whether a running server says what the model said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from luthier.api.errors import GateError, ModelError
+from luthier.artifacts.golden import ServerError, Verdict, problem_of, verify
+
+EXAMPLE = "Example: luthier verify http://127.0.0.1:8080 .luthier/store/KEY/serve/golden.json"
+
+
+@click.command("verify", epilog=EXAMPLE)
+@click.argument("url")
+@click.argument("golden", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def verify_command(url: str, golden: Path) -> None:
+    """Ask a running OpenAI-compatible server at URL what a GOLDEN file has, and compare tokens and answers.
+
+    Ends with exit code 3 when they differ.
+    """
+    try:
+        content: dict[str, Any] = json.loads(golden.read_text(encoding="utf-8"))
+        least, _ = float(content["least"]), content["entries"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"is no golden file ({error})", where=str(golden),
+                         hint="an export with `serve:` writes one") from error  # fmt: skip
+    verdicts: list[Verdict] = []
+    try:
+        for verdict in verify(url, content):
+            verdicts.append(verdict)
+            click.echo(f"{'same ' if verdict.same_answer else 'other'}  {verdict.question!r} -> {verdict.answer!r}")
+            if not verdict.same_answer:
+                click.echo(f"       expected {verdict.expected!r}")
+    except ServerError as error:
+        raise ModelError(str(error), hint="is the server running, and is this its address?") from error
+    problem = problem_of(verdicts, least)
+    if problem:
+        raise GateError(problem, where=url)
+    same = sum(verdict.same_answer for verdict in verdicts)
+    click.echo(f"{same} of {len(verdicts)} answers are the same; all prompts became as many tokens as they should")

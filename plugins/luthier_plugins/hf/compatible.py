@@ -1,0 +1,62 @@
+"""Text files that transformers 4 and 5 read alike, and the servers that are built on either.
+
+transformers 5 writes all rotary settings into one mapping, which version 4 does not look at: a model with another theta
+than 10000 would read as one with it, without a word. It also names a tokenizer class that version 4 does not have.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts.models import chat_template, read_json
+
+FAST = "PreTrainedTokenizerFast"
+NEW_CLASSES = ("TokenizersBackend", "PythonBackend")
+"""Names of tokenizer classes that transformers 4 does not know."""
+
+
+def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """``config.json`` with what both versions look for.
+
+    Args:
+        config: As transformers 4 or 5 wrote it.
+        dtype: What the weights are stored as, such as ``bfloat16``.
+    """
+    found = {**config, "dtype": dtype, "torch_dtype": dtype}
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    if "full_attention" in rope:
+        found["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta", 10000.0)
+        rope = rope["full_attention"]
+    if "rope_theta" in rope:
+        found["rope_theta"] = rope["rope_theta"]
+    if rope and rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = {key: value for key, value in rope.items()
+                                 if key not in ("rope_theta", "partial_rotary_factor")}  # fmt: skip
+    if "partial_rotary_factor" in rope:
+        found["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    return found
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json`` with a class that both versions know, and the chat template inside."""
+    found = read_json(folder / "tokenizer_config.json")
+    if found.get("tokenizer_class", FAST) in NEW_CLASSES:
+        found["tokenizer_class"] = FAST
+    # transformers 5 calls the list that version 4 knows by another name.
+    extra = found.pop("extra_special_tokens", None)
+    if isinstance(extra, list):
+        found["additional_special_tokens"] = extra
+    elif extra:
+        found["extra_special_tokens"] = extra
+    template = chat_template(folder)
+    if template is not None:
+        found["chat_template"] = template
+    return found
+
+
+def generation_config(folder: Path, stop_ids: list[int]) -> dict[str, Any]:
+    """``generation_config.json`` with all stop tokens."""
+    path = folder / "generation_config.json"
+    found = read_json(path) if path.exists() else {}
+    return {**found, "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids} if stop_ids else found

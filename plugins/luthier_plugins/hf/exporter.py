@@ -1,0 +1,169 @@
+"""The exporter ``hf``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
+from luthier.artifacts.digest import digest_file, files_in
+from luthier.artifacts.models import chat_template, model_facts, read_json
+from luthier.artifacts.serving import write_bundle
+from luthier.train.calibration import tuned_on
+from luthier.train.compare import Comparison, compared, sequences_of
+from luthier.train.generate import greedy_answers
+from luthier.train.golden import LIMIT, conversations_of, entries_of
+from luthier.train.loading import full_weights, load_model, load_tokenizer
+from luthier.train.text import encode_prompt
+from luthier_plugins.hf.compatible import generation_config, model_config, tokenizer_config
+from luthier_plugins.hf.config import HfConfig
+from luthier_plugins.hf.weights import write_weights
+
+CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SUMS = "SHA256SUMS"
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Hf:
+    """Writes a folder that every client loads, and compares it with the model."""
+
+    def __init__(self, config: HfConfig) -> None:
+        self.config = config
+
+    def export(self, model: Artifact, context: StageContext) -> Facts:
+        source = full_weights(model, context.work / "folded")
+        config = read_json(source / "config.json")
+        if config.get("quantization_config"):
+            raise ModelError("the model is quantized already", where=str(source),
+                             hint="its folder is what quantization made: serve it as it is")  # fmt: skip
+        # A folded adapter is float32: its base's dtype is what the user thinks of.
+        name = self.config.dtype or DTYPES[model.facts["dtype"]]
+        for done, total in write_weights(source, context.out, getattr(torch, name), self.config.shard_size):
+            context.progress(done, total, "tensors")
+        _dump(context.out / "config.json", model_config(config, name))
+        self._texts(source, model, context.out)
+        loaded = replace(model, kind="model", path=context.out)
+        data = tuned_on(model)
+        tokenizer, client = load_tokenizer(loaded), load_model(loaded)
+        verdict = self._compared(model, client, tokenizer, context)
+        facts: Facts = {
+            **model_facts(context.out),
+            **verdict.facts(),
+            "files": {"model": {"file": ".", "dtype": name, "bytes": _size(context.out)}},
+            "context_length": config["max_position_embeddings"],
+            "stop_token_ids": model.facts["stop_token_ids"],
+        }
+        answers = partial(_answers, client, tokenizer, model.facts["stop_token_ids"], LIMIT)
+        if self.config.serve:
+            entries = entries_of(tokenizer, conversations_of(data), answers)
+            facts["serve"] = write_bundle(context.out, self.config.serve, ".", facts["context_length"], entries, LIMIT)
+        _card(context.out, model, facts, name)
+        _sums(context.out)
+        return facts
+
+    def _texts(self, source: Path, model: Artifact, out: Path) -> None:
+        """Everything but weights and config."""
+        for name in CARRIED:
+            if (source / name).exists():
+                shutil.copyfile(source / name, out / name)
+        for path in {path for pattern in LICENCES for path in source.glob(pattern)}:
+            shutil.copyfile(path, out / path.name)
+        _dump(out / "tokenizer_config.json", tokenizer_config(source))
+        template = chat_template(source)
+        if template is not None:
+            (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+        found = generation_config(source, model.facts["stop_token_ids"])
+        if found:
+            _dump(out / "generation_config.json", found)
+
+    def _compared(self, model: Artifact, client: Any, tokenizer: Any, context: StageContext) -> Comparison:
+        """Compare the written folder with the model.
+
+        Raises:
+            ModelError: it reads or thinks differently.
+        """
+        right = load_tokenizer(model)
+        sequences = sequences_of(right, tuned_on(model))
+        if sequences_of(tokenizer, tuned_on(model)) != sequences:
+            raise ModelError("the written tokenizer reads text differently", where=str(context.out))
+        verdict = compared(load_model(model), client, sequences)
+        context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
+        if not verdict.kl <= self.config.max_kl:
+            raise ModelError(
+                f"the folder does not behave like the model it came from: mean KL divergence {verdict.kl:.3g} nats, "
+                f"at most {self.config.max_kl:g} is expected",
+                hint="store it as bfloat16 or float32",
+            )
+        return verdict
+
+    def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
+        return _loaded(export, limit)
+
+
+class _Client:
+    """The exported folder in transformers."""
+
+    def __init__(self, export: Artifact, limit: int) -> None:
+        folder = replace(export, kind="model")
+        self._tokenizer = load_tokenizer(folder)
+        self._model = load_model(folder)
+        self._stops: list[int] = export.facts["stop_token_ids"]
+        self._limit = limit
+
+    def answer(self, prompts: Sequence[Sequence[Any]]) -> Iterator[str]:
+        """One answer per conversation."""
+        return _answers(self._model, self._tokenizer, self._stops, self._limit, prompts)
+
+
+@contextmanager
+def _loaded(export: Artifact, limit: int) -> Iterator[Teacher]:
+    yield _Client(export, limit)
+
+
+def _answers(model: Any, tokenizer: Any, stops: list[int], limit: int, prompts: Any) -> Iterator[str]:
+    ids = [encode_prompt(tokenizer, messages) for messages in prompts]
+    return greedy_answers(model, tokenizer, ids, stops, limit)
+
+
+def _dump(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _card(folder: Path, model: Artifact, facts: Facts, dtype: str) -> None:
+    stops = ", ".join(f"`{token}`" for token in model.facts.get("stop_tokens", [])) or "none"
+    (folder / "README.md").write_text(
+        f"""---
+library_name: transformers
+tags:
+- luthier
+---
+
+# {model.facts["architecture"]}
+
+Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters in {dtype}; context:
+{facts["context_length"]:,} tokens. It stops at: {stops}.
+
+The folder was loaded with transformers and compared with the model: the tokenizer reads {facts["texts"]} texts alike,
+the mean KL divergence over the whole vocabulary is {facts["kl"]:.2g} nats at {facts["positions"]:,} positions, and the
+best token is the same at {facts["top1"]:.1%} of them. `{SUMS}` has the digests of all files.
+""",
+        encoding="utf-8",
+    )
+
+
+def _sums(folder: Path) -> None:
+    """Write the digests of all files, as ``sha256sum --check`` reads them."""
+    lines = [f"{digest_file(path)}  {path.relative_to(folder).as_posix()}" for path in sorted(files_in(folder))]
+    (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
