@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from gguf_models import make_model
+from gguf_models import MODELS, make_model
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.golden import ServerError, ask, streamed
 from luthier.cli.chat import chat_command
@@ -208,12 +208,13 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
         assert chat.output.endswith("in the drawer\n")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3-moe"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("phi3-long", "deepseek-v2-lite")])
 def test_transformers_4_computes_the_same(name: str, environment: Callable[..., Path], tmp_path: Path) -> None:
     python = environment("transformers-4", "torch==2.13.0", "transformers==4.57.6", "jinja2")
     folder = make_model(tmp_path / "model", name)
     config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 1_000_000.0
+    if "rope_theta" in config["rope_parameters"]:
+        config["rope_parameters"]["rope_theta"] = 1_000_000.0
     (folder / "config.json").write_text(json.dumps(config))
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
     export = run_stage(tmp_path / "s", "export", {"format": "hf"}, inputs={"model": base})

@@ -24,6 +24,9 @@ def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         dtype: What the weights are stored as, such as ``bfloat16``.
     """
     found = {**config, "dtype": dtype, "torch_dtype": dtype}
+    # Qwen 3's experts were counted under this name.
+    if "num_local_experts" in config:
+        found.setdefault("num_experts", config["num_local_experts"])
     rope: dict[str, Any] = config.get("rope_parameters") or {}
     if "full_attention" in rope:
         found["rope_local_base_freq"] = rope.get("sliding_attention", {}).get("rope_theta", 10000.0)
