@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         NotIdentity,
         OneOrMany,
         PreferenceLossUse,
+        QuantizerUse,
         RegularizerUse,
         Source,
         StageConfig,
@@ -95,8 +96,8 @@ _HOME = {
     "config": (
         "AdapterUse", "AugmenterUse", "Config", "DatasetInput", "DatasetInputs", "Estimate", "ExporterUse", "Field",
         "FileSource", "FormatUse", "Gate", "Input", "MergeUse", "MetricUse", "ModelInput", "ModelSource",
-        "NotIdentity", "OneOrMany", "PreferenceLossUse", "RegularizerUse", "Source", "StageConfig", "SubComponent",
-        "TrackerUse", "Use", "other_formats",
+        "NotIdentity", "OneOrMany", "PreferenceLossUse", "QuantizerUse", "RegularizerUse", "Source", "StageConfig",
+        "SubComponent", "TrackerUse", "Use", "other_formats",
     ),
     "context": ("StageContext",),
     "errors": (
@@ -174,6 +175,7 @@ __all__ = [
     "Quantizer",
     "RecipeError",
     "Regularizer",
+    "QuantizerUse",
     "RegularizerUse",
     "Reward",
     "Row",

@@ -99,10 +99,26 @@ class PreferenceLoss(Protocol):
 
 
 class Quantizer(Protocol):
-    """Kind ``quantizer``: weights with fewer bits, in a format of the Hugging Face world."""
+    """Kind ``quantizer``: weights with fewer bits, in a format of the Hugging Face world.
+
+    Attributes:
+        largest_kl: The largest mean KL divergence to the model that is still right, in nats per token.
+    """
+
+    largest_kl: float
 
     def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
-        """Write the quantized model folder to `out`; return what the manifest should say."""
+        """Write the quantized weights of a full model to `out`, as safetensors.
+
+        Args:
+            model: A model; an adapter has been folded into its base.
+            calibration: Texts as the model is shown them; none where the recipe has no data.
+            out: Where the files go; config and tokenizer are written by the exporter that asks.
+
+        Returns:
+            What the manifest should say: ``quantization_config`` for ``config.json``, ``dtype`` of what is not
+            quantized, ``layers``, how many are.
+        """
         ...
 
 

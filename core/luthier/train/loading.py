@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.api.protocols import Facts
-from luthier.artifacts.models import carry_text_files, model_facts, stop_tokens
+from luthier.artifacts.models import carry_text_files, model_facts, read_json, stop_tokens
+
+SHARD = 5_000_000_000
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -67,6 +71,29 @@ def full_weights(artifact: Artifact, scratch: Path) -> Path:
     fold(load_model(artifact)).save_pretrained(scratch)
     carry_text_files(artifact.path, scratch)
     return scratch
+
+
+def usable(artifact: Artifact, scratch: Path) -> Artifact:
+    """The model, or what it stands for in float32 when it is quantized in a layout that transformers alone cannot load.
+
+    Args:
+        scratch: A folder for the weights in float32.
+    """
+    config = read_json(artifact.path / "config.json")
+    if (config.get("quantization_config") or {}).get("quant_method") not in ("awq", "gptq", "compressed-tensors"):
+        return artifact
+    from luthier.train.packed import read_floats
+    from luthier.train.shards import ShardWriter
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    writer = ShardWriter(scratch, SHARD)
+    for name, tensor in read_floats(artifact.path):
+        writer.add(name, tensor)
+    writer.close()
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    (scratch / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    carry_text_files(artifact.path, scratch)
+    return replace(artifact, path=scratch)
 
 
 def save_model(model: Any, source: Artifact, out: Path) -> Facts:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from luthier.api import Config, Field
+from luthier.api import Config, DatasetInput, Field, QuantizerUse
+from pydantic import model_validator
 
 Target = Literal["vllm", "tgi", "sglang", "tensorrt-llm"]
 
@@ -14,10 +15,23 @@ class HfConfig(Config):
 
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """What the weights are stored as; by default as they are. Weights that do not fit into float16 are refused."""
+    quantize: QuantizerUse | None = None
+    """How to store the layers with fewer bits, such as ``awq`` or ``gptq``."""
+    calibration: DatasetInput | None = None
+    """What the quantizer looks at; by default the data that the model was tuned on."""
     shard_size: int = Field(default=2_000_000_000, gt=0)
     """The largest size of one file, in bytes."""
-    max_kl: float = Field(default=0.01, gt=0)
-    """The largest mean KL divergence to the model it came from, in nats per token."""
+    max_kl: float | None = Field(default=None, gt=0)
+    """The largest mean KL divergence to the model it came from, in nats per token; by default 0.01, or what the
+    quantizer says."""
     serve: list[Target] = []
     """For each of these programs: the command that starts it, a compose file, and a golden file with a script that
     checks a running server against it."""
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> HfConfig:
+        if self.quantize is not None and self.dtype is not None:
+            raise ValueError("`quantize` says what the weights are stored as: leave `dtype` out")
+        if self.quantize is None and self.calibration is not None:
+            raise ValueError("nothing looks at `calibration` without `quantize`: leave it out")
+        return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -12,21 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
+from luthier.api import Artifact, Facts, ModelError, Quantizer, StageContext, Teacher
 from luthier.artifacts.digest import digest_file, files_in
 from luthier.artifacts.models import chat_template, model_facts, read_json
 from luthier.artifacts.serving import write_bundle
-from luthier.train.calibration import tuned_on
+from luthier.train.calibration import texts_of, tuned_on
 from luthier.train.compare import Comparison, compared, sequences_of
 from luthier.train.generate import greedy_answers
 from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import full_weights, load_model, load_tokenizer
+from luthier.train.loading import full_weights, load_model, load_tokenizer, usable
 from luthier.train.text import encode_prompt
 from luthier_plugins.hf.compatible import generation_config, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
 from luthier_plugins.hf.weights import write_weights
 
 CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+LARGEST_KL = 0.01
+"""In nats per token: what rounding to another dtype costs at most."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 SUMS = "SHA256SUMS"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -44,20 +47,30 @@ class Hf:
         if config.get("quantization_config"):
             raise ModelError("the model is quantized already", where=str(source),
                              hint="its folder is what quantization made: serve it as it is")  # fmt: skip
-        # A folded adapter is float32: its base's dtype is what the user thinks of.
-        name = self.config.dtype or DTYPES[model.facts["dtype"]]
-        for done, total in write_weights(source, context.out, getattr(torch, name), self.config.shard_size):
-            context.progress(done, total, "tensors")
-        _dump(context.out / "config.json", model_config(config, name))
+        data = context.inputs("format.calibration") if self.config.calibration else tuned_on(model)
+        if self.config.quantize is not None:
+            about, limit = self._quantized(model, source, data, context)
+        else:
+            # A folded adapter is float32: its base's dtype is what the user thinks of.
+            about = {"dtype": self.config.dtype or DTYPES[model.facts["dtype"]]}
+            dtype = getattr(torch, about["dtype"])
+            for done, total in write_weights(source, context.out, dtype, self.config.shard_size):
+                context.progress(done, total, "tensors")
+            limit = LARGEST_KL
+        name: str = about.pop("dtype")
+        settings = {key: about[key] for key in ("quantization_config",) if key in about}
+        _dump(context.out / "config.json", model_config(config, name) | settings)
         self._texts(source, model, context.out)
         loaded = replace(model, kind="model", path=context.out)
-        data = tuned_on(model)
-        tokenizer, client = load_tokenizer(loaded), load_model(loaded)
-        verdict = self._compared(model, client, tokenizer, context)
+        tokenizer, client = load_tokenizer(loaded), load_model(usable(loaded, context.work / "floats"))
+        verdict = self._compared(model, client, tokenizer, self.config.max_kl or limit, context)
+        stored = self.config.quantize.name if self.config.quantize else name
         facts: Facts = {
             **model_facts(context.out),
             **verdict.facts(),
-            "files": {"model": {"file": ".", "dtype": name, "bytes": _size(context.out)}},
+            **about,
+            "parameters": model_facts(source)["parameters"],
+            "files": {stored: {"file": ".", "dtype": name, "bytes": _size(context.out)}},
             "context_length": config["max_position_embeddings"],
             "stop_token_ids": model.facts["stop_token_ids"],
         }
@@ -65,9 +78,19 @@ class Hf:
         if self.config.serve:
             entries = entries_of(tokenizer, conversations_of(data), answers)
             facts["serve"] = write_bundle(context.out, self.config.serve, ".", facts["context_length"], entries, LIMIT)
-        _card(context.out, model, facts, name)
+        _card(context.out, model, facts, stored)
         _sums(context.out)
         return facts
+
+    def _quantized(
+        self, model: Artifact, source: Path, data: Sequence[Artifact], context: StageContext
+    ) -> tuple[Facts, float]:
+        """Have the quantizer write the weights: what it says of them, and how far off they may be."""
+        assert self.config.quantize is not None, "the caller asks first"
+        quantizer: Quantizer = context.component(self.config.quantize)
+        texts = texts_of(data, load_tokenizer(model)) if data else iter(())
+        full = replace(model, kind="model", path=source)
+        return quantizer.quantize(full, texts, context.out, context), quantizer.largest_kl
 
     def _texts(self, source: Path, model: Artifact, out: Path) -> None:
         """Everything but weights and config."""
@@ -84,7 +107,9 @@ class Hf:
         if found:
             _dump(out / "generation_config.json", found)
 
-    def _compared(self, model: Artifact, client: Any, tokenizer: Any, context: StageContext) -> Comparison:
+    def _compared(
+        self, model: Artifact, client: Any, tokenizer: Any, limit: float, context: StageContext
+    ) -> Comparison:
         """Compare the written folder with the model.
 
         Raises:
@@ -96,11 +121,14 @@ class Hf:
             raise ModelError("the written tokenizer reads text differently", where=str(context.out))
         verdict = compared(load_model(model), client, sequences)
         context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
-        if not verdict.kl <= self.config.max_kl:
+        if not verdict.kl <= limit:
             raise ModelError(
                 f"the folder does not behave like the model it came from: mean KL divergence {verdict.kl:.3g} nats, "
-                f"at most {self.config.max_kl:g} is expected",
-                hint="store it as bfloat16 or float32",
+                f"at most {limit:g} is expected",
+                hint="choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the "
+                "model is for, or raise `max_kl`"
+                if self.config.quantize
+                else "store it as bfloat16 or float32",
             )
         return verdict
 
@@ -111,10 +139,10 @@ class Hf:
 class _Client:
     """The exported folder in transformers."""
 
-    def __init__(self, export: Artifact, limit: int) -> None:
+    def __init__(self, export: Artifact, limit: int, scratch: Path) -> None:
         folder = replace(export, kind="model")
         self._tokenizer = load_tokenizer(folder)
-        self._model = load_model(folder)
+        self._model = load_model(usable(folder, scratch))
         self._stops: list[int] = export.facts["stop_token_ids"]
         self._limit = limit
 
@@ -125,7 +153,8 @@ class _Client:
 
 @contextmanager
 def _loaded(export: Artifact, limit: int) -> Iterator[Teacher]:
-    yield _Client(export, limit)
+    with tempfile.TemporaryDirectory() as scratch:
+        yield _Client(export, limit, Path(scratch) / "floats")
 
 
 def _answers(model: Any, tokenizer: Any, stops: list[int], limit: int, prompts: Any) -> Iterator[str]:
@@ -152,7 +181,7 @@ tags:
 
 # {model.facts["architecture"]}
 
-Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters in {dtype}; context:
+Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters as {dtype}; context:
 {facts["context_length"]:,} tokens. It stops at: {stops}.
 
 The folder was loaded with transformers and compared with the model: the tokenizer reads {facts["texts"]} texts alike,

@@ -1,0 +1,91 @@
+"""The quantizers ``int8`` and ``fp8``: a scale for each output of a layer, in compressed-tensors' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from luthier.api import Artifact, Facts, ModelError, StageContext
+from luthier.artifacts.models import tensor_headers
+from luthier.train.shards import ShardWriter
+from luthier_plugins.quantizers.config import Fp8Config, Int8Config
+from luthier_plugins.quantizers.layers import check_done, layers_of
+from safetensors import safe_open
+from torch import Tensor
+
+SHARD = 2_000_000_000
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class _Channels:
+    """What both have in common."""
+
+    kind: ClassVar[str]
+    form: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+    top: ClassVar[float]
+
+    def __init__(self, config: Int8Config | Fp8Config) -> None:
+        self.config = config
+        self.largest_kl = config.largest_kl
+
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+        """Write the weights; no data is needed."""
+        headers = tensor_headers(model.path)
+        chosen = layers_of(headers, self.config.skip)
+        writer = ShardWriter(out, SHARD)
+        with ExitStack() as stack:
+            files: dict[str, Any] = {file: stack.enter_context(safe_open(model.path / file, framework="pt"))
+                                     for file in {header.file for header in headers.values()}}  # fmt: skip
+            for place, (name, header) in enumerate(headers.items(), 1):
+                tensor: Tensor = files[header.file].get_tensor(name)
+                if not bool(torch.isfinite(tensor).all()):
+                    raise ModelError("the tensor has NaN or infinite values", where=name)
+                if name in chosen:
+                    values, scale = self.rounded(tensor.float())
+                    writer.add(name, values)
+                    writer.add(f"{name}_scale", scale)
+                else:
+                    writer.add(name, tensor)
+                context.progress(place, len(headers), "tensors")
+        writer.close()
+        check_done(out, chosen, tensor_headers(out), ("weight", "weight_scale"))
+        dtype = DTYPES[model.facts["dtype"]]
+        return {"quantization_config": self._settings(chosen, list(headers)), "layers": len(chosen), "dtype": dtype}
+
+    def rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights in 8 bits, and the scale of each output, float32 of shape (rows, 1)."""
+        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / self.top
+        scaled = weight / scale
+        return (scaled.round() if self.kind == "int" else scaled).clamp(-self.top, self.top).to(self.dtype), scale
+
+    def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
+        quantized = set(chosen)
+        ignored = [name.removesuffix(".weight") for name in names
+                   if name.endswith(("proj.weight", "gate.weight")) and name not in quantized]  # fmt: skip
+        weights = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "channel", "dynamic": False}
+        activations = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "token", "dynamic": True}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
+        return {"quant_method": "compressed-tensors", "format": self.form, "quantization_status": "compressed",
+                "config_groups": {"group_0": group}, "ignore": ["lm_head", *ignored]}  # fmt: skip
+
+
+class Int8(_Channels):
+    """Integers from -127 to 127."""
+
+    kind = "int"
+    form = "int-quantized"
+    dtype = torch.int8
+    top = 127.0
+
+
+class Fp8(_Channels):
+    """Floats with 4 bits of exponent and 3 of mantissa."""
+
+    kind = "float"
+    form = "float-quantized"
+    dtype = torch.float8_e4m3fn
+    top = 448.0

@@ -1,0 +1,77 @@
+"""The configs of the quantizers."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+from luthier.api import Config, Field
+from pydantic import field_validator
+
+Rounding = Literal["gptq", "nearest"]
+
+
+class QuantizerConfig(Config):
+    """What all quantizers have."""
+
+    skip: list[str] = []
+    """Layers that stay as they are, by regular expressions for their names, such as ``layers\\.0\\.`` or
+    ``down_proj``; output layer, embeddings and what chooses experts always do."""
+    largest_kl: float = Field(default=0.02, gt=0)
+    """The largest mean KL divergence to the model it came from, in nats per token."""
+
+    @field_validator("skip")
+    @classmethod
+    def _patterns_parse(cls, value: list[str]) -> list[str]:
+        for pattern in value:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return value
+
+
+class GroupedConfig(QuantizerConfig):
+    """Groups of inputs that share a scale."""
+
+    group_size: Literal[32, 64, 128] = 128
+    """How many inputs of a layer share a scale and a zero point."""
+    rounding: Rounding = "gptq"
+    """``gptq`` rounds column by column and lets the columns behind make up for the error, on the calibration data
+    (Frantar et al. 2022, arXiv:2210.17323); ``nearest`` needs no data. Experts are always rounded to nearest."""
+    largest_kl: float = Field(default=0.1, gt=0)
+
+
+class AwqConfig(GroupedConfig):
+    """4 bits in AutoAWQ's ``gemm`` layout."""
+
+    bits: Literal[4] = 4
+    """Bits of a weight."""
+    symmetric: bool = False
+    """Whether the zero point is in the middle; with one of its own, a group uses all of its steps."""
+
+
+class GptqConfig(GroupedConfig):
+    """4 or 8 bits in GPTQ's layout."""
+
+    bits: Literal[4, 8] = 4
+    """Bits of a weight."""
+    symmetric: bool = True
+    """Whether the zero point is in the middle, as the fastest kernels want it."""
+
+
+class Int8Config(QuantizerConfig):
+    """Integers of 8 bits: a scale for each output, and activations rounded as they come."""
+
+
+class Fp8Config(QuantizerConfig):
+    """Floats of 8 bits (E4M3): a scale for each output, and activations rounded as they come."""
+
+
+class Nf4Config(Config):
+    """4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
+
+    double: bool = True
+    """Whether the scales are quantized as well."""
+    largest_kl: float = Field(default=0.15, gt=0)
+    """The largest mean KL divergence to the model it came from, in nats per token."""

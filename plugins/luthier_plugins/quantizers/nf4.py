@@ -1,0 +1,40 @@
+"""The quantizer ``nf4``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from luthier.api import Artifact, Facts, ModelError, StageContext
+from luthier.artifacts.models import tensor_headers
+from luthier_plugins.quantizers.config import Nf4Config
+
+
+class Nf4:
+    """bitsandbytes quantizes while transformers loads, and transformers writes what it has."""
+
+    def __init__(self, config: Nf4Config) -> None:
+        self.config = config
+        self.largest_kl = config.largest_kl
+
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+        """Write the weights; no data is needed."""
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                      bnb_4bit_use_double_quant=self.config.double,
+                                      bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            model.path, quantization_config=settings, dtype=torch.bfloat16, local_files_only=True
+        )
+        loaded.save_pretrained(out)
+        written = tensor_headers(out)
+        quantized = [name for name in written if name.endswith("quant_state.bitsandbytes__nf4")]
+        if not quantized:
+            raise ModelError("bitsandbytes quantized no layer", where=str(out))
+        found: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        return {"quantization_config": found["quantization_config"], "layers": len(quantized),
+                "dtype": "bfloat16"}  # fmt: skip

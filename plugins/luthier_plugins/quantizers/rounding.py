@@ -1,0 +1,166 @@
+"""From floats to whole numbers with scales: to nearest, or with the error made up for by the columns behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from luthier.train.packed import Grouped
+from torch import Tensor, nn
+
+DAMPING = 0.01
+"""Added to the Hessian's diagonal, as a share of its mean (Frantar et al. 2022, section 3.3)."""
+BUDGET = 2 << 30
+"""Bytes that the Hessians of the layers that are looked at together may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a group of weights becomes whole numbers."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+
+    @property
+    def top(self) -> int:
+        """The largest whole number."""
+        return (1 << self.bits) - 1
+
+    def fit(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of a group, each of shape (rows, 1); the scale is what float16 makes of it.
+
+        Args:
+            group: Weights, shape (rows, columns).
+        """
+        low = group.amin(dim=1, keepdim=True).clamp(max=0)
+        high = group.amax(dim=1, keepdim=True).clamp(min=0)
+        if self.symmetric:
+            size = torch.maximum(-low, high)
+            scale = _half(2 * size / self.top)
+            return scale, torch.full_like(scale, 1 << (self.bits - 1))
+        scale = _half((high - low) / self.top)
+        return scale, (-low / scale).round().clamp(0, self.top)
+
+    def whole(self, weights: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The whole numbers of weights."""
+        return ((weights / scale).round() + zero).clamp(0, self.top)
+
+
+def _half(scale: Tensor) -> Tensor:
+    """The scale as it will be stored; a group of zeros has one too."""
+    return scale.clamp(min=1e-6).half().float()
+
+
+def to_nearest(weight: Tensor, grid: Grid) -> Grouped:
+    """Round each weight to the nearest whole number of its group."""
+    rows, columns = weight.shape
+    groups = weight.reshape(-1, grid.group_size)
+    scale, zero = grid.fit(groups)
+    values = grid.whole(groups, scale, zero)
+    return Grouped(values.view(rows, columns).int(), scale.view(rows, -1).half(), zero.view(rows, -1).int(), grid.bits)
+
+
+def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
+    """Round column by column; what a column loses is made up for by those behind it, as far as the inputs go together
+    (GPTQ: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, one block for each group).
+
+    Args:
+        weight: Shape (rows, columns).
+        hessian: Inner products of the inputs, shape (columns, columns).
+    """
+    weight = weight.clone().float()
+    hessian = hessian.clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    rows, columns = weight.shape
+    values = torch.empty(rows, columns)
+    scales, zeros = [], []
+    for first in range(0, columns, grid.group_size):
+        last = first + grid.group_size
+        block = weight[:, first:last]
+        scale, zero = grid.fit(block)
+        scales.append(scale)
+        zeros.append(zero)
+        errors = torch.empty_like(block)
+        corner = inverse[first:last, first:last]
+        for place in range(grid.group_size):
+            column = block[:, place : place + 1]
+            whole = grid.whole(column, scale, zero)
+            values[:, first + place] = whole[:, 0]
+            error = (column - (whole - zero) * scale) / corner[place, place]
+            block[:, place:].sub_(error * corner[place : place + 1, place:])
+            errors[:, place : place + 1] = error
+        weight[:, last:].sub_(errors @ inverse[first:last, last:])
+    return Grouped(values.int(), torch.cat(scales, dim=1).half(), torch.cat(zeros, dim=1).int(), grid.bits)
+
+
+def rounded_on_data(
+    model: Any,
+    names: Sequence[str],
+    blocks: Sequence[Sequence[int]],
+    grid: Grid,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Iterator[tuple[str, Grouped]]:
+    """Round the linear layers of a model in place, in their order, on what the layers before make of the data.
+
+    Args:
+        names: Their weights.
+        blocks: Token ids.
+        progress: Called with the layers done and their number.
+
+    Yields:
+        Each weight's name and what became of it.
+    """
+    modules: dict[str, nn.Linear] = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
+    done = 0
+    for together in _together(modules):
+        hessians = {name: torch.zeros(modules[name].in_features, modules[name].in_features) for name in together}
+        with torch.no_grad(), _summing(modules, hessians):
+            for block in blocks:
+                model(input_ids=torch.tensor([list(block)], device=model.device))
+        for name in together:
+            found = with_feedback(modules[name].weight.detach().cpu(), hessians.pop(name), grid)
+            modules[name].weight.data.copy_(found.floats())
+            done += 1
+            progress(done, len(names))
+            yield name, found
+
+
+def _together(modules: dict[str, nn.Linear]) -> Iterator[list[str]]:
+    """Weights in order, as many at once as their Hessians fit into memory."""
+    chosen: list[str] = []
+    size = 0
+    for name, module in modules.items():
+        mine = 4 * module.in_features**2
+        if chosen and size + mine > BUDGET:
+            yield chosen
+            chosen, size = [], 0
+        chosen.append(name)
+        size += mine
+    if chosen:
+        yield chosen
+
+
+@contextmanager
+def _summing(modules: dict[str, nn.Linear], hessians: dict[str, Tensor]) -> Iterator[None]:
+    """Add up the inner products of inputs while it lasts."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            hessians[name].add_((seen.T @ seen).cpu())
+
+        return hook
+
+    handles = [modules[name].register_forward_pre_hook(hook_of(name)) for name in hessians]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
