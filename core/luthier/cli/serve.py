@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -29,15 +27,5 @@ def serve_command(artifact: str, variant: str, port: int, store: Path | None) ->
     """
     found = Store.at(store).resolve(artifact)
     command = [sys.executable, "-m", "luthier.running.serve", str(found.path), variant, str(port)]
-    process = subprocess.Popen(command, env={**QUIET, **os.environ})
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        # The child got it too.
-        with suppress(KeyboardInterrupt):
-            process.wait()
-        return
-    finally:
-        process.terminate()
-    if code:
-        sys.exit(1)
+    # In place of this process: whoever ends it ends the server.
+    os.execve(sys.executable, command, {**QUIET, **os.environ})

@@ -10,23 +10,29 @@ import click
 
 from luthier.api.errors import GateError, ModelError
 from luthier.artifacts.golden import ServerError, Verdict, problem_of, verify
+from luthier.artifacts.store import Store
 
-EXAMPLE = "Example: luthier verify http://127.0.0.1:8080 .luthier/store/KEY/serve/golden.json"
+EXAMPLE = "Example: luthier verify http://127.0.0.1:8080 quickstart/gguf"
 
 
 @click.command("verify", epilog=EXAMPLE)
 @click.argument("url")
-@click.argument("golden", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-def verify_command(url: str, golden: Path) -> None:
-    """Ask a running OpenAI-compatible server at URL what a GOLDEN file has, and compare tokens and answers.
+@click.argument("golden")
+@click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
+def verify_command(url: str, golden: str, store: Path | None) -> None:
+    """Ask a running OpenAI-compatible server at URL what a golden file has, and compare tokens and answers.
 
+    GOLDEN is such a file, or an export that has one: RECIPE/STAGE, a key or the beginning of one, or a folder.
     Ends with exit code 3 when they differ.
     """
+    file = Path(golden)
+    if not file.is_file():
+        file = Store.at(store).resolve(golden).path / "serve" / "golden.json"
     try:
-        content: dict[str, Any] = json.loads(golden.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         least, _ = float(content["least"]), content["entries"]
-    except (ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"is no golden file ({error})", where=str(golden),
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ModelError(f"is no golden file ({error})", where=str(file),
                          hint="an export with `serve:` writes one") from error  # fmt: skip
     verdicts: list[Verdict] = []
     try:

@@ -28,6 +28,10 @@ from luthier_plugins.hf.config import HfConfig
 from luthier_plugins.hf.weights import write_weights
 
 CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+FINER = (
+    "choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the model is for, "
+    "or raise `max_kl`"
+)
 LARGEST_KL = 0.01
 """In nats per token: what rounding to another dtype costs at most."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -125,10 +129,7 @@ class Hf:
             raise ModelError(
                 f"the folder does not behave like the model it came from: mean KL divergence {verdict.kl:.3g} nats, "
                 f"at most {limit:g} is expected",
-                hint="choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the "
-                "model is for, or raise `max_kl`"
-                if self.config.quantize
-                else "store it as bfloat16 or float32",
+                hint=FINER if self.config.quantize else "store it as bfloat16 or float32",
             )
         return verdict
 
