@@ -16,14 +16,17 @@ from gguf_models import MODELS, make_model
 from luthier.api import Artifact, DataError, ModelError
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.calibration import tuned_on
+from luthier.train.compare import CORPUS
 from luthier.train.loading import load_model, load_tokenizer
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.mixes import tensor_type
 from luthier_plugins.gguf.modelfile import FORMATS, format_of
+from luthier_plugins.gguf.tokenizer import DEEPSEEK_SPLITS
 from luthier_plugins.gguf.write import Source
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 TEXT = ["Where is the letter?", "The letter is in the drawer.", "12 geese, 34 ducks", "a  b   c", "Größe naïve"] * 4
 
 
@@ -264,3 +267,57 @@ def test_what_needs_importances_is_known_before_it_runs() -> None:
         kinds = {tensor_type(file_type, f"blk.{layer}.{name}.weight", (256, 256), layout)
                  for layer in range(32) for name in names}  # fmt: skip
         assert bool(kinds & set(NEEDS_IMATRIX)) == (file_type in NEED_IMATRIX), file_type
+
+
+@pytest.mark.parametrize("alpha", [4, 32])
+def test_an_adapter_alone_is_added_by_llama_cpp(alpha: int, tuned: Artifact) -> None:
+    store = tuned.path.parents[1]
+    (data,) = tuned_on(tuned)
+    config = {"adapter": {"uses": "lora", "r": 4, "lora_alpha": alpha}, "steps": 6, "learning_rate": 1e-2}
+    low_rank = run_stage(store, "sft", config, inputs={"model": tuned, "data": [data]})
+    export = run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": low_rank})
+    about = export.facts["files"]["LoRA"]
+    assert about["kl"] < 1e-4
+    assert about["bytes"] < 0.5 * tuned.path.joinpath("model.safetensors").stat().st_size
+    assert sorted(path.name for path in export.path.glob("*.gguf")) == ["adapter.gguf"]
+    with pytest.raises(ModelError, match="a full model"):
+        run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": tuned})
+
+
+def test_an_adapter_that_llama_cpp_cannot_add_is_refused(tuned: Artifact) -> None:
+    store = tuned.path.parents[1]
+    (data,) = tuned_on(tuned)
+    dora = run_stage(store, "sft", {"adapter": "dora", "steps": 2}, inputs={"model": tuned, "data": [data]})
+    with pytest.raises(ModelError, match=r"takes no DoRA adapter[\s\S]*folded into its base"):
+        run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": dora})
+
+
+SPLITTERS = {
+    "deepseek-v3": [*(pre_tokenizers.Split(Regex(text), "isolated") for text in DEEPSEEK_SPLITS), BYTES],
+    "smollm": [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "gpt-2": [pre_tokenizers.ByteLevel(add_prefix_space=False)],
+}
+
+
+@pytest.mark.parametrize("name", list(SPLITTERS))
+def test_each_way_of_splitting_is_llama_cpps(name: str, tmp_path: Path) -> None:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[name])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    # Merges across what the splitting keeps apart: with another one, these texts would become other tokens.
+    corpus = [*CORPUS * 3, *TEXT]
+    trainer = trainers.BpeTrainer(
+        vocab_size=900, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+    )
+    trained.train_from_iterator(corpus, trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>")
+    folder = tmp_path / "model"
+    whole.save_pretrained(folder)
+    sizes = LlamaConfig(vocab_size=len(trained.get_vocab()), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+                        num_attention_heads=2, max_position_embeddings=512, eos_token_id=1)  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(sizes).save_pretrained(folder)
+    base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
+    export = run_stage(tmp_path / "s", "export", inputs={"model": base})
+    reader = gguf.GGUFReader(export.path / "model-F16.gguf")
+    assert reader.fields["tokenizer.ggml.pre"].contents() == name

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from luthier.api import Config, DatasetInput, Field, FileSource
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 FileType = Literal[
     "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0",
@@ -48,6 +48,8 @@ class GgufConfig(Config):
     max_kl: float | dict[FileType, float] | None = None
     """The largest mean KL divergence to the model it came from, in nats per token, for all files or by type; by
     default from 0.0001 for F16 over 0.02 for Q4_K_M to 2 for IQ1_S."""
+    adapter: bool = False
+    """Write an adapter alone, as a LoRA file that llama.cpp adds to its base; it is checked on the base's F16 file."""
     converter: FileSource | None = None
     """For architectures that Luthier does not know: a converter script such as llama.cpp's ``convert_hf_to_gguf.py``,
     run as ``python SCRIPT MODEL --outfile FILE --outtype f16``; what it writes is checked like any other file."""
@@ -73,6 +75,12 @@ class GgufConfig(Config):
         if twice:
             raise ValueError(f"{twice[0]} stands twice")
         return value
+
+    @model_validator(mode="after")
+    def _adapters_have_no_types(self) -> GgufConfig:
+        if self.adapter and (self.types != ["F16"] or self.overrides or self.imatrix or self.serve or self.converter):
+            raise ValueError("an adapter is written in one way only: leave the other settings out")
+        return self
 
     def largest_kl(self, file_type: FileType) -> float:
         """What the file's KL divergence may be at most."""

@@ -20,6 +20,7 @@ from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
 from luthier_plugins.gguf.imatrix import importances_of
+from luthier_plugins.gguf.lora import write_lora
 from luthier_plugins.gguf.modelfile import write_modelfile
 from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.write import Source
@@ -40,6 +41,8 @@ class Gguf:
         self.config = config
 
     def export(self, model: Artifact, context: StageContext) -> Facts:
+        if self.config.adapter:
+            return self._export_adapter(model, context)
         weights = full_weights(model, context.work / "folded")
         if self.config.converter is not None:
             return self._convert(model, weights, context)
@@ -92,6 +95,29 @@ class Gguf:
                          "name more data, or data of more kinds")  # fmt: skip
         source.weigh(importances)
         return {**digest_of(blocks), "tensors": len(importances)}
+
+    def _export_adapter(self, model: Artifact, context: StageContext) -> Facts:
+        """Write the adapter alone, and check it on its base in llama.cpp."""
+        if model.kind != "adapter":
+            raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
+        loaded, tokenizer, stops = load_model(model), load_tokenizer(model), model.facts["stop_token_ids"]
+        path, base = context.work / "adapter.gguf", context.work / "base-F16.gguf"
+        with ExitStack() as stack:
+            source = Source(model.base.path, stack)
+            count = write_lora(path, source, loaded, model.key[:12])
+            for done in source.write(base, "F16", model.base.key[:12]):
+                context.progress(done, len(source.parts), "tensors of the base")
+        expected = expected_of(loaded, tokenizer, stops, _own(self._data(model, context), tokenizer),
+                               spaced=source.tokenizer.spaced)  # fmt: skip
+        with LlamaServer(base, context_length=CHECK_CONTEXT, lora=path) as server:
+            verdict = check(server, expected, self.config.largest_kl("F16"))
+        base.unlink()
+        path.rename(context.out / path.name)
+        size = (context.out / path.name).stat().st_size
+        context.log(f"{path.name}: {count} weights, {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats")
+        files: dict[str, Facts] = {"LoRA": {"file": path.name, "bytes": size, "weights": count, **verdict}}
+        return {"files": files, "context_length": source.context_length, "stop_token_ids": stops,
+                "base": model.base.key}  # fmt: skip
 
     def _convert(self, model: Artifact, weights: Path, context: StageContext) -> Facts:
         """Have a script of the user's convert the model, and check what it wrote."""
@@ -166,6 +192,9 @@ def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> F
 
 def _file_of(export: Artifact, variant: str | None) -> Path:
     files: dict[str, Facts] = export.facts["files"]
+    if "LoRA" in files:
+        raise ModelError("this export is an adapter alone: it answers on its base only", where=str(export.path),
+                         hint="llama-server -m BASE.gguf --lora adapter.gguf")  # fmt: skip
     chosen = variant or list(files)[-1]
     if chosen not in files:
         raise ModelError(f"the export has no {chosen}", where=str(export.path), hint=f"it has: {', '.join(files)}")

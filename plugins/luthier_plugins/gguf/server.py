@@ -28,21 +28,30 @@ class LlamaServer:
         context_length: The longest prompt and answer together, in tokens.
         limit: The most tokens of an answer.
         port: Where it listens; 0 takes a free one.
+        lora: An adapter to add.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
     """
 
-    def __init__(self, file: Path, *, context_length: int, limit: int = 256, port: int = 0) -> None:
+    def __init__(
+        self, file: Path, *, context_length: int, limit: int = 256, port: int = 0, lora: Path | None = None
+    ) -> None:
         self.file = file
         self.limit = limit
         self._port = port
+        self._lora = lora
         self._context_length = context_length
         self._server: Any = None
 
     def __enter__(self) -> LlamaServer:
         options: Any = llama.CommonParams()
         options.model.path = str(self.file)
+        if self._lora is not None:
+            adapter: Any = llama.CommonAdapterLoraInfo()
+            adapter.path = str(self._lora)
+            adapter.scale = 1.0
+            options.lora_adapters = [adapter]
         options.n_ctx = options.n_batch = options.n_ubatch = self._context_length
         options.n_parallel = 1
         options.cpuparams.n_threads = os.cpu_count() or 1
