@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from gguf_models import make_model
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.api import Artifact, DataError, ModelError
+from luthier.api import Artifact, DataError, ModelError, PluginError, StageError
+from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.models import tensor_headers
+from luthier.cli.doctor import doctor_command
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.packed import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq
 from luthier_plugins.quantizers.rounding import Grid, to_nearest, with_feedback
@@ -208,3 +211,54 @@ def test_weights_are_read_back_whole(tuned: Artifact) -> None:
     assert set(found) == set(right)
     for name, tensor in right.items():
         assert float((found[name] - tensor.float()).abs().max()) < 0.02 * float(tensor.float().abs().max())
+
+
+def test_a_tool_that_is_not_installed_is_named_with_the_command_that_does(
+    tuned: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LUTHIER_ENVIRONMENTS", str(tmp_path))
+    with pytest.raises(PluginError, match="luthier doctor --install auto-round"):
+        exported(tuned, {"uses": "awq", "rounding": "auto-round"})
+    shown = CliRunner().invoke(doctor_command, ["--json"])
+    assert json.loads(shown.output)["tools"] == {"auto-round": None}
+    refused = CliRunner().invoke(doctor_command, ["--install", "auto-round"], input="n\n")
+    assert "auto-round==0.16.1" in refused.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_environment_is_made_and_runs_scripts_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LUTHIER_ENVIRONMENTS", str(tmp_path))
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "odd_tool.py").write_text("NAME = 'odd'\n")
+    project = "[project]\nname = 'odd-tool'\nversion = '1'\n[tool.setuptools]\npy-modules = ['odd_tool']\n"
+    (package / "pyproject.toml").write_text(project)
+    tool = Environment("odd", "tests", (str(package),))
+    assert not tool.ready
+    said: list[str] = []
+    tool.install(said.append)
+    assert said == [f"installing {package}"]
+    script = tmp_path / "script.py"
+    script.write_text("import odd_tool, sys\nprint(odd_tool.NAME, sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
+    assert list(tool.lines(script, ["a", "0"], tmp_path / "log")) == ["odd a\n"]
+    with pytest.raises(StageError, match="odd ended with exit code 3: odd a"):
+        list(tool.lines(script, ["a", "3"], tmp_path / "log"))
+    broken = Environment("none", "tests", (str(tmp_path / "nothing"),))
+    with pytest.raises(StageError, match="cannot be installed"):
+        broken.install(said.append)
+    assert not broken.ready
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_auto_round_is_nearer_than_rounding_to_nearest(
+    method: str, tuned: Artifact, environment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = ENVIRONMENTS["auto-round"]
+    folder = environment("auto-round", *tool.packages).parents[1]
+    monkeypatch.setattr(Environment, "folder", property(lambda self: folder))
+    options = {"uses": method, "group_size": 64, "largest_kl": 5.0}
+    learned = exported(tuned, {**options, "rounding": "auto-round", "iterations": 100})
+    nearest = exported(tuned, {**options, "rounding": "nearest"})
+    assert learned.facts["layers"] == 21
+    assert learned.facts["kl"] < nearest.facts["kl"], (learned.facts["kl"], nearest.facts["kl"])

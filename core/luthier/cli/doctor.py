@@ -15,6 +15,7 @@ from typing import Any
 import click
 from packaging.requirements import Requirement
 
+from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
 
@@ -28,17 +29,34 @@ print(json.dumps({"cuda": names, "threads": torch.get_num_threads()}))
 @click.command("doctor", epilog="Example: luthier doctor --json")
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
-def doctor_command(store: Path | None, as_json: bool) -> None:
-    """Show versions, devices, the store, broken plugins, and what each extra would add.
+@click.option("--install", type=click.Choice(sorted(ENVIRONMENTS)), help="Make the environment of a tool.")
+@click.option("--yes", is_flag=True, help="Do not ask before installing.")
+def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: bool) -> None:
+    """Show versions, devices, the store, broken plugins, and what each extra or tool would add.
 
     Ends with exit code 1 when something that Luthier needs is missing or too old.
     """
+    if install is not None:
+        _install(ENVIRONMENTS[install], yes)
+        return
     found = _examine(Store.at(store))
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
         _print(found)
     sys.exit(1 if found["problems"] else 0)
+
+
+def _install(environment: Environment, yes: bool) -> None:
+    """Make the environment of a tool, when the user agrees."""
+    if environment.ready:
+        click.echo(f"{environment.name} is installed: {environment.folder}")
+        return
+    click.echo(f"{environment.name}: {environment.about}\ninto {environment.folder}: "
+               f"{', '.join(environment.packages)} and what these need, some GB")  # fmt: skip
+    if yes or click.confirm("install?"):
+        environment.install(click.echo)
+        click.echo("installed")
 
 
 def _examine(store: Store) -> dict[str, Any]:
@@ -56,6 +74,7 @@ def _examine(store: Store) -> dict[str, Any]:
         "extras": {
             extra: [name for name, spec, has in items if not _fits(spec, has)] for extra, items in extras.items()
         },
+        "tools": {name: str(item.folder) if item.ready else None for name, item in ENVIRONMENTS.items()},
         "devices": devices,
         "store": {"path": str(store.root), "artifacts": len(list(store)), "free": shutil.disk_usage(existing).free},
         "problems": problems,
@@ -108,6 +127,8 @@ def _print(found: dict[str, Any]) -> None:
     for extra, missing in found["extras"].items():
         would = f"pip install 'luthier[{extra}]' would add {', '.join(missing)}" if missing else "installed"
         click.echo(f"extra '{extra}': {would}")
+    for name, folder in found["tools"].items():
+        click.echo(f"tool '{name}': {folder or f'luthier doctor --install {name} would install it'}")
     for problem in found["problems"]:
         click.echo(f"problem: {problem}", err=True)
     if not found["problems"]:

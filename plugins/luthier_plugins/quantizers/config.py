@@ -8,7 +8,7 @@ from typing import Literal
 from luthier.api import Config, Field
 from pydantic import field_validator
 
-Rounding = Literal["gptq", "nearest"]
+Rounding = Literal["gptq", "nearest", "auto-round"]
 
 
 class QuantizerConfig(Config):
@@ -38,7 +38,11 @@ class GroupedConfig(QuantizerConfig):
     """How many inputs of a layer share a scale and a zero point."""
     rounding: Rounding = "gptq"
     """``gptq`` rounds column by column and lets the columns behind make up for the error, on the calibration data
-    (Frantar et al. 2022, arXiv:2210.17323); ``nearest`` needs no data. Experts are always rounded to nearest."""
+    (Frantar et al. 2022, arXiv:2210.17323), experts to nearest; ``nearest`` needs no data; ``auto-round`` learns
+    which way to round (Cheng et al. 2023, arXiv:2309.05516), slowly, in an environment of its own that
+    ``luthier doctor --install auto-round`` makes."""
+    iterations: int = Field(default=200, gt=0)
+    """Steps that ``auto-round`` takes for each layer."""
     largest_kl: float = Field(default=0.1, gt=0)
 
 

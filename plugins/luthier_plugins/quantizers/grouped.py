@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Artifact, DataError, Facts, ModelError, StageContext
+from luthier.api import Artifact, DataError, Facts, Interrupted, ModelError, StageContext
+from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.models import tensor_headers
 from luthier.train.calibration import blocks_of, digest_of
 from luthier.train.loading import load_model, load_tokenizer
@@ -24,6 +26,7 @@ from torch import Tensor
 TOKENS = 16_384
 """How much calibration data is looked at, where there is as much."""
 BLOCK = 512
+SCRIPT = Path(__file__).with_name("autoround_script.py")
 SHARD = 2_000_000_000
 WORD = 32
 
@@ -31,6 +34,7 @@ WORD = 32
 class _Grouped(ABC):
     """What both layouts have in common."""
 
+    name: ClassVar[str]
     layout: ClassVar[Callable[[Grouped], dict[str, Tensor]]]
 
     def __init__(self, config: AwqConfig | GptqConfig) -> None:
@@ -45,6 +49,8 @@ class _Grouped(ABC):
         check_divisible(headers, chosen, self.config.group_size, WORD // self.config.bits)
         settings = self._settings(chosen, list(headers))
         facts: Facts = {"quantization_config": settings, "layers": len(chosen), "dtype": "float16"}
+        if self.config.rounding == "auto-round":
+            return facts | self._by_auto_round(model, calibration, chosen, out, context)
         made: dict[str, dict[str, Tensor]] = {}
         dense = [name for name in chosen if not EXPERT.search(name)]
         if self.config.rounding == "gptq" and dense:
@@ -75,6 +81,42 @@ class _Grouped(ABC):
         check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
         return facts
 
+    def _by_auto_round(
+        self, model: Artifact, calibration: Iterable[str], chosen: list[str], out: Path, context: StageContext
+    ) -> Facts:
+        """Have auto-round write the weights, in its own environment."""
+        environment = ENVIRONMENTS["auto-round"]
+        # Before anything is computed: it may not be there.
+        _ = environment.python
+        blocks = self._blocks(model, calibration)
+        headers = tensor_headers(model.path)
+        made, job = context.work / "auto-round", context.work / "job.json"
+        values = {
+            "model": str(model.path), "out": str(made), "format": f"auto_{self.name}", "bits": self.config.bits,
+            "group_size": self.config.group_size, "symmetric": self.config.symmetric,
+            "iterations": self.config.iterations, "ids": blocks,
+            "skip": _kept(chosen, list(headers)),
+        }  # fmt: skip
+        job.write_text(json.dumps(values), encoding="utf-8")
+        done = 0
+        for line in environment.lines(SCRIPT, [str(job)], context.work / "auto-round.log"):
+            if "quantized " in line:
+                done += 1
+                context.progress(done, None, "blocks")
+            if context.stopping():
+                raise Interrupted("stopped on request")
+        files = sorted(made.rglob("*.safetensors"))
+        writer = ShardWriter(out, SHARD)
+        for path in files:
+            with safe_open(path, framework="pt") as opened:
+                file: Any = opened
+                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                    tensor: Tensor = file.get_tensor(name)
+                    writer.add(name, tensor.half() if tensor.is_floating_point() else tensor)
+        writer.close()
+        check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
+        return {"calibration": digest_of(blocks)}
+
     def _blocks(self, model: Artifact, calibration: Iterable[str]) -> list[list[int]]:
         try:
             return blocks_of(iter(calibration), load_tokenizer(model), TOKENS, BLOCK)
@@ -99,6 +141,7 @@ def _kept(chosen: list[str], names: list[str]) -> list[str]:
 class Awq(_Grouped):
     """AutoAWQ's ``gemm`` layout."""
 
+    name = "awq"
     layout = staticmethod(to_awq)
 
     def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
@@ -109,6 +152,7 @@ class Awq(_Grouped):
 class Gptq(_Grouped):
     """GPTQ's layout, version 1."""
 
+    name = "gptq"
     layout = staticmethod(to_gptq)
 
     def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
