@@ -321,3 +321,38 @@ def test_each_way_of_splitting_is_llama_cpps(name: str, tmp_path: Path) -> None:
     export = run_stage(tmp_path / "s", "export", inputs={"model": base})
     reader = gguf.GGUFReader(export.path / "model-F16.gguf")
     assert reader.fields["tokenizer.ggml.pre"].contents() == name
+
+
+def test_importances_of_an_adapter_are_those_of_the_folded_model(tuned: Artifact) -> None:
+    store = tuned.path.parents[1]
+    (data,) = tuned_on(tuned)
+    low_rank = run_stage(store, "sft", {"adapter": "lora", "steps": 2}, inputs={"model": tuned, "data": [data]})
+    config = {"format": {"uses": "gguf", "types": ["Q4_K_M"], "imatrix": True}}
+    export = run_stage(store, "export", config, inputs={"model": low_rank})
+    assert export.facts["imatrix"]["tensors"] > 10
+
+
+def test_a_first_token_that_only_the_tokenizer_adds_is_not_added_to_chat(tuned: Artifact, tmp_path: Path) -> None:
+    model = changed(tuned, tmp_path)
+    data = json.loads((model.path / "tokenizer.json").read_text())
+    start = data["added_tokens"][0]
+    name = start["content"]
+    data["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {
+            start["content"]: {"id": start["content"], "ids": [start["id"]], "tokens": [start["content"]]}
+        },
+    }
+    (model.path / "tokenizer.json").write_text(json.dumps(data))
+    export = run_stage(tmp_path / "s", "export", inputs={"model": model})
+    reader = gguf.GGUFReader(export.path / "model-F16.gguf")
+    assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is False
+
+
+def test_another_first_token_in_llama_cpp_is_caught(tuned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier_plugins.gguf.tokenizer._adds_bos", lambda data: True)
+    monkeypatch.setattr("luthier_plugins.gguf.tokenizer.bos_in", lambda template, folder: True)
+    with pytest.raises(ModelError, match="puts another token in front of a conversation"):
+        run_stage(tuned.path.parents[1], "export", inputs={"model": tuned})

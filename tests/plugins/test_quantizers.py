@@ -129,6 +129,8 @@ def test_layers_can_be_skipped(tuned: Artifact) -> None:
     assert export.facts["layers"] == 12
     named = export.facts["quantization_config"]["dynamic"]
     assert "-:^model.layers.2.mlp.down_proj$" in named
+    with pytest.raises(ModelError, match="skip all of them, or none"):
+        exported(tuned, {"uses": "gptq", "skip": ["k_proj"]})
     with pytest.raises(ModelError, match="'nowhere', which is found in the name of no linear layer"):
         exported(tuned, {"uses": "gptq", "skip": ["nowhere"]})
 
@@ -140,6 +142,10 @@ def test_experts_are_quantized_and_routers_are_not(tmp_path: Path) -> None:
     assert "model.layers.0.block_sparse_moe.experts.7.w2.qweight" in headers
     assert "model.layers.0.block_sparse_moe.gate.weight" in headers
     assert export.facts["layers"] == 3 * (4 + 8 * 3)
+    assert "model.layers.2.block_sparse_moe.gate" in export.facts["quantization_config"]["modules_to_not_convert"]
+    # bitsandbytes leaves stacked experts alone.
+    with pytest.raises(ModelError, match="72 layers were not quantized"):
+        exported(base, "nf4")
 
 
 def test_sizes_that_groups_do_not_divide_are_refused_early(tmp_path: Path) -> None:

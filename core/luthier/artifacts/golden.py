@@ -37,7 +37,6 @@ class Verdict:
         expected_tokens: How many there should be.
         answer: What it said.
         expected: What it should have said.
-        finished: Why it stopped: ``stop`` at a stop token, ``length`` at the limit.
     """
 
     question: str
@@ -45,7 +44,6 @@ class Verdict:
     expected_tokens: int
     answer: str
     expected: str
-    finished: str
 
     @property
     def same_prompt(self) -> bool:
@@ -91,8 +89,8 @@ def model_of(url: str) -> str:
         return ""
 
 
-def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> tuple[str, int | None, str]:
-    """Ask for a greedy answer: the text, how many tokens the prompt was, and why it ended.
+def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> tuple[str, int | None]:
+    """Ask for a greedy answer: the text, and how many tokens the prompt was.
 
     Raises:
         ServerError: there is no answer.
@@ -106,7 +104,7 @@ def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -
             raise ServerError(f"{url} does not answer like an OpenAI-compatible server: {error}") from error
     usage: dict[str, Any] = content.get("usage") or {}
     tokens: int | None = usage.get("prompt_tokens")
-    return choice["message"].get("content") or "", tokens, str(choice.get("finish_reason"))
+    return choice["message"].get("content") or "", tokens
 
 
 def streamed(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> Iterator[str]:
@@ -135,13 +133,14 @@ def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:
     """
     model = model_of(url)
     for entry in golden["entries"]:
-        answer, tokens, finished = ask(url, entry["messages"], golden["max_tokens"], model)
-        yield Verdict(entry["messages"][-1]["content"], tokens, len(entry["prompt_ids"]), answer, entry["answer"],
-                      finished)  # fmt: skip
+        answer, tokens = ask(url, entry["messages"], golden["max_tokens"], model)
+        yield Verdict(entry["messages"][-1]["content"], tokens, len(entry["prompt_ids"]), answer, entry["answer"])
 
 
 def problem_of(verdicts: list[Verdict], least: float) -> str | None:
     """What is wrong with a server, if anything is."""
+    if not verdicts:
+        return "the golden file has no entries: the model has no chat template"
     odd = [verdict for verdict in verdicts if not verdict.same_prompt]
     if odd:
         first = odd[0]

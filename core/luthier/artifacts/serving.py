@@ -22,26 +22,30 @@ class Target:
             context, ``{name}`` what clients call the model.
         image: Its container.
         arguments: What the container is started with; the bundle's folder is mounted at ``/model``.
+        gpu: Whether the container's program wants a GPU.
     """
 
     port: int
     command: str
     image: str
     arguments: str
+    gpu: bool = True
 
 
 TARGETS = {
     "llama.cpp": Target(
         8080,
-        "llama-server -m {model} --jinja -c {length} -a {name} --host 127.0.0.1 --port 8080",
+        "llama-server -m {model} --jinja --reasoning-format none -c {length} -a {name} --host 127.0.0.1 --port 8080",
         "ghcr.io/ggml-org/llama.cpp:server",
-        "-m /model/{model} --jinja -c {length} -a {name} --host 0.0.0.0 --port 8080",
+        "-m /model/{model} --jinja --reasoning-format none -c {length} -a {name} --host 0.0.0.0 --port 8080",
+        gpu=False,
     ),
     "ollama": Target(
         11434,
-        "ollama create {name} -f Modelfile && ollama run {name}",
+        "ollama create {name} -f Modelfile",
         "ollama/ollama",
         "serve",
+        gpu=False,
     ),
     "vllm": Target(
         8000,
@@ -116,4 +120,5 @@ def _compose(target: Target, values: Mapping[str, Any]) -> str:
     return (
         f"services:\n  model:\n    image: {target.image}\n    command: {arguments}\n"
         f'    ports: ["127.0.0.1:{target.port}:{target.port}"]\n    volumes: ["..:/model:ro"]\n'
+        + ("    gpus: all\n    ipc: host\n" if target.gpu else "")
     )

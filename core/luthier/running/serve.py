@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from luthier.registry import default_registry
 
 HOST = "127.0.0.1"
 LARGEST_BODY = 1 << 24
+UNBOUNDED = 1 << 20
 
 
 class Speaker:
@@ -34,10 +36,11 @@ class Speaker:
         self._text: Any = import_module("luthier.train.text")
         loading: Any = import_module("luthier.train.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
-        self._model: Any = loading.load_model(artifact)
+        self._scratch = tempfile.TemporaryDirectory()
+        self._model: Any = loading.load_model(loading.usable(artifact, Path(self._scratch.name) / "floats"))
         self._model.eval()
         self._stops: list[int] = artifact.facts["stop_token_ids"]
-        self._length: int = self._model.config.max_position_embeddings
+        self._length: int = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
         # The model answers one at a time.
         self._lock = threading.Lock()
 
@@ -165,6 +168,8 @@ def handler_of(speaker: Any, name: str) -> type[BaseHTTPRequestHandler]:
             self.wfile.flush()
 
         def _refuse(self, code: int, message: str) -> None:
+            # What was sent may not have been read.
+            self.close_connection = True
             self._reply(code, {"error": {"message": message, "code": code}})
 
         def _reply(self, code: int, value: dict[str, Any]) -> None:

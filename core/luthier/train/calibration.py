@@ -50,8 +50,8 @@ def _present(artifact: Artifact, keys: Sequence[str]) -> Iterator[Artifact]:
 
 
 def texts_in(data: Artifact) -> bool:
-    """Whether a dataset holds text that a model can be shown."""
-    return data.facts["format"] in ("messages", "text", "preference")
+    """Whether a dataset holds text that a model is trained on."""
+    return data.facts["format"] in ("messages", "text", "preference") and bool(data.facts["rows"].get("train"))
 
 
 def text_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

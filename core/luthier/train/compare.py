@@ -85,5 +85,8 @@ def compared(reference: Any, changed: Any, sequences: Sequence[Sequence[int]]) -
         for place, logs in enumerate((found, right)):
             losses[place] -= float(logs[:-1].gather(1, given[0, 1:, None]).sum())
     predicted = positions - len(sequences)
-    own, reference_own = (math.exp(loss / max(1, predicted)) for loss in losses)
-    return Comparison(max(0.0, divergence / positions), same / positions, own, reference_own, positions, len(sequences))
+    own, reference_own = (math.exp(min(loss / max(1, predicted), 700.0)) for loss in losses)
+    mean = divergence / positions
+    # Rounding may take it below zero; NaN stays what it is, and is no small number.
+    kl = 0.0 if mean < 0 else mean
+    return Comparison(kl, same / positions, own, reference_own, positions, len(sequences))

@@ -37,8 +37,8 @@ Made by Luthier from the model `{model.key[:12]}`. Context: {facts["context_leng
 {chr(10).join(rows)}
 {about}
 Each file was loaded in llama.cpp and compared with the model in transformers (float32): {first["texts"]} texts became
-the same tokens, the chat template gave the same prompts, each stop token ended the generation, and the next-token
-distributions over the whole vocabulary at {first["positions"]} positions differ by what the table says.
+the same tokens, the chat template (where there is one) gave the same prompts, each stop token ended the generation, and
+the next-token distributions over the whole vocabulary at {first["positions"]} positions differ by what the table says.
 
 ## Start it
 

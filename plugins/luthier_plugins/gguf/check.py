@@ -64,7 +64,8 @@ def expected_of(
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values())
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
-    longest: int = getattr(model.config, "sliding_window", None) or model.config.max_position_embeddings
+    told = getattr(model.config, "sliding_window", None) or getattr(model.config, "max_position_embeddings", None)
+    longest: int = told or 1 << 20
     positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
     for ids in sequences:
         with torch.no_grad():
@@ -102,6 +103,10 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
         found = server.render(messages)
         if found not in (prompt, dated):
             raise ModelError(f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where)
+    for messages, prompt, dated in zip(conversations, expected.prompts, expected.dated_prompts, strict=True):
+        if prompt == dated and server.prompt_tokens(messages) != len(expected.prompt_ids[prompt]):
+            raise ModelError("llama.cpp puts another token in front of a conversation, or none where there is one",
+                             where=where)  # fmt: skip
     for stop in expected.stop_ids:
         if not server.stops_on(stop, expected.prefixes[0]):
             raise ModelError(f"llama.cpp does not stop on the stop token {stop}", where=where)

@@ -15,7 +15,7 @@ from luthier.artifacts.models import read_json
 from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import full_weights, load_model, load_tokenizer
+from luthier.train.loading import fold, full_weights, load_model, load_tokenizer
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
@@ -23,6 +23,7 @@ from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.lora import write_lora
 from luthier_plugins.gguf.modelfile import write_modelfile
 from luthier_plugins.gguf.server import LlamaServer
+from luthier_plugins.gguf.tokenizer import spaced_in
 from luthier_plugins.gguf.write import Source
 
 CHECK_CONTEXT = 512
@@ -51,7 +52,7 @@ class Gguf:
             source.override(self.config.overrides)
             for file_type in self.config.types:
                 _tell_fallbacks(source, file_type, context)
-            loaded, tokenizer = load_model(model), load_tokenizer(model)
+            loaded, tokenizer = fold(load_model(model)), load_tokenizer(model)
             data = self._data(model, context)
             facts: Facts = {}
             if self.config.wants_imatrix:
@@ -90,6 +91,9 @@ class Gguf:
                            exactly=wanted is not None)  # fmt: skip
         importances, idle = importances_of(model, source.parts, blocks, lambda done, total:
                                            context.progress(done, total, "texts for the importances"))  # fmt: skip
+        if not importances:
+            raise ModelError("none of the model's layers could be watched: there are no importances",
+                             hint="leave `imatrix` out")  # fmt: skip
         if idle:
             context.warn(f"no token of the calibration data came to {idle} of the experts of a layer: "
                          "name more data, or data of more kinds")  # fmt: skip
@@ -133,9 +137,9 @@ class Gguf:
                              hint="its whole output is in the run's log")  # fmt: skip
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model, context)
-        expected = expected_of(load_model(model), tokenizer, stops, _own(data, tokenizer))
+        expected = expected_of(load_model(model), tokenizer, stops, _own(data, tokenizer), spaced=spaced_in(weights))
         files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
-        length = read_json(weights / "config.json").get("max_position_embeddings", CHECK_CONTEXT)
+        length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
         facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}
         return self._finish(model, tokenizer, data, facts, context)
 

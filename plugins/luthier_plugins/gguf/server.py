@@ -116,6 +116,11 @@ class LlamaServer:
             reply = self._post("/v1/chat/completions", body)
             yield reply["choices"][0]["message"]["content"] or ""
 
+    def prompt_tokens(self, messages: Sequence[Message]) -> int:
+        """How many tokens a conversation is when a client asks with it."""
+        body = {"messages": list(messages), "temperature": 0, "max_tokens": 1, "cache_prompt": False}
+        return self._post("/v1/chat/completions", body)["usage"]["prompt_tokens"]
+
     def stops_on(self, token: int, prompt: Sequence[int]) -> bool:
         """Whether generation ends when the model says `token`."""
         body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "logit_bias": [[token, 1000.0]],

@@ -97,6 +97,7 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
         )
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     unused = int(TokenType.UNUSED)
+    template = chat_template(folder)
     return TokenizerData(
         model="llama" if pieces else "gpt2",
         pre="default" if pieces else _pre_tokenizer(data, folder),
@@ -105,11 +106,19 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
         scores=_scores(model["vocab"], merges, vocabulary_size) if pieces else [],
         merges=[] if pieces else [" ".join(merge) for merge in merges],
         ids=_special_ids(folder, {text: index for index, text in tokens.items()}),
-        add_bos=_adds_bos(data),
+        # What chat begins with is what the template writes: training adds no token to it.
+        add_bos=_adds_bos(data) and (template is None or bos_in(template, folder)),
         space_prefix=_space_prefix(data, folder) if pieces else False,
-        spaced="Metaspace" not in [step["type"] for step in _steps(data.get("pre_tokenizer"), "pretokenizers")],
-        template=chat_template(folder),
+        spaced=spaced_in(folder),
+        template=template,
     )
+
+
+def spaced_in(folder: Path) -> bool:
+    """Whether a text that begins with a space gets another one in front, as it always does in llama.cpp."""
+    path = folder / "tokenizer.json"
+    steps = _steps(read_json(path).get("pre_tokenizer"), "pretokenizers") if path.exists() else []
+    return not any(step["type"] == "Metaspace" for step in steps)
 
 
 def _piece_type(text: str, model: dict[str, Any]) -> int:
@@ -201,6 +210,13 @@ def _special_ids(folder: Path, ids: dict[str, int]) -> dict[str, int]:
         bos = model_config.get("bos_token_id")
         found["bos"] = bos if isinstance(bos, int) else found.get("eos", 0)
     return {key: index for key, index in found.items() if index >= 0}
+
+
+def bos_in(template: str, folder: Path) -> bool:
+    """Whether a chat template writes the token that begins a text."""
+    token = read_json(folder / "tokenizer_config.json").get("bos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return "bos_token" in template or bool(text and text in template)
 
 
 def _adds_bos(data: dict[str, Any]) -> bool:

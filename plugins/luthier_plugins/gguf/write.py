@@ -84,7 +84,7 @@ class Source:
             layers=self.config["num_hidden_layers"],
             heads=self.config["num_attention_heads"],
             kv_heads=int(metadata["attention.head_count_kv"]),
-            tied=tied,
+            tied="lm_head.weight" not in shapes,
             experts=int(metadata.get("expert_count", 0)),
         )
         self.context_length = int(metadata["context_length"])

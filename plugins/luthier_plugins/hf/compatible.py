@@ -34,8 +34,12 @@ def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     if "rope_theta" in rope:
         found["rope_theta"] = rope["rope_theta"]
     if rope and rope.get("rope_type", "default") != "default":
-        found["rope_scaling"] = {key: value for key, value in rope.items()
-                                 if key not in ("rope_theta", "partial_rotary_factor")}  # fmt: skip
+        scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+        if config.get("model_type") == "phi3":
+            # Version 4 takes these three and no more.
+            found.setdefault("original_max_position_embeddings", rope.get("original_max_position_embeddings"))
+            scaling = {"type": scaling["rope_type"], **{key: scaling[key] for key in ("short_factor", "long_factor")}}
+        found["rope_scaling"] = scaling
     if "partial_rotary_factor" in rope:
         found["partial_rotary_factor"] = rope["partial_rotary_factor"]
     return found

@@ -28,6 +28,8 @@ from luthier_plugins.hf.config import HfConfig
 from luthier_plugins.hf.weights import write_weights
 
 CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
+UNTOLD = 4096
+"""The context of a model that tells none."""
 FINER = (
     "choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the model is for, "
     "or raise `max_kl`"
@@ -75,12 +77,14 @@ class Hf:
             **about,
             "parameters": model_facts(source)["parameters"],
             "files": {stored: {"file": ".", "dtype": name, "bytes": _size(context.out)}},
-            "context_length": config["max_position_embeddings"],
+            "context_length": config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD,
             "stop_token_ids": model.facts["stop_token_ids"],
         }
         answers = partial(_answers, client, tokenizer, model.facts["stop_token_ids"], LIMIT)
         if self.config.serve:
             entries = entries_of(tokenizer, conversations_of(data), answers)
+            if not entries:
+                context.warn("the model has no chat template: the golden file has no entries")
             facts["serve"] = write_bundle(context.out, self.config.serve, ".", facts["context_length"], entries, LIMIT)
         _card(context.out, model, facts, stored)
         _sums(context.out)
@@ -101,7 +105,7 @@ class Hf:
         for name in CARRIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, out / name)
-        for path in {path for pattern in LICENCES for path in source.glob(pattern)}:
+        for path in {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}:
             shutil.copyfile(path, out / path.name)
         _dump(out / "tokenizer_config.json", tokenizer_config(source))
         template = chat_template(source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,15 @@ FEWEST = 8
 
 def main() -> None:
     """Quantize what the job says."""
-    from auto_round import AutoRound
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     model: Any = AutoModelForCausalLM.from_pretrained(job["model"], local_files_only=True, dtype="auto")
     tokenizer: Any = AutoTokenizer.from_pretrained(job["model"], local_files_only=True)
-    rows = _of_one_length([token for block in job["ids"] for token in block])
-    worker: Any = AutoRound(
+    rows: Any = _of_one_length([token for block in job["ids"] for token in block])
+    # It exists in the environment that this runs in, not in Luthier's.
+    worker: Any = import_module("auto_round").AutoRound(
         model, tokenizer, bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"],
         iters=job["iterations"], dataset=DataLoader(rows, batch_size=1), seqlen=len(rows[0]["input_ids"]),
         nsamples=len(rows), batch_size=min(8, len(rows)), device_map="auto" if _cuda() else "cpu",

@@ -12,7 +12,7 @@ from luthier.api import Artifact, Facts, ModelError, StageContext
 from luthier.artifacts.models import tensor_headers
 from luthier.train.shards import ShardWriter
 from luthier_plugins.quantizers.config import Fp8Config, Int8Config
-from luthier_plugins.quantizers.layers import check_done, layers_of
+from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
 from safetensors import safe_open
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class _Channels:
         """Write the weights; no data is needed."""
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
+        name_of = DTYPES[model.facts["dtype"]]
+        dtype: torch.dtype = getattr(torch, name_of)
         writer = ShardWriter(out, SHARD)
         with ExitStack() as stack:
             files: dict[str, Any] = {file: stack.enter_context(safe_open(model.path / file, framework="pt"))
@@ -49,12 +51,15 @@ class _Channels:
                     writer.add(name, values)
                     writer.add(f"{name}_scale", scale)
                 else:
-                    writer.add(name, tensor)
+                    writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
                 context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("weight", "weight_scale"))
-        dtype = DTYPES[model.facts["dtype"]]
-        return {"quantization_config": self._settings(chosen, list(headers)), "layers": len(chosen), "dtype": dtype}
+        return {
+            "quantization_config": self._settings(kept_of(headers, chosen)),
+            "layers": len(chosen),
+            "dtype": name_of,
+        }
 
     def rounded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Weights in 8 bits, and the scale of each output, float32 of shape (rows, 1)."""
@@ -62,15 +67,12 @@ class _Channels:
         scaled = weight / scale
         return (scaled.round() if self.kind == "int" else scaled).clamp(-self.top, self.top).to(self.dtype), scale
 
-    def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
-        quantized = set(chosen)
-        ignored = [name.removesuffix(".weight") for name in names
-                   if name.endswith(("proj.weight", "gate.weight")) and name not in quantized]  # fmt: skip
+    def _settings(self, kept: list[str]) -> dict[str, Any]:
         weights = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "channel", "dynamic": False}
         activations = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "token", "dynamic": True}
         group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
         return {"quant_method": "compressed-tensors", "format": self.form, "quantization_status": "compressed",
-                "config_groups": {"group_0": group}, "ignore": ["lm_head", *ignored]}  # fmt: skip
+                "config_groups": {"group_0": group}, "ignore": ["lm_head", *kept]}  # fmt: skip
 
 
 class Int8(_Channels):

@@ -18,7 +18,7 @@ from luthier.train.loading import load_model, load_tokenizer
 from luthier.train.packed import Grouped, to_awq, to_gptq
 from luthier.train.shards import ShardWriter
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
-from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, layers_of
+from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, kept_of, layers_of
 from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
 from safetensors import safe_open
 from torch import Tensor
@@ -47,7 +47,7 @@ class _Grouped(ABC):
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
         check_divisible(headers, chosen, self.config.group_size, WORD // self.config.bits)
-        settings = self._settings(chosen, list(headers))
+        settings = self._settings(kept_of(headers, chosen))
         facts: Facts = {"quantization_config": settings, "layers": len(chosen), "dtype": "float16"}
         if self.config.rounding == "auto-round":
             return facts | self._by_auto_round(model, calibration, chosen, out, context)
@@ -67,15 +67,13 @@ class _Grouped(ABC):
                                      for file in {header.file for header in headers.values()}}  # fmt: skip
             for place, (name, header) in enumerate(headers.items(), 1):
                 tensor: Tensor = files[header.file].get_tensor(name)
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ModelError("the tensor has NaN or infinite values", where=name)
                 if name in chosen:
+                    in_half(tensor, name)
                     packed = made.pop(name, None) or type(self).layout(to_nearest(tensor.float(), self.grid))
                     for part, value in packed.items():
                         writer.add(f"{name.removesuffix('.weight')}.{part}", value)
                 else:
-                    # The kernels compute in float16.
-                    writer.add(name, tensor.half())
+                    writer.add(name, in_half(tensor, name))
                 context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
@@ -95,7 +93,7 @@ class _Grouped(ABC):
             "model": str(model.path), "out": str(made), "format": f"auto_{self.name}", "bits": self.config.bits,
             "group_size": self.config.group_size, "symmetric": self.config.symmetric,
             "iterations": self.config.iterations, "ids": blocks,
-            "skip": _kept(chosen, list(headers)),
+            "skip": kept_of(headers, chosen),
         }  # fmt: skip
         job.write_text(json.dumps(values), encoding="utf-8")
         done = 0
@@ -112,7 +110,7 @@ class _Grouped(ABC):
                 file: Any = opened
                 for name in file.keys():  # noqa: SIM118 - it is no mapping
                     tensor: Tensor = file.get_tensor(name)
-                    writer.add(name, tensor.half() if tensor.is_floating_point() else tensor)
+                    writer.add(name, in_half(tensor, name))
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
         return {"calibration": digest_of(blocks)}
@@ -127,15 +125,23 @@ class _Grouped(ABC):
             ) from error
 
     @abstractmethod
-    def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
+    def _settings(self, kept: list[str]) -> dict[str, Any]:
         """What ``config.json`` says of it."""
 
 
-def _kept(chosen: list[str], names: list[str]) -> list[str]:
-    """The linear layers that were skipped."""
-    quantized = set(chosen)
-    return [name.removesuffix(".weight") for name in names
-            if name.endswith("proj.weight") and name not in quantized]  # fmt: skip
+def in_half(tensor: Tensor, name: str) -> Tensor:
+    """A tensor in float16, in which the kernels compute.
+
+    Raises:
+        ModelError: a value is not finite, or too large.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    half = tensor.half()
+    if not bool(torch.isfinite(half).all()):
+        odd = "has NaN or infinite values" if not bool(torch.isfinite(tensor).all()) else "does not fit into float16"
+        raise ModelError(f"the tensor {odd}", where=name, hint="this layout computes in float16: export another one")
+    return half
 
 
 class Awq(_Grouped):
@@ -144,9 +150,9 @@ class Awq(_Grouped):
     name = "awq"
     layout = staticmethod(to_awq)
 
-    def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
+    def _settings(self, kept: list[str]) -> dict[str, Any]:
         return {"quant_method": "awq", "bits": 4, "group_size": self.config.group_size, "version": "gemm",
-                "zero_point": True, "modules_to_not_convert": _kept(chosen, names) or None}  # fmt: skip
+                "zero_point": True, "modules_to_not_convert": kept or None}  # fmt: skip
 
 
 class Gptq(_Grouped):
@@ -155,11 +161,11 @@ class Gptq(_Grouped):
     name = "gptq"
     layout = staticmethod(to_gptq)
 
-    def _settings(self, chosen: list[str], names: list[str]) -> dict[str, Any]:
+    def _settings(self, kept: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {
             "quant_method": "gptq", "bits": self.config.bits, "group_size": self.config.group_size,
             "sym": self.config.symmetric, "desc_act": False, "checkpoint_format": "gptq", "damp_percent": 0.01,
         }  # fmt: skip
-        kept = _kept(chosen, names)
-        # The form in which GPTQModel and vLLM take exceptions.
-        return found | ({"dynamic": {f"-:^{name}$": {} for name in kept}} if kept else {})
+        # Two forms: GPTQModel and vLLM take exceptions by pattern, others by name.
+        names = {"dynamic": {f"-:^{name}$": {} for name in kept}, "modules_to_not_convert": kept}
+        return found | (names if kept else {})

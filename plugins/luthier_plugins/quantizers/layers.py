@@ -9,7 +9,9 @@ from pathlib import Path
 from luthier.api import ModelError
 from luthier.artifacts.models import TensorHeader
 
+NUMBER = re.compile(r"\.layers\.(\d+)\.")
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)\.weight$")
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -27,9 +29,36 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
             raise ModelError(f"`skip` has {pattern!r}, which is found in the name of no linear layer",
                              hint=f"names are like {', '.join(linear[:3])}")  # fmt: skip
     chosen = [name for name in linear if not any(re.search(pattern, name) for pattern in skip)]
+    _check_fused(linear, set(chosen))
     if not chosen:
         raise ModelError("no layer is left to quantize", hint="`skip` fewer of them")
-    return chosen
+    # safetensors has them in the order of their names, in which layer 10 comes before layer 2.
+    return sorted(chosen, key=lambda name: int(NUMBER.findall(name)[0]))
+
+
+def kept_of(headers: Mapping[str, TensorHeader], chosen: Sequence[str]) -> list[str]:
+    """The matrices inside of the model's layers that stay as they are, routers among them: names of modules."""
+    quantized = set(chosen)
+    return [name.removesuffix(".weight") for name, header in headers.items()
+            if len(header.shape) == 2 and name.endswith(".weight") and ".layers." in name and "norm" not in name
+            and name not in quantized]  # fmt: skip
+
+
+def _check_fused(linear: Sequence[str], chosen: set[str]) -> None:
+    """Servers make one matrix of some layers: all of them have fewer bits, or none.
+
+    Raises:
+        ModelError: `skip` names some of them only.
+    """
+    for group in FUSED:
+        for name in linear:
+            stem, _, last = name.removesuffix(".weight").rpartition(".")
+            mine = {f"{stem}.{other}.weight" for other in group} & set(linear) if last in group else set()
+            if mine and mine & chosen and not mine <= chosen:
+                raise ModelError(
+                    f"`skip` names some of {', '.join(group)} in {stem} only, of which servers make one matrix",
+                    hint="skip all of them, or none",
+                )
 
 
 def check_divisible(headers: Mapping[str, TensorHeader], chosen: Sequence[str], columns: int, rows: int) -> None:

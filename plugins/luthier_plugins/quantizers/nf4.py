@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, ModelError, StageContext
+from luthier.api import Artifact, Facts, StageContext
 from luthier.artifacts.models import tensor_headers
 from luthier_plugins.quantizers.config import Nf4Config
+from luthier_plugins.quantizers.layers import check_done, layers_of
 
 
 class Nf4:
@@ -32,9 +33,8 @@ class Nf4:
         )
         loaded.save_pretrained(out)
         written = tensor_headers(out)
-        quantized = [name for name in written if name.endswith("quant_state.bitsandbytes__nf4")]
-        if not quantized:
-            raise ModelError("bitsandbytes quantized no layer", where=str(out))
+        quantized = layers_of(tensor_headers(model.path), [])
+        check_done(out, quantized, written, ("weight.quant_state.bitsandbytes__nf4",))
         found: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return {"quantization_config": found["quantization_config"], "layers": len(quantized),
                 "dtype": "bfloat16"}  # fmt: skip

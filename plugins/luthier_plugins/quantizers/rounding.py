@@ -43,7 +43,8 @@ class Grid:
             scale = _half(2 * size / self.top)
             return scale, torch.full_like(scale, 1 << (self.bits - 1))
         scale = _half((high - low) / self.top)
-        return scale, (-low / scale).round().clamp(0, self.top)
+        # GPTQ stores zero points minus one: there is no 0.
+        return scale, (-low / scale).round().clamp(1, self.top)
 
     def whole(self, weights: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """The whole numbers of weights."""
