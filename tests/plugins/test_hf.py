@@ -155,7 +155,8 @@ def served(*arguments: str) -> Generator[str]:
             assert found
             yield found[1]
         finally:
-            os.killpg(process.pid, signal.SIGINT)
+            # A suite that runs in the background has Ctrl-C ignored, and so have its children.
+            os.killpg(process.pid, signal.SIGTERM)
             process.wait(30)
 
 

@@ -7,6 +7,7 @@ transformers, one answer at a time.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import tempfile
 import threading
@@ -219,6 +220,8 @@ def _wait(url: str) -> None:
 def main() -> None:
     """Entry point of ``python -m luthier.running.serve FOLDER VARIANT PORT``."""
     folder, variant, port = sys.argv[1:]
+    # Ended from a script as cleanly as with Ctrl-C, which programs started in the background do not get.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve_artifact(Artifact.load(Path(folder)), variant or None, int(port))
     except KeyboardInterrupt:
