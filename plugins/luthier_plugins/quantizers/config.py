@@ -44,6 +44,7 @@ class GroupedConfig(QuantizerConfig):
     iterations: int = Field(default=200, gt=0)
     """Steps that ``auto-round`` takes for each layer."""
     largest_kl: float = Field(default=0.1, gt=0)
+    """The largest mean KL divergence to the model it came from, in nats per token."""
 
 
 class AwqConfig(GroupedConfig):
