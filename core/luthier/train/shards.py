@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from luthier.artifacts.models import tensor_headers
+
 INDEX = "model.safetensors.index.json"
+
+
+def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a model folder, one at a time, in the order of its files."""
+    headers = tensor_headers(folder)
+    with ExitStack() as stack:
+        files: dict[str, Any] = {file: stack.enter_context(safe_open(folder / file, framework="pt"))
+                                 for file in sorted({header.file for header in headers.values()})}  # fmt: skip
+        for name, header in headers.items():
+            yield name, files[header.file].get_tensor(name)
 
 
 class ShardWriter:

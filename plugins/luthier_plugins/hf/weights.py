@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from luthier.api import ModelError
 from luthier.artifacts.models import tensor_headers
-from luthier.train.shards import ShardWriter
-from safetensors import safe_open
+from luthier.train.shards import ShardWriter, tensors_of
 
 
 def write_weights(source: Path, out: Path, dtype: torch.dtype | None, shard_size: int) -> Iterator[tuple[int, int]]:
@@ -23,14 +21,11 @@ def write_weights(source: Path, out: Path, dtype: torch.dtype | None, shard_size
     Raises:
         ModelError: a weight is not finite, or does not fit into the dtype.
     """
-    headers = tensor_headers(source)
+    count = len(tensor_headers(source))
     writer = ShardWriter(out, shard_size)
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(safe_open(source / name, framework="pt"))
-                 for name in sorted({header.file for header in headers.values()})}  # fmt: skip
-        for done, (name, header) in enumerate(headers.items(), 1):
-            writer.add(name, _stored(files[header.file].get_tensor(name), dtype, name))
-            yield done, len(headers)
+    for done, (name, tensor) in enumerate(tensors_of(source), 1):
+        writer.add(name, _stored(tensor, dtype, name))
+        yield done, count
     writer.close()
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from luthier.api import Artifact, Facts, ModelError, StageContext
 from luthier.artifacts.models import tensor_headers
-from luthier.train.shards import ShardWriter
+from luthier.train.shards import ShardWriter, tensors_of
 from luthier_plugins.quantizers.config import Fp8Config, Int8Config
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
-from safetensors import safe_open
 from torch import Tensor
 
 SHARD = 2_000_000_000
@@ -39,20 +37,17 @@ class _Channels:
         name_of = DTYPES[model.facts["dtype"]]
         dtype: torch.dtype = getattr(torch, name_of)
         writer = ShardWriter(out, SHARD)
-        with ExitStack() as stack:
-            files: dict[str, Any] = {file: stack.enter_context(safe_open(model.path / file, framework="pt"))
-                                     for file in {header.file for header in headers.values()}}  # fmt: skip
-            for place, (name, header) in enumerate(headers.items(), 1):
-                tensor: Tensor = files[header.file].get_tensor(name)
-                if not bool(torch.isfinite(tensor).all()):
-                    raise ModelError("the tensor has NaN or infinite values", where=name)
-                if name in chosen:
-                    values, scale = self.rounded(tensor.float())
-                    writer.add(name, values)
-                    writer.add(f"{name}_scale", scale)
-                else:
-                    writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-                context.progress(place, len(headers), "tensors")
+        quantized = set(chosen)
+        for place, (name, tensor) in enumerate(tensors_of(model.path), 1):
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError("the tensor has NaN or infinite values", where=name)
+            if name in quantized:
+                values, scale = self.rounded(tensor.float())
+                writer.add(name, values)
+                writer.add(f"{name}_scale", scale)
+            else:
+                writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
+            context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("weight", "weight_scale"))
         return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from luthier.artifacts.models import tensor_headers
 from luthier.train.calibration import blocks_of, digest_of
 from luthier.train.loading import load_model, load_tokenizer
 from luthier.train.packed import Grouped, to_awq, to_gptq
-from luthier.train.shards import ShardWriter
+from luthier.train.shards import ShardWriter, tensors_of
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
 from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, kept_of, layers_of
 from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
@@ -62,19 +61,16 @@ class _Grouped(ABC):
                 made[name] = type(self).layout(matrix)
             del loaded
         writer = ShardWriter(out, SHARD)
-        with ExitStack() as stack:
-            files: dict[str, Any] = {file: stack.enter_context(safe_open(model.path / file, framework="pt"))
-                                     for file in {header.file for header in headers.values()}}  # fmt: skip
-            for place, (name, header) in enumerate(headers.items(), 1):
-                tensor: Tensor = files[header.file].get_tensor(name)
-                if name in chosen:
-                    in_half(tensor, name)
-                    packed = made.pop(name, None) or type(self).layout(to_nearest(tensor.float(), self.grid))
-                    for part, value in packed.items():
-                        writer.add(f"{name.removesuffix('.weight')}.{part}", value)
-                else:
-                    writer.add(name, in_half(tensor, name))
-                context.progress(place, len(headers), "tensors")
+        quantized = set(chosen)
+        for place, (name, tensor) in enumerate(tensors_of(model.path), 1):
+            if name in quantized:
+                in_half(tensor, name)
+                packed = made.pop(name, None) or type(self).layout(to_nearest(tensor.float(), self.grid))
+                for part, value in packed.items():
+                    writer.add(f"{name.removesuffix('.weight')}.{part}", value)
+            else:
+                writer.add(name, in_half(tensor, name))
+            context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
         return facts
