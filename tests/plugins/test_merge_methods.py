@@ -187,11 +187,11 @@ class Walk:
         self._parts = [tensor[first : first + height] for first in range(0, len(tensor), height)]
         self._starts = [first * tensor.shape[1] for first in range(0, len(tensor), height)]
 
-    def each(self, look):
+    def each(self, look, every=1):
         from luthier.api import MergePart
 
         return [look(MergePart(self.place, start, [part], [1.0]))
-                for part, start in zip(self._parts, self._starts, strict=True)]  # fmt: skip
+                for part, start in zip(self._parts[::every], self._starts[::every], strict=True)]  # fmt: skip
 
     def __call__(self, look):
         return sum(self.each(look)[1:], self.each(look)[0])
@@ -200,18 +200,19 @@ class Walk:
 values = st.sampled_from([0.0, 1.0, 0.5, 2.0, 1e-30, 3.0, 1.0000001])
 
 
-@pytest.mark.parametrize("in_memory", [0, 1 << 22])
+@pytest.mark.parametrize(("in_memory", "held"), [(0, 0.0), (0, 2.0), (1 << 22, 0.0)])
 @given(st.lists(values, min_size=12, max_size=12), st.integers(0, 12), st.integers(1, 4))
 def test_selection_is_a_stable_sort_by_size_lowest_index_first(
-    in_memory: int, items: list[float], count: int, height: int
+    in_memory: int, held: float, items: list[float], count: int, height: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "IN_MEMORY", in_memory)
+        patch.setattr(selection, "HELD", held)
         check_selection(items, count, height)
 
 
 def check_selection(items: list[float], count: int, height: int) -> None:
-    """Both ways to select have to give what sorting gives."""
+    """All ways to select have to give what sorting gives."""
     tensor = torch.tensor(items).view(4, 3) + 0.0
     scan = Walk(tensor, height)
     ((cut,),) = largest(scan, lambda part: part.tensors, [[count]])

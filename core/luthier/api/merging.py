@@ -211,8 +211,8 @@ class Scan(Protocol):
         """The sum of what `look` returns for each part, added up in the order of the parts."""
         ...
 
-    def each(self, look: Callable[[MergePart], Tensor]) -> list[Tensor]:
-        """What `look` returns for each part, in the order of the parts."""
+    def each(self, look: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
+        """What `look` returns for each part, or for every so many-th of them, in the order of the parts."""
         ...
 
 

@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,9 +79,9 @@ class TensorScan:
     def __call__(self, look: Callable[[MergePart], Tensor]) -> Tensor:
         return in_order(look(part) for part in self.parts())
 
-    def each(self, look: Callable[[MergePart], Tensor]) -> list[Tensor]:
-        """What `look` returns for each part."""
-        return [look(part) for part in self.parts()]
+    def each(self, look: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
+        """What `look` returns for each part, or for every so many-th of them."""
+        return [look(part) for part in islice(self.parts(), 0, None, every)]
 
 
 def in_order(values: Iterator[Tensor]) -> Tensor:

@@ -38,8 +38,8 @@ Span = tuple[int, int]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Look = Callable[[MergePart], Tensor]
-Walk = Callable[[Look, bool], Iterator[Tensor]]
-"""Gives what a look at each part returns; whole numbers may be added up on the way when the flag says so."""
+Walk = Callable[[Look, int, bool], Iterator[Tensor]]
+"""Gives what a look at every so many-th part returns; whole numbers may be added up when the flag says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +171,11 @@ class Engine:
         else:
             spans = list(Grid.of(task.place.shape).spans())
             parts = self._kept(task, spans) if self._keeps(task) else None
-            found = measured(
-                self.method, _Scan(task, lambda look, _: (look(part) for part in parts or self._parts(task, spans)))
-            )
+
+            def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
+                return (look(part) for part in (parts[::every] if parts else self._parts(task, spans[::every])))
+
+            found = measured(self.method, _Scan(task, walk))
             for part in parts or self._parts(task, spans):
                 self._write(task, part, found)
         return task.entries
@@ -226,14 +228,16 @@ class Engine:
         grid = Grid.of(task.place.shape)
         spans = list(grid.spans())
         several = max(1, self.settings.chunk // (grid.height * grid.columns))
-        jobs = [spans[first : first + several] for first in range(0, len(spans), several)]
 
-        def walk(look: Look, add: bool) -> Iterator[Tensor]:
+        def jobs(spans: Sequence[Span]) -> list[Sequence[Span]]:
+            return [spans[first : first + several] for first in range(0, len(spans), several)]
+
+        def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
             def work(job: Sequence[Span]) -> list[Tensor]:
                 looks = (look(part) for part in self._parts(task, job))
                 return _condensed(looks) if add else list(looks)
 
-            for found in _ahead(pool, work, jobs, 2 * self.settings.workers):
+            for found in _ahead(pool, work, jobs(spans[::every]), 2 * self.settings.workers):
                 yield from found
 
         found = measured(self.method, _Scan(task, walk))
@@ -242,7 +246,7 @@ class Engine:
             for part in self._parts(task, job):
                 self._write(task, part, found)
 
-        for _ in _ahead(pool, work, jobs, 2 * self.settings.workers):
+        for _ in _ahead(pool, work, jobs(spans), 2 * self.settings.workers):
             pass
 
     # -- parts ------------------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def scan_of(task: Task) -> Scan:
     """A walk over one parameter in this thread."""
     scratch = Scratch()
     spans = list(Grid.of(task.place.shape).spans())
-    return _Scan(task, lambda look, _: (look(read_part(task, span, scratch)) for span in spans))
+    return _Scan(task, lambda look, every, _: (look(read_part(task, span, scratch)) for span in spans[::every]))
 
 
 class _Scan:
@@ -298,10 +302,10 @@ class _Scan:
         self._walk = walk
 
     def __call__(self, look: Look) -> Tensor:
-        return in_order(self._walk(look, True))
+        return in_order(self._walk(look, 1, True))
 
-    def each(self, look: Look) -> list[Tensor]:
-        return list(self._walk(look, False))
+    def each(self, look: Look, every: int = 1) -> list[Tensor]:
+        return list(self._walk(look, every, False))
 
 
 def _condensed(values: Iterator[Tensor]) -> list[Tensor]:

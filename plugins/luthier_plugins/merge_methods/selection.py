@@ -1,8 +1,9 @@
 """Exact selection by rank over a parameter that is never held in memory as a whole.
 
-The bits of a float that is not negative, read as an integer, have the order of the floats. Two histograms, one of the
-upper half of the bits and one of the lower half within the bin that holds the rank, give the exact entry: the first
-digits of a radix sort.
+A sample tells about where a rank is; one walk then counts what is above and holds the few values around it. Where the
+sample was misleading, two histograms find the rank: the bits of a float that is not negative, read as an integer, have
+the order of the floats, and one histogram of the upper half of the bits and one of the lower half within the bin that
+holds the rank give the exact entry, as the first digits of a radix sort do.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from torch import Tensor
 HALF = 16
 BINS = 1 << HALF
 IN_MEMORY = 1 << 22
-"""Entries up to which a parameter's values are held at once: partitioning is faster than two histograms."""
+"""Entries up to which a parameter's values are held at once."""
+SAMPLED_PARTS = 8
+"""Every so many-th part is in the sample, ..."""
+SAMPLED_VALUES = 8
+"""... and of it every so many-th value."""
+MARGIN = 0.02
+"""How far a rank may be from where the sample has it, as a share of all entries."""
+HELD = 0.2
+"""The share of the entries that may be held around all ranks of one kind of value."""
 EVERYTHING = 1 << 62
 """A place behind every part."""
 Values = Callable[[MergePart], Sequence[Tensor]]
@@ -68,6 +77,12 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
     if entries <= IN_MEMORY:
         return _in_memory(scan, values, counts)
     wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
+    rows = iter(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted))
+    return [[next(rows) for _ in several] for several in counts]
+
+
+def _by_histograms(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]]) -> list[Cut]:
+    """The cuts, whatever the values are like; looks at everything two or three times."""
     upper = scan(lambda part: torch.stack([_histogram(_keys(value) >> HALF, BINS) for value in values(part)]))
     bins: list[int] = []
     left: list[int] = []
@@ -86,8 +101,47 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
         cutoffs.append(float(bits.view(torch.float32)))
         missing.append(rest - over)
         total.append(int(lower[row, place]))
-    rows = iter(_tied(scan, values, wanted, cutoffs, missing, total))
-    return [[next(rows) for _ in several] for several in counts]
+    return _tied(scan, values, wanted, cutoffs, missing, total)
+
+
+def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], entries: int) -> list[Cut] | None:
+    """The cuts from one walk over everything, or None where the sample was misleading."""
+    drawn = scan.each(
+        lambda part: torch.stack([value.flatten()[::SAMPLED_VALUES] for value in values(part)]), SAMPLED_PARTS
+    )
+    sample = torch.cat(drawn, dim=1).sort(dim=1).values.numpy()
+    size = sample.shape[1]
+    brackets: list[tuple[int, float, float]] = []
+    for kind, count in wanted:
+        place = size * (1 - count / entries)
+        low, high = math.floor(place - MARGIN * size), math.ceil(place + MARGIN * size)
+        brackets.append((kind, sample[kind, low] if low > 0 else 0.0, sample[kind, high] if high < size else math.inf))
+    inside: dict[int, list[Any]] = {}
+    room = HELD * entries * len(wanted)
+
+    def look(part: MergePart) -> Tensor:
+        nonlocal room
+        given = [value.flatten().numpy() for value in values(part)]
+        held = [given[kind][(given[kind] >= low) & (given[kind] <= high)] for kind, low, high in brackets]
+        room -= sum(map(len, held))
+        # Several threads may pass the limit at once, by a part each: it bounds memory, no result hangs on it.
+        inside[part.start] = held if room > 0 else []
+        return torch.tensor([np.count_nonzero(given[kind] > high) for kind, _, high in brackets])
+
+    over = scan(look).tolist()
+    if room <= 0:
+        return None
+    starts = sorted(inside)
+    found: list[Cut] = []
+    for row, (_, count) in enumerate(wanted):
+        several = [inside[start][row] for start in starts]
+        flat, rest = np.concatenate(several), count - over[row]
+        if count and not 0 < rest <= len(flat):
+            return None
+        places = np.cumsum([0, *map(len, several[:-1])])
+        ordered = np.partition(flat, len(flat) - rest) if count else flat
+        found.append(_cut_of(flat, ordered, rest if count else 0, places, np.array(starts)))
+    return found
 
 
 def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
@@ -106,12 +160,20 @@ def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> l
         flat = held[kind].numpy()
         ranks = [len(flat) - count for count in several if count]
         ordered = np.partition(flat, ranks) if ranks else flat
-        result.append([_cut_of(flat, ordered, count, starts) for count in several])
+        result.append([_cut_of(flat, ordered, count, starts, starts) for count in several])
     return result
 
 
-def _cut_of(flat: Any, ordered: Any, count: int, starts: Any) -> Cut:
-    """The cut at a rank of partitioned values."""
+def _cut_of(flat: Any, ordered: Any, count: int, places: Any, starts: Any) -> Cut:
+    """The cut at a rank of partitioned values.
+
+    Args:
+        flat: The values, part after part.
+        ordered: They, partitioned at the rank.
+        count: How many of the largest belong to the cut.
+        places: Where each part's values begin among them.
+        starts: Where each part begins in the parameter.
+    """
     if not count:
         return Cut(math.inf, 0, 0)
     value = ordered[len(flat) - count]
@@ -120,8 +182,8 @@ def _cut_of(flat: Any, ordered: Any, count: int, starts: Any) -> Cut:
     if missing == len(equal):
         return Cut(float(value), EVERYTHING, 0)
     last = equal[missing - 1]
-    start = starts[np.searchsorted(starts, last, side="right") - 1]
-    return Cut(float(value), int(start), int(missing - np.searchsorted(equal, start)))
+    part = np.searchsorted(places, last, side="right") - 1
+    return Cut(float(value), int(starts[part]), int(missing - np.searchsorted(equal, places[part])))
 
 
 def _keys(values: Tensor) -> Tensor:
