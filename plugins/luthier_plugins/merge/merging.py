@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -68,10 +69,12 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
 
 
 def _settle(output: Output, context: StageContext) -> None:
-    """See the files onto the disk and hash them, while the other process looks at them."""
-    output.sync()
-    for path in output.paths:
-        context.finished(path)
+    """See the files onto the disk and hash them, all at once and while the other process looks at them."""
+    with ThreadPoolExecutor() as pool:
+        synced = pool.submit(output.sync)
+        for _ in pool.map(context.finished, output.paths):
+            pass
+        synced.result()
 
 
 def _vocabulary(config: MergeConfig, context: StageContext, inputs: Inputs) -> Vocabulary | None:
