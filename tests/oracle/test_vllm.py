@@ -73,8 +73,15 @@ def vllm(python: Path, folder: Path, log: Path) -> Generator[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "quantize",
-    [None, {"uses": "awq", "group_size": 64}, {"uses": "gptq", "group_size": 64}, {"uses": "int8"}],
-    ids=["plain", "awq", "gptq", "int8"],
+    [
+        None,
+        {"uses": "awq", "group_size": 64},
+        {"uses": "gptq", "group_size": 64},
+        {"uses": "gptq", "group_size": 64, "skip": ["layers.0.mlp"]},
+        {"uses": "int8"},
+        {"uses": "fp8"},
+    ],
+    ids=["plain", "awq", "gptq", "gptq-skip", "int8", "fp8"],
 )
 def test_vllm_says_what_the_golden_file_has(
     quantize: dict[str, Any] | None, python: Path, tuned: Artifact, tmp_path: Path

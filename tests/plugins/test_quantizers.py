@@ -22,7 +22,7 @@ from luthier.cli.doctor import doctor_command
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.packed import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq
 from luthier_plugins.quantizers.rounding import Grid, to_nearest, with_feedback
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 TEXT = ["Where is the letter?", "The letter is in the drawer.", "12 geese, 34 ducks", "Größe naïve"] * 8
 
@@ -185,17 +185,33 @@ def test_quantized_sources_are_refused(tuned: Artifact, tmp_path: Path) -> None:
             run_stage(tmp_path / "s", "export", {"format": form}, inputs={"model": Artifact.load(folder)})
 
 
-@pytest.mark.parametrize("method", ["int8", "fp8"])
-def test_transformers_reads_compressed_tensors_as_we_do(
-    method: str, tuned: Artifact, environment: Callable[..., Path]
-) -> None:
-    python = environment(
-        "compressed", "torch==2.13.0", "transformers==5.23.0", "compressed-tensors==0.20.0", "accelerate"
-    )
-    export = exported(tuned, method)
+READERS = {
+    "compressed": ("torch==2.13.0", "transformers==5.23.0", "compressed-tensors==0.20.0", "accelerate"),
+    "gptqmodel": ("torch==2.13.0", "transformers==5.23.0", "accelerate", "optimum", "gptqmodel==7.6.0"),
+}
+"""Environments in which transformers loads a layout, and what they have."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [("compressed", {"uses": "int8"}), ("compressed", {"uses": "fp8"}), ("gptqmodel", {"uses": "awq"}),
+     ("gptqmodel", {"uses": "gptq"}), ("gptqmodel", {"uses": "gptq", "bits": 8, "symmetric": False}),
+     ("torchao", {"uses": "torchao"}), ("torchao", {"uses": "torchao", "type": "int8-dynamic"}),
+     ("torchao", {"uses": "torchao", "type": "float8"})],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)  # fmt: skip
+def test_transformers_reads_the_layouts_as_we_do(
+    where: str, options: dict[str, Any], tuned: Artifact, environment: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    python = environment(where, *(READERS.get(where) or ENVIRONMENTS[where].packages))
+    monkeypatch.setattr(Environment, "folder", property(lambda self: python.parents[1]))
+    export = exported(tuned, {**options, "skip": ["layers.0.mlp.down_proj"]})
+    assert export.facts["layers"] == 20
     script = (
         "import sys, json, torch, transformers\n"
-        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], device_map='cpu')\n"
         "print(json.dumps(model(torch.tensor([[5, 6, 7, 8]])).logits[0].float().tolist()))\n"
     )
     done = subprocess.run([str(python), "-c", script, str(export.path)], capture_output=True, text=True, check=False)
@@ -205,9 +221,25 @@ def test_transformers_reads_compressed_tensors_as_we_do(
     ours = load_model(usable(Artifact(export.key, "model", export.path, export.facts, {}), export.path.parent / "f"))
     with torch.no_grad():
         right = ours(torch.tensor([[5, 6, 7, 8]])).logits[0].log_softmax(-1)
-    found = torch.tensor(json.loads(done.stdout)).log_softmax(-1)
+    found = torch.tensor(json.loads(done.stdout.strip().rpartition("\n")[2])).log_softmax(-1)
     # transformers rounds the activations as well.
     assert float((right.exp() * (right - found)).sum(-1).mean()) < 0.01
+
+
+def test_torchaos_tensors_are_read(tmp_path: Path) -> None:
+    whole = torch.tensor([[-128, 0, 127], [3, 4, 5]], dtype=torch.int8)
+    scale, zero = torch.tensor([[0.5], [2.0]]), torch.tensor([[0], [4]], dtype=torch.int8)
+    stem = "model.layers.0.mlp.up_proj"
+    tensors = {f"{stem}._weight_qdata": whole, f"{stem}._weight_scale": scale, f"{stem}._weight_zero_point": zero,
+               "model.norm.weight": torch.ones(3)}  # fmt: skip
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "torchao"}}))
+    found = dict(read_floats(tmp_path))
+    assert set(found) == {f"{stem}.weight", "model.norm.weight"}
+    assert found[f"{stem}.weight"].tolist() == [[-64.0, 0.0, 63.5], [-2.0, 0.0, 2.0]]
+    save_file(tensors | {f"{stem}._weight_scale": scale.expand(2, 3).contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="scales for groups of inputs"):
+        dict(read_floats(tmp_path))
 
 
 def test_weights_are_read_back_whole(tuned: Artifact) -> None:
@@ -226,7 +258,7 @@ def test_a_tool_that_is_not_installed_is_named_with_the_command_that_does(
     with pytest.raises(PluginError, match="luthier doctor --install auto-round"):
         exported(tuned, {"uses": "awq", "rounding": "auto-round"})
     shown = CliRunner().invoke(doctor_command, ["--json"])
-    assert json.loads(shown.output)["tools"] == {"auto-round": None}
+    assert json.loads(shown.output)["tools"] == {"auto-round": None, "torchao": None}
     refused = CliRunner().invoke(doctor_command, ["--install", "auto-round"], input="n\n")
     assert "auto-round==0.16.1" in refused.output
     assert list(tmp_path.iterdir()) == []

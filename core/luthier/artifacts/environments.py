@@ -83,7 +83,8 @@ class Environment:
             PluginError: the environment has not been made yet.
             StageError: the script fails.
         """
-        command = [str(self.python), str(script), *arguments]
+        # Without the script's own folder: a file beside it may be called as a library is.
+        command = [str(self.python), "-P", str(script), *arguments]
         # Nothing of this process's own paths gets into the other environment.
         clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         last = ""
@@ -113,6 +114,11 @@ ENVIRONMENTS = {
             "auto-round",
             "rounding that learns which way to round, for the quantizers awq and gptq",
             ("torch==2.13.0", "transformers==5.23.0", "auto-round==0.16.1"),
+        ),
+        Environment(
+            "torchao",
+            "the quantizer torchao",
+            ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "torchao==0.18.0"),
         ),
     )
 }

@@ -80,9 +80,10 @@ def usable(artifact: Artifact, scratch: Path) -> Artifact:
         scratch: A folder for the weights in float32.
     """
     config = read_json(artifact.path / "config.json")
-    if (config.get("quantization_config") or {}).get("quant_method") not in ("awq", "gptq", "compressed-tensors"):
+    from luthier.train.packed import READABLE, read_floats
+
+    if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
         return artifact
-    from luthier.train.packed import read_floats
     from luthier.train.shards import ShardWriter
 
     scratch.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Weights with few bits as AutoAWQ, GPTQ and compressed-tensors lay them out: packed, and back.
+"""Weights with few bits as AutoAWQ, GPTQ, compressed-tensors and torchao lay them out: packed, and back.
 
 A matrix of shape (rows, columns) is rows = outputs, columns = inputs, as in ``nn.Linear``. A group is so many columns
 of one row that share a scale and a zero point: w = (q - zero) * scale.
@@ -21,6 +21,12 @@ from luthier.artifacts.models import read_json, tensor_headers
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight rows stands in each nibble of AutoAWQ's integers, from the lowest."""
 WORD = 32
+READABLE = ("awq", "gptq", "compressed-tensors", "torchao")
+"""What ``quant_method`` may be in the config of a folder that `read_floats` reads."""
+SCALED = {"weight": "weight_scale", "_weight_qdata": "_weight_scale"}
+"""How compressed-tensors and torchao call a layer's values, and their scales."""
+BESIDE = ("qzeros", "scales", "g_idx", *SCALED.values(), "_weight_zero_point")
+"""Parts of a layer that are read with its values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +135,7 @@ def read_floats(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     config: dict[str, Any] = read_json(folder / "config.json").get("quantization_config") or {}
     method = config.get("quant_method")
-    if method not in (None, "awq", "gptq", "compressed-tensors"):
+    if method is not None and method not in READABLE:
         raise ModelError(f"weights quantized with {method} cannot be read here", where=str(folder))
     headers = tensor_headers(folder)
     opened = {name: safe_open(folder / name, framework="pt") for name in {item.file for item in headers.values()}}
@@ -145,7 +151,11 @@ def read_floats(folder: Path) -> Iterator[tuple[str, Tensor]]:
                      if f"{stem}.{part}" in headers}  # fmt: skip
             read = from_awq if method == "awq" else from_gptq
             yield f"{stem}.weight", read(parts, config["bits"]).floats()
-        elif last == "weight" and f"{name}_scale" in headers:
-            yield name, tensor(name).float() * tensor(f"{name}_scale").float()
-        elif last not in ("qzeros", "scales", "g_idx", "weight_scale"):
+        elif f"{stem}.{SCALED.get(last)}" in headers:
+            scale = tensor(f"{stem}.{SCALED[last]}").float()
+            if scale.shape[1:] != (1,):
+                raise ModelError("has scales for groups of inputs, which cannot be read here", where=stem)
+            zero = tensor(f"{stem}._weight_zero_point").float() if f"{stem}._weight_zero_point" in headers else 0.0
+            yield f"{stem}.weight", (tensor(name).float() - zero) * scale
+        elif last not in BESIDE:
             yield name, tensor(name).float()

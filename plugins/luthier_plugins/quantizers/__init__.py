@@ -7,6 +7,7 @@ METHODS = {
     "gptq": ("4 or 8 bits in GPTQ's layout, for vLLM and TGI", "GptqConfig", "grouped:Gptq"),
     "int8": ("8-bit integers for weights and activations (W8A8), compressed-tensors", "Int8Config", "channels:Int8"),
     "fp8": ("8-bit floats for weights and activations, compressed-tensors", "Fp8Config", "channels:Fp8"),
+    "torchao": ("8 bits in torchao's layout, for transformers and vLLM", "TorchaoConfig", "torchao:Torchao"),
     "nf4": ("4-bit NormalFloat of bitsandbytes", "Nf4Config", "nf4:Nf4"),
 }
 

@@ -9,6 +9,7 @@ from luthier.api import Config, Field
 from pydantic import field_validator
 
 Rounding = Literal["gptq", "nearest", "auto-round"]
+TorchaoType = Literal["int8", "int8-dynamic", "float8"]
 
 
 class QuantizerConfig(Config):
@@ -71,6 +72,16 @@ class Int8Config(QuantizerConfig):
 
 class Fp8Config(QuantizerConfig):
     """Floats of 8 bits (E4M3): a scale for each output, and activations rounded as they come."""
+
+
+class TorchaoConfig(QuantizerConfig):
+    """8 bits in torchao's tensors: a scale for each output.
+
+    It runs in an environment of its own that ``luthier doctor --install torchao`` makes.
+    """
+
+    type: TorchaoType = "int8"
+    """``int8`` and ``float8`` round weights only; ``int8-dynamic`` rounds activations as they come, too."""
 
 
 class Nf4Config(Config):

@@ -46,7 +46,7 @@ class _Grouped(ABC):
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
         check_divisible(headers, chosen, self.config.group_size, WORD // self.config.bits)
-        settings = self._settings(kept_of(headers, chosen))
+        settings = self._settings(chosen, kept_of(headers, chosen))
         facts: Facts = {"quantization_config": settings, "layers": len(chosen), "dtype": "float16"}
         if self.config.rounding == "auto-round":
             return facts | self._by_auto_round(model, calibration, chosen, out, context)
@@ -121,7 +121,7 @@ class _Grouped(ABC):
             ) from error
 
     @abstractmethod
-    def _settings(self, kept: list[str]) -> dict[str, Any]:
+    def _settings(self, chosen: list[str], kept: list[str]) -> dict[str, Any]:
         """What ``config.json`` says of it."""
 
 
@@ -146,7 +146,7 @@ class Awq(_Grouped):
     name = "awq"
     layout = staticmethod(to_awq)
 
-    def _settings(self, kept: list[str]) -> dict[str, Any]:
+    def _settings(self, chosen: list[str], kept: list[str]) -> dict[str, Any]:
         return {"quant_method": "awq", "bits": 4, "group_size": self.config.group_size, "version": "gemm",
                 "zero_point": True, "modules_to_not_convert": kept or None}  # fmt: skip
 
@@ -157,11 +157,15 @@ class Gptq(_Grouped):
     name = "gptq"
     layout = staticmethod(to_gptq)
 
-    def _settings(self, kept: list[str]) -> dict[str, Any]:
+    def _settings(self, chosen: list[str], kept: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {
             "quant_method": "gptq", "bits": self.config.bits, "group_size": self.config.group_size,
             "sym": self.config.symmetric, "desc_act": False, "checkpoint_format": "gptq", "damp_percent": 0.01,
         }  # fmt: skip
-        # Two forms: GPTQModel and vLLM take exceptions by pattern, others by name.
-        names = {"dynamic": {f"-:^{name}$": {} for name in kept}, "modules_to_not_convert": kept}
+        # Three forms: GPTQModel and vLLM take exceptions by pattern, optimum in transformers wants the layers that are
+        # none, others take exceptions by name.
+        names = {
+            "dynamic": {f"-:^{name}$": {} for name in kept}, "modules_to_not_convert": kept,
+            "modules_in_block_to_quantize": [[name.removesuffix(".weight") for name in chosen]],
+        }  # fmt: skip
         return found | (names if kept else {})
