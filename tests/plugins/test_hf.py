@@ -9,9 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from luthier.api import Artifact, ModelError
 from luthier.artifacts.golden import ServerError, ask, streamed
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
+from luthier.running.serve import TransformersSpeaker
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.compare import compared
 from luthier.train.loading import load_model
@@ -140,6 +143,7 @@ def test_each_server_has_its_command_and_its_compose_file(export: Artifact) -> N
         compose = yaml.safe_load((folder / f"{name}.compose.yaml").read_text())
         (port,) = compose["services"]["model"]["ports"]
         assert port.startswith("127.0.0.1:")
+        assert re.fullmatch(r"\$\{IMAGE:-[a-z0-9./:-]+\}", compose["services"]["model"]["image"])
     golden = json.loads((folder / "golden.json").read_text())
     assert {entry["answer"] for entry in golden["entries"]} >= {"in the drawer", "twelve", "a friend"}
 
@@ -160,6 +164,26 @@ def served(*arguments: str) -> Generator[str]:
             process.wait(30)
 
 
+def completion(url: str, limit: int) -> dict[str, Any]:
+    """A server's whole reply to one question."""
+    body = {"messages": [{"role": "user", "content": "How many geese?"}], "max_tokens": limit}
+    request = urllib.request.Request(
+        f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as reply:
+        return json.loads(reply.read())
+
+
+def test_a_reader_who_leaves_stops_the_answer(export: Artifact) -> None:
+    speaker = TransformersSpeaker(Artifact(export.key, "model", export.path, export.facts, {}))
+    speaker._stops = []
+    spoken = speaker.say(speaker.prompt([{"role": "user", "content": "How many geese?"}]), 400, 0.0, 1.0)
+    pieces = iter(spoken)
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert 0 < spoken.tokens < 400
+
+
 def test_a_model_is_served_and_checked_against_its_golden_file(export: Artifact) -> None:
     golden = export.path / "serve" / "golden.json"
     with served(str(export.path)) as url:
@@ -173,6 +197,11 @@ def test_a_model_is_served_and_checked_against_its_golden_file(export: Artifact)
         pieces = list(streamed(url, [{"role": "user", "content": "How many geese?"}], 20))
         assert len(pieces) > 1
         assert "".join(pieces) == "twelve"
+        whole, cut = (completion(url, limit) for limit in (20, 1))
+        assert whole["choices"][0]["finish_reason"] == "stop"
+        assert cut["choices"][0]["finish_reason"] == "length"
+        assert cut["usage"]["completion_tokens"] == 1
+        assert whole["usage"]["total_tokens"] == cut["usage"]["prompt_tokens"] + whole["usage"]["completion_tokens"]
         chat = CliRunner().invoke(chat_command, [url, "--ask", "Who is there?"])
         assert chat.output == "> Who is there?\na friend\n"
         with pytest.raises(ServerError, match="400"):
@@ -227,6 +256,10 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
     config = {"format": {"uses": "gguf", "types": ["F16", "Q8_0"], "serve": ["llama.cpp", "ollama"]}}
     export = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned})
     assert "llama-server -m model-Q8_0.gguf --jinja" in (export.path / "serve" / "llama.cpp.sh").read_text()
+    ollama = yaml.safe_load((export.path / "serve" / "ollama.compose.yaml").read_text())["services"]["model"]
+    shell, flag, script = ollama["entrypoint"]
+    assert "ollama create model -f /model/Modelfile" in script
+    assert subprocess.run([shell, "-n", flag, script], check=False).returncode == 0
     with served(str(export.path)) as url:
         done = CliRunner().invoke(verify_command, [url, str(export.path / "serve" / "golden.json")])
         assert done.exit_code == 0, done.output

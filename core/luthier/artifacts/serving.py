@@ -20,16 +20,18 @@ class Target:
         port: Where it listens.
         command: How it is started on a machine that has it; ``{model}`` is the folder or file, ``{length}`` the
             context, ``{name}`` what clients call the model.
-        image: Its container.
+        image: Its container, without a version: which one is right is a matter of the machine's drivers.
         arguments: What the container is started with; the bundle's folder is mounted at ``/model``.
+        script: What a shell in the container does instead, where one command is not enough.
         gpu: Whether the container's program wants a GPU.
     """
 
     port: int
     command: str
     image: str
-    arguments: str
+    arguments: str = ""
     gpu: bool = True
+    script: str = ""
 
 
 TARGETS = {
@@ -44,8 +46,9 @@ TARGETS = {
         11434,
         "ollama create {name} -f Modelfile",
         "ollama/ollama",
-        "serve",
         gpu=False,
+        script="ollama serve & until ollama list > /dev/null 2>&1; do sleep 1; done; "
+        "ollama create {name} -f /model/Modelfile && wait",
     ),
     "vllm": Target(
         8000,
@@ -116,9 +119,13 @@ def write_bundle(
 
 
 def _compose(target: Target, values: Mapping[str, Any]) -> str:
-    arguments = json.dumps(target.arguments.format(**values).split())
+    if target.script:
+        start = f"    entrypoint: {json.dumps(['sh', '-c', target.script.format(**values)])}\n"
+    else:
+        start = f"    command: {json.dumps(target.arguments.format(**values).split())}\n"
     return (
-        f"services:\n  model:\n    image: {target.image}\n    command: {arguments}\n"
+        "# Set IMAGE to the version that you have tested.\n"
+        f"services:\n  model:\n    image: ${{IMAGE:-{target.image}}}\n{start}"
         f'    ports: ["127.0.0.1:{target.port}:{target.port}"]\n    volumes: ["..:/model:ro"]\n'
         + ("    gpus: all\n    ipc: host\n" if target.gpu else "")
     )

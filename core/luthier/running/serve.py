@@ -6,28 +6,24 @@ transformers, one answer at a time.
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import LuthierError, ModelError, StoreError
 from luthier.registry import default_registry
+from luthier.running.chat_server import HOST, ChatServer
 
-HOST = "127.0.0.1"
-LARGEST_BODY = 1 << 24
 UNBOUNDED = 1 << 20
 
 
-class Speaker:
+class TransformersSpeaker:
     """A model or adapter in transformers that says its answers piece by piece."""
 
     def __init__(self, artifact: Artifact) -> None:
@@ -57,26 +53,37 @@ class Speaker:
             raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
         return ids
 
-    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Iterator[str]:
-        """Pieces of an answer."""
+    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Spoken:
+        """Answer with at most so many tokens; greedily where the temperature is 0."""
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        options = {"max_new_tokens": min(limit, self._length - len(ids)), "eos_token_id": self._stops or None,
+                   "pad_token_id": self._tokenizer.pad_token_id, "repetition_penalty": None, **sampling}  # fmt: skip
+        return Spoken(self, ids, options)
+
+    def pieces(self, ids: list[int], options: dict[str, Any], spoken: Spoken) -> Iterator[str]:
+        """Have the model write what `spoken` is; it ends early when nobody reads on."""
         torch = self._torch
+        gone = threading.Event()
+        failures: list[BaseException] = []
         with self._lock:
             streamer = self._transformers.TextIteratorStreamer(
                 self._tokenizer, skip_prompt=True, skip_special_tokens=True
             )
-            sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-            if temperature > 0:
-                sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-            options = {"input_ids": torch.tensor([ids], device=self._model.device), "streamer": streamer,
-                       "max_new_tokens": min(limit, self._length - len(ids)), "eos_token_id": self._stops or None,
-                       "pad_token_id": self._tokenizer.pad_token_id, "repetition_penalty": None,
-                       **sampling}  # fmt: skip
-            failures: list[BaseException] = []
+
+            def given_up(ids: Any, scores: Any) -> Any:
+                return torch.full((ids.shape[0],), gone.is_set(), device=ids.device)
 
             def work() -> None:
                 try:
                     with torch.no_grad():
-                        self._model.generate(**options)
+                        (written,) = self._model.generate(
+                            input_ids=torch.tensor([ids], device=self._model.device),
+                            streamer=streamer, stopping_criteria=[given_up], **options,
+                        ).tolist()  # fmt: skip
+                    spoken.tokens = len(written) - len(ids)
+                    spoken.finish_reason = "stop" if written[-1] in self._stops else "length"
                 # It is raised where the answer is read.
                 except BaseException as error:  # noqa: BLE001
                     failures.append(error)
@@ -87,101 +94,22 @@ class Speaker:
             try:
                 yield from streamer
             finally:
+                gone.set()
                 thread.join()
             if failures:
                 raise ModelError(f"the model fails: {failures[0]}")
 
 
-def handler_of(speaker: Any, name: str) -> type[BaseHTTPRequestHandler]:
-    """The handler of a server's requests."""
+class Spoken:
+    """An answer of `TransformersSpeaker`, written while it is read."""
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    def __init__(self, speaker: TransformersSpeaker, ids: list[int], options: dict[str, Any]) -> None:
+        self.tokens = 0
+        self.finish_reason: Literal["stop", "length"] = "length"
+        self._speaker, self._ids, self._options = speaker, ids, options
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: what is asked is nobody's matter."""
-
-        def do_GET(self) -> None:
-            if self.path == "/health":
-                self._reply(200, {"status": "ok"})
-            elif self.path == "/v1/models":
-                self._reply(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "luthier"}]})
-            else:
-                self._refuse(404, f"there is no {self.path}")
-
-        def do_POST(self) -> None:
-            if self.path != "/v1/chat/completions":
-                self._refuse(404, f"there is no {self.path}")
-                return
-            try:
-                body = self._body()
-                messages = body["messages"]
-                limit = int(body.get("max_tokens") or body.get("max_completion_tokens") or 256)
-                temperature, top_p = float(body.get("temperature") or 0), float(body.get("top_p") or 1)
-                ids = speaker.prompt(messages)
-            except (ValueError, LookupError, TypeError) as error:
-                self._refuse(400, f"the request cannot be read: {type(error).__name__}: {error}")
-                return
-            except LuthierError as error:
-                self._refuse(400, str(error))
-                return
-            pieces = speaker.say(ids, max(1, limit), temperature, top_p)
-            if body.get("stream"):
-                self._stream(pieces)
-            else:
-                self._whole(pieces, len(ids))
-
-        def _body(self) -> dict[str, Any]:
-            length = int(self.headers.get("Content-Length") or 0)
-            if not 0 < length <= LARGEST_BODY:
-                raise ValueError("the body is empty or too large")
-            found = json.loads(self.rfile.read(length))
-            if not isinstance(found, dict):
-                raise TypeError("the body is no object")
-            return cast("dict[str, Any]", found)
-
-        def _whole(self, pieces: Iterator[str], prompt: int) -> None:
-            try:
-                text = "".join(pieces)
-            except LuthierError as error:
-                self._refuse(500, str(error))
-                return
-            message = {"role": "assistant", "content": text}
-            choice = {"index": 0, "message": message, "finish_reason": "stop"}
-            self._reply(200, {"object": "chat.completion", "created": int(time.time()), "model": name,
-                              "choices": [choice], "usage": {"prompt_tokens": prompt}})  # fmt: skip
-
-        def _stream(self, pieces: Iterator[str]) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "text/event-stream")
-            self.send_header("Connection", "close")
-            self.end_headers()
-            self.close_connection = True
-            for piece in pieces:
-                self._event({"delta": {"content": piece}, "finish_reason": None})
-            self._event({"delta": {}, "finish_reason": "stop"})
-            self.wfile.write(b"data: [DONE]\n\n")
-
-        def _event(self, choice: dict[str, Any]) -> None:
-            value = {"object": "chat.completion.chunk", "created": int(time.time()), "model": name,
-                     "choices": [{"index": 0, **choice}]}  # fmt: skip
-            self.wfile.write(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())
-            self.wfile.flush()
-
-        def _refuse(self, code: int, message: str) -> None:
-            # What was sent may not have been read.
-            self.close_connection = True
-            self._reply(code, {"error": {"message": message, "code": code}})
-
-        def _reply(self, code: int, value: dict[str, Any]) -> None:
-            data = json.dumps(value, ensure_ascii=False).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-    return Handler
+    def __iter__(self) -> Iterator[str]:
+        return self._speaker.pieces(self._ids, self._options, self)
 
 
 def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
@@ -205,7 +133,7 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
         raise ModelError(f"a {artifact.kind} cannot be served", hint="name a model, an adapter or an export")
     name = str(artifact.manifest.get("stage", "model"))
     try:
-        server = ThreadingHTTPServer((HOST, port), handler_of(Speaker(artifact), name))
+        server = ChatServer(TransformersSpeaker(artifact), name, port)
     except OSError as error:
         raise StoreError(f"the port {port} cannot be used: {error}", hint="choose another one with --port") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
