@@ -20,30 +20,17 @@ import time
 from pathlib import Path
 
 WORK = """
-import json, sys, threading, time
+import json, sys
 from contextlib import ExitStack
 from pathlib import Path
 from luthier_plugins.gguf.write import Source
-
-def anonymous():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
+from memory import Watched
 
 folder, out, kind = sys.argv[1:]
-peak = before = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.005):
-        peak = max(peak, anonymous())
-threading.Thread(target=watch, daemon=True).start()
-started = time.perf_counter()
-with ExitStack() as stack:
+with Watched() as watched, ExitStack() as stack:
     for _ in Source(Path(folder), stack).write(Path(out), kind, "x", workers=2):
         pass
-took = time.perf_counter() - started
-done.set()
-print(json.dumps({"seconds": took, "memory": peak - before}))
+print(json.dumps({"seconds": watched.seconds, "memory": watched.memory}))
 """
 
 
@@ -79,7 +66,8 @@ def ours(folder: Path, out: Path, kind: str) -> dict[str, float]:
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", WORK, str(folder), str(out), kind],
-        capture_output=True, text=True, check=True, env={**ALLOCATOR, **os.environ},
+        capture_output=True, text=True, check=True,
+        env={**ALLOCATOR, **os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     return {**json.loads(done.stdout), "whole": time.perf_counter() - started}
 

@@ -29,9 +29,10 @@ METHODS: dict[str, tuple[dict[str, Any], dict[str, Any], int, bool]] = {
 }
 NAMES = ["a", "b", "c"]
 WORK = """
-import json, sys, threading, time
+import json, sys
 from pathlib import Path
 import torch
+from memory import Watched
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
 from luthier_plugins.merge.config import MergeConfig
@@ -47,26 +48,13 @@ config = MergeConfig.model_validate({"models": models, "method": values, **({"ba
 method = registry.impl_class(config.method.component)(config.method.config)
 made = {artifact.manifest["stage"]: artifact for artifact in Store(Path(store))}
 
-def anonymous():
-    line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-    return int(line.split()[1]) / 1024
-
-peak = before = anonymous()
-done = threading.Event()
-def watch():
-    global peak
-    while not done.wait(0.01):
-        peak = max(peak, anonymous())
-threading.Thread(target=watch, daemon=True).start()
-started = time.perf_counter()
-inputs = Inputs([Weights(made[name]) for name in models], Weights(made[base]) if base else None)
-layout = lay_out(config, inputs, 0, None)
-output = Output(Path(out), layout.tensors, 5_000_000_000)
-Engine(method, output, Settings(workers), lambda done, total: None).run(layout.tasks)
-output.close()
-took = time.perf_counter() - started
-done.set()
-print(json.dumps({"seconds": took, "memory": peak - before}))
+with Watched() as watched:
+    inputs = Inputs([Weights(made[name]) for name in models], Weights(made[base]) if base else None)
+    layout = lay_out(config, inputs, 0, None)
+    output = Output(Path(out), layout.tensors, 5_000_000_000)
+    Engine(method, output, Settings(workers), lambda done, total: None).run(layout.tasks)
+    output.close()
+print(json.dumps({"seconds": watched.seconds, "memory": watched.memory}))
 """
 
 
@@ -155,7 +143,8 @@ def by_engine(folder: Path, name: str) -> dict[str, float]:
                  len(os.sched_getaffinity(0))]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", WORK, json.dumps(arguments)],
-        capture_output=True, text=True, check=True, env={**ALLOCATOR, **os.environ},
+        capture_output=True, text=True, check=True,
+        env={**ALLOCATOR, **os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )  # fmt: skip
     shutil.rmtree(out)
     return json.loads(done.stdout)

@@ -20,7 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from gguf_models import MODELS, make_model
-from luthier.api import Artifact, ModelError
+from luthier.api import Artifact, ModelError, StoreError
 from luthier.artifacts.golden import ServerError, ask, streamed
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
@@ -146,6 +146,19 @@ def test_each_server_has_its_command_and_its_compose_file(export: Artifact) -> N
         assert re.fullmatch(r"\$\{IMAGE:-[a-z0-9./:-]+\}", compose["services"]["model"]["image"])
     golden = json.loads((folder / "golden.json").read_text())
     assert {entry["answer"] for entry in golden["entries"]} >= {"in the drawer", "twelve", "a friend"}
+
+
+@pytest.mark.parametrize(
+    "form", [{"uses": "hf"}, {"uses": "hf", "quantize": "int8"}, {"uses": "gguf", "types": ["Q8_0"]}], ids=str
+)
+def test_what_the_disk_cannot_hold_is_refused_before_it_is_begun(
+    form: dict[str, Any], tuned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(StoreError, match=r"takes 0\.00 GB, the disk has 0\.00 GB left"):
+        run_stage(tmp_path / "s", "export", {"format": form}, inputs={"model": tuned})
+    assert not [path for path in (tmp_path / "s").rglob("*") if path.suffix in (".safetensors", ".gguf")]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.api import Artifact, ModelError
+from luthier.api import Artifact, ModelError, StoreError
 from luthier.artifacts.datasets import read_split
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
@@ -310,7 +310,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_a_tensor_is_read(
     usage = shutil.disk_usage(store)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(Weights, "read", lambda *arguments: pytest.fail("a tensor was read"))
-    with pytest.raises(ModelError, match=r"needs 0\.00 GB, the disk has 0.00 GB left"):
+    with pytest.raises(StoreError, match=r"the merged model takes 0\.00 GB, the disk has 0\.00 GB left"):
         run_stage(store, "merge", inputs={"models": models[:2]})
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         ModelSource,
         NotIdentity,
         OneOrMany,
+        Pattern,
         PreferenceLossUse,
         QuantizerUse,
         RegularizerUse,
@@ -96,8 +97,8 @@ _HOME = {
     "config": (
         "AdapterUse", "AugmenterUse", "Config", "DatasetInput", "DatasetInputs", "Estimate", "ExporterUse", "Field",
         "FileSource", "FormatUse", "Gate", "Input", "MergeUse", "MetricUse", "ModelInput", "ModelSource",
-        "NotIdentity", "OneOrMany", "PreferenceLossUse", "QuantizerUse", "RegularizerUse", "Source", "StageConfig",
-        "SubComponent", "TrackerUse", "Use", "other_formats",
+        "NotIdentity", "OneOrMany", "Pattern", "PreferenceLossUse", "QuantizerUse", "RegularizerUse",
+        "Source", "StageConfig", "SubComponent", "TrackerUse", "Use", "other_formats",
     ),
     "context": ("StageContext",),
     "errors": (
@@ -163,6 +164,7 @@ __all__ = [
     "ModelSource",
     "NotIdentity",
     "OneOrMany",
+    "Pattern",
     "PerModel",
     "PluginError",
     "Prediction",

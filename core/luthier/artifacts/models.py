@@ -16,6 +16,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")  # fmt: skip
 CARRIED = (*TOKENIZER_FILES, "generation_config.json")
 """What describes text and generation, and has to survive every stage byte for byte."""
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""Under what conditions a model may be used: they hold for what is made of it, too."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -147,10 +149,26 @@ def chat_template(folder: Path) -> str | None:
 
 
 def carry_text_files(source: Path, out: Path) -> None:
-    """Copy tokenizer, chat template and generation config unchanged."""
+    """Copy tokenizer, chat template, generation config and licence unchanged."""
     for name in CARRIED:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
+    carry_licences(source, out)
+
+
+def carry_licences(source: Path, out: Path, label: str = "") -> None:
+    """Copy what is said of the model's licence; what is there already stays.
+
+    Args:
+        label: What to call a file whose name is taken by another text: ``LICENSE`` becomes ``LICENSE.label``.
+    """
+    for path in {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}:
+        content = path.read_bytes()
+        target = out / path.name
+        if label and target.exists() and target.read_bytes() != content:
+            target = out / f"{path.name}.{label}"
+        if not target.exists():
+            target.write_bytes(content)
 
 
 def tokenizer_digest(folder: Path) -> str:

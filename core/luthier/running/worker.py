@@ -258,8 +258,10 @@ def download(pinned: str) -> Path:
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    from luthier.artifacts.models import LICENCES
+
     repository, _, commit = pinned.removeprefix("hf:").partition("@")
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "LICENSE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", *LICENCES]
     try:
         return Path(
             cast("Any", huggingface_hub).snapshot_download(repository, revision=commit, allow_patterns=patterns)

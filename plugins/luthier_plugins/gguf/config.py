@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from luthier.api import Config, DatasetInput, Field, FileSource
+from luthier.api import Config, DatasetInput, Field, FileSource, Pattern
 from pydantic import field_validator, model_validator
 
 FileType = Literal[
@@ -34,7 +33,7 @@ class GgufConfig(Config):
 
     types: list[FileType] = Field(default=["F16"], min_length=1)
     """The types of the weights, named as llama.cpp names them."""
-    overrides: dict[str, TensorType] = {}
+    overrides: dict[Pattern, TensorType] = {}
     """Types of single tensors: by a regular expression for names in GGUF, such as ``attn_v: Q8_0``; the first that is
     found in a name counts."""
     imatrix: bool | None = None
@@ -57,16 +56,6 @@ class GgufConfig(Config):
     serve: list[Literal["llama.cpp", "ollama"]] = []
     """For each of these programs: the command that starts it, a compose file, and a golden file with a script that
     checks a running server against it; for the last of the files."""
-
-    @field_validator("overrides")
-    @classmethod
-    def _patterns_parse(cls, value: dict[str, TensorType]) -> dict[str, TensorType]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return value
 
     @field_validator("types")
     @classmethod

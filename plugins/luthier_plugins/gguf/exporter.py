@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
-from luthier.artifacts.models import read_json
+from luthier.artifacts.models import carry_licences, read_json
+from luthier.artifacts.room import check_room
 from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.train.golden import LIMIT, conversations_of, entries_of
@@ -50,6 +51,7 @@ class Gguf:
         with ExitStack() as stack:
             source = Source(weights, stack)
             source.override(self.config.overrides)
+            check_room(context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files")
             for file_type in self.config.types:
                 _tell_fallbacks(source, file_type, context)
             loaded, tokenizer = fold(load_model(model)), load_tokenizer(model)
@@ -154,6 +156,7 @@ class Gguf:
             with LlamaServer(context.out / last, context_length=min(length, SERVED_CONTEXT), limit=LIMIT) as server:
                 entries = entries_of(tokenizer, conversations_of(data), server.answer)
             facts["serve"] = write_bundle(context.out, self.config.serve, last, length, entries, LIMIT)
+        carry_licences(model.path, context.out)
         write_modelfile(context.out, files, tokenizer, model.facts, length)
         write_card(context.out, model, facts)
         return facts

@@ -214,6 +214,10 @@ class Source:
         """The type of one tensor in a file of that type."""
         return tensor_type(file_type, part.name, part.shape, self.layout)
 
+    def bytes(self, file_type: FileType) -> int:
+        """How many bytes the tensors of a file of that type have."""
+        return sum(size_in_bytes(part.shape, self.type_of(part, file_type)) for part in self.parts)
+
     def mix(self, file_type: FileType) -> dict[str, int]:
         """How many tensors have which type in a file of that type."""
         return dict(Counter(self.type_of(part, file_type).name for part in self.parts))

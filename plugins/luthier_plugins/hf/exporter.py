@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, ModelError, Quantizer, StageContext, Teacher
 from luthier.artifacts.digest import digest_file, files_in
-from luthier.artifacts.models import chat_template, model_facts, read_json
+from luthier.artifacts.models import carry_licences, chat_template, model_facts, read_json
+from luthier.artifacts.room import check_room
 from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import texts_of, tuned_on
 from luthier.train.compare import Comparison, compared, sequences_of
@@ -36,7 +37,8 @@ FINER = (
 )
 LARGEST_KL = 0.01
 """In nats per token: what rounding to another dtype costs at most."""
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+FEWEST = 0.5
+"""Bytes of a weight with four bits: what a quantized folder takes at least."""
 SUMS = "SHA256SUMS"
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -54,12 +56,15 @@ class Hf:
             raise ModelError("the model is quantized already", where=str(source),
                              hint="its folder is what quantization made: serve it as it is")  # fmt: skip
         data = context.inputs("format.calibration") if self.config.calibration else tuned_on(model)
+        parameters: int = model_facts(source)["parameters"]
         if self.config.quantize is not None:
+            check_room(context.out, int(FEWEST * parameters), "the quantized folder")
             about, limit = self._quantized(model, source, data, context)
         else:
             # A folded adapter is float32: its base's dtype is what the user thinks of.
             about = {"dtype": self.config.dtype or DTYPES[model.facts["dtype"]]}
-            dtype = getattr(torch, about["dtype"])
+            dtype: torch.dtype = getattr(torch, about["dtype"])
+            check_room(context.out, dtype.itemsize * parameters, "the folder")
             for done, total in write_weights(source, context.out, dtype, self.config.shard_size):
                 context.progress(done, total, "tensors")
             limit = LARGEST_KL
@@ -75,7 +80,7 @@ class Hf:
             **model_facts(context.out),
             **verdict.facts(),
             **about,
-            "parameters": model_facts(source)["parameters"],
+            "parameters": parameters,
             "files": {stored: {"file": ".", "dtype": name, "bytes": _size(context.out)}},
             "context_length": config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD,
             "stop_token_ids": model.facts["stop_token_ids"],
@@ -105,8 +110,7 @@ class Hf:
         for name in CARRIED:
             if (source / name).exists():
                 shutil.copyfile(source / name, out / name)
-        for path in {path for pattern in LICENCES for path in source.glob(pattern) if path.is_file()}:
-            shutil.copyfile(path, out / path.name)
+        carry_licences(source, out)
         _dump(out / "tokenizer_config.json", tokenizer_config(source))
         template = chat_template(source)
         if template is not None:

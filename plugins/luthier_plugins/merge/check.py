@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from luthier.api import ModelError
@@ -13,7 +11,6 @@ from luthier_plugins.merge.config import SMALL, MergeConfig
 from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
 from luthier_plugins.merge.reader import DTYPES, Source
-from luthier_plugins.merge.writer import Described
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
@@ -190,20 +187,4 @@ def check_weights(method: str, tasks: Sequence[Task]) -> None:
             f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum: "
             f"{', '.join(odd[:SHOWN])}",
             hint="change the gradients or filters of `weights`",
-        )
-
-
-def check_room(folder: Path, tensors: Mapping[str, Described]) -> None:
-    """Refuse to begin what the disk cannot hold.
-
-    Raises:
-        ModelError: there is too little room.
-    """
-    needed = sum(about.bytes for about in tensors.values())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ModelError(
-            f"the merged model needs {needed / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left",
-            where=str(folder),
-            hint="free some space (`luthier clean`) or choose another store with --store",
         )

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
-from luthier.artifacts.models import carry_text_files, model_facts
-from luthier_plugins.merge.check import check, check_room, check_weights
+from luthier.artifacts.models import carry_licences, carry_text_files, model_facts
+from luthier.artifacts.room import check_room
+from luthier_plugins.merge.check import check, check_weights
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings, extras_of
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.reader import Unfoldable, Weights, dump_json
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
-from luthier_plugins.merge.writer import INDEX, Output
+from luthier_plugins.merge.writer import INDEX, Output, size_of
 
 
 def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -> Facts:
@@ -43,7 +44,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         layout = lay_out(config, inputs, context.seed, config.dtype)
         if getattr(config.method.config, "divides", False):
             check_weights(config.method.name, layout.tasks)
-        check_room(context.out, layout.tensors)
+        check_room(context.out, size_of(layout.tensors), "the merged model")
         prepared = extras_of(prepared_by(method, context, artifacts))
         tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
@@ -51,6 +52,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
+        for other in inputs.all:
+            carry_licences(_full(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
@@ -144,9 +147,14 @@ def _settings(config: MergeConfig, method: Merge) -> Settings:
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu")
 
 
+def _full(model: Artifact) -> Artifact:
+    """The model, or what an adapter sits on."""
+    return model.base if model.kind == "adapter" else model
+
+
 def carry(model: Artifact, out: Path) -> None:
     """Everything but weights: from the full model, then the text files from the model itself."""
-    full = model.base.path if model.kind == "adapter" else model.path
+    full = _full(model).path
     for path in files_in(full):
         weights = path.suffix == ".safetensors" or path.name in ("manifest.json", INDEX)
         if path.parent == full and not weights:

@@ -30,6 +30,11 @@ class Described:
         return math.prod(self.shape) * SIZES[self.dtype]
 
 
+def size_of(tensors: Mapping[str, Described]) -> int:
+    """How many bytes they are together."""
+    return sum(about.bytes for about in tensors.values())
+
+
 def shards_of(tensors: Mapping[str, Described], limit: int) -> list[list[str]]:
     """The names of the tensors of each file, none of them larger than `limit` bytes unless one tensor is."""
     shards: list[list[str]] = [[]]
@@ -63,8 +68,7 @@ class Output:
             self._make(folder / file, shard)
         if len(shards) > 1:
             where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            total = sum(about.bytes for about in tensors.values())
-            dump_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            dump_json(folder / INDEX, {"metadata": {"total_size": size_of(tensors)}, "weight_map": where})
 
     def _make(self, path: Path, names: Sequence[str]) -> None:
         # Wide dtypes first, so that every tensor begins at a multiple of its element size.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from luthier.api import Config, Field
-from pydantic import field_validator
+from luthier.api import Config, Field, Pattern
 
 Rounding = Literal["gptq", "nearest", "auto-round"]
 TorchaoType = Literal["int8", "int8-dynamic", "float8"]
@@ -15,21 +13,11 @@ TorchaoType = Literal["int8", "int8-dynamic", "float8"]
 class QuantizerConfig(Config):
     """What all quantizers have."""
 
-    skip: list[str] = []
+    skip: list[Pattern] = []
     """Layers that stay as they are, by regular expressions for their names, such as ``layers\\.0\\.`` or
     ``down_proj``; output layer, embeddings and what chooses experts always do."""
     largest_kl: float = Field(default=0.02, gt=0)
     """The largest mean KL divergence to the model it came from, in nats per token."""
-
-    @field_validator("skip")
-    @classmethod
-    def _patterns_parse(cls, value: list[str]) -> list[str]:
-        for pattern in value:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return value
 
 
 class GroupedConfig(QuantizerConfig):

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from luthier.api import Facts, ModelError, StageContext
 from luthier.artifacts.models import model_facts
-from luthier_plugins.merge.check import check_room
+from luthier.artifacts.room import check_room
 from luthier_plugins.merge.layout import NAMES, Inputs
 from luthier_plugins.merge.merging import carry, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.router import from_prompts
 from luthier_plugins.merge.reader import Scratch, Source, dump_json, whole
 from luthier_plugins.merge.verify import Verifier
-from luthier_plugins.merge.writer import Described, Output
+from luthier_plugins.merge.writer import Described, Output, size_of
 from torch import Tensor
 
 FEED_FORWARD = re.compile(r"^(model\.layers\.\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
@@ -42,7 +42,7 @@ class Moe:
             base = inputs.lead
             _check(inputs)
             tensors = self._tensors(base)
-            check_room(context.out, tensors)
+            check_room(context.out, size_of(tensors), "the model of experts")
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, self._routers(base, context), context)
             carry(base.artifact, context.out)
