@@ -21,6 +21,9 @@ LATENT: dict[str, Any] = {
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.01 * place for place in range(32)],
         "long_factor": [1.0 + 0.1 * place for place in range(32)],
         "original_max_position_embeddings": 512}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+LATENT_YARN = {**YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+"""As in DeepSeek's own models, for which attention is sharper the more the context is stretched."""
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {"head_dim": 32}),
     "mistral": ("MistralConfig", {"sliding_window": 256}),
@@ -40,6 +43,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                                 "max_position_embeddings": 1024}),
     "deepseek-v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256}),
     "deepseek-v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
+    "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN}),
+    "deepseek-v2-yarn": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256, "rope_parameters":
+                                              {**LATENT_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek-v3-yarn": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1,
+                                              "rope_parameters": LATENT_YARN}),
     "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1}),
 }  # fmt: skip
 

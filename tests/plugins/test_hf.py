@@ -281,7 +281,15 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
         assert chat.output.endswith("in the drawer\n")
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "deepseek-v2-lite"])
+def test_what_transformers_4_computes_otherwise_is_told(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "deepseek-v2-yarn")
+    base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
+    export = run_stage(tmp_path / "s", "export", {"format": "hf"}, inputs={"model": base})
+    assert any("how DeepSeek V2 scales attention" in warning for warning in export.manifest["warnings"])
+
+
+# The Lite one has 27 layers; YaRN is the difference that the test above is about.
+@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("deepseek-v2-lite", "deepseek-v2-yarn")])
 def test_transformers_4_computes_the_same(name: str, environment: Callable[..., Path], tmp_path: Path) -> None:
     python = environment("transformers-4", "torch==2.13.0", "transformers==4.57.6", "jinja2")
     folder = make_model(tmp_path / "model", name)

@@ -45,6 +45,14 @@ def model_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return found
 
 
+def lost_in_version_4(config: dict[str, Any]) -> str | None:
+    """What transformers 4 computes otherwise, whatever is written; None where there is nothing known."""
+    rope: dict[str, Any] = config.get("rope_parameters") or {}
+    if config.get("model_type") == "deepseek_v2" and rope.get("rope_type") == "yarn" and rope.get("mscale_all_dim"):
+        return "transformers 4 leaves out how DeepSeek V2 scales attention with YaRN: use version 5 or vLLM"
+    return None
+
+
 def tokenizer_config(folder: Path) -> dict[str, Any]:
     """``tokenizer_config.json`` with a class that both versions know, and the chat template inside."""
     found = read_json(folder / "tokenizer_config.json")

@@ -24,7 +24,7 @@ from luthier.train.generate import greedy_answers
 from luthier.train.golden import LIMIT, conversations_of, entries_of
 from luthier.train.loading import full_weights, load_model, load_tokenizer, usable
 from luthier.train.text import encode_prompt
-from luthier_plugins.hf.compatible import generation_config, model_config, tokenizer_config
+from luthier_plugins.hf.compatible import generation_config, lost_in_version_4, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
 from luthier_plugins.hf.weights import write_weights
 
@@ -71,6 +71,9 @@ class Hf:
         name: str = about.pop("dtype")
         settings = {key: about[key] for key in ("quantization_config",) if key in about}
         _dump(context.out / "config.json", model_config(config, name) | settings)
+        lost = lost_in_version_4(config)
+        if lost:
+            context.warn(lost)
         self._texts(source, model, context.out)
         loaded = replace(model, kind="model", path=context.out)
         tokenizer, client = load_tokenizer(loaded), load_model(usable(loaded, context.work / "floats"))

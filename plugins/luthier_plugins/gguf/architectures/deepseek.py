@@ -33,7 +33,8 @@ class DeepseekV2(Decoder):
     def check_routing(self) -> None:
         """Refuse routing that llama.cpp does not have."""
         if (self.config.get("n_group") or 1) > 1 and self.config.get("topk_method") != "greedy":
-            raise ModelError("llama.cpp has no routing that chooses groups of experts by their best one")
+            raise ModelError("llama.cpp has no routing that chooses groups of experts by their best one",
+                             hint="serve it with vLLM: export it with the exporter `hf`")  # fmt: skip
 
     def metadata(self) -> Metadata:
         config, latent = self.config, self.config["kv_lora_rank"]
