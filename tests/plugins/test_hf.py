@@ -281,6 +281,17 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
         assert chat.output.endswith("in the drawer\n")
 
 
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [({"uses": "gptq", "skip": ["down_proj"]}, "leave `skip` out"), ("nf4", "TGI does not load nf4"),
+     ("torchao", "TGI does not load torchao")],
+)  # fmt: skip
+def test_what_tgi_does_not_load_is_refused(quantize: Any, message: str, tuned: Artifact, tmp_path: Path) -> None:
+    config = {"format": {"uses": "hf", "quantize": quantize, "serve": ["tgi"]}}
+    with pytest.raises(ValueError, match=message):
+        run_stage(tmp_path, "export", config, inputs={"model": tuned})
+
+
 def test_what_transformers_4_computes_otherwise_is_told(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "deepseek-v2-yarn")
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})

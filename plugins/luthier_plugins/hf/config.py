@@ -8,6 +8,8 @@ from luthier.api import Config, DatasetInput, Field, QuantizerUse
 from pydantic import model_validator
 
 Target = Literal["vllm", "tgi", "sglang", "tensorrt-llm"]
+NOT_FOR_TGI = ("nf4", "torchao")
+"""Quantizers whose folders TGI does not load: it rounds to NF4 itself, and knows no torchao."""
 
 
 class HfConfig(Config):
@@ -34,4 +36,14 @@ class HfConfig(Config):
             raise ValueError("`quantize` says what the weights are stored as: leave `dtype` out")
         if self.quantize is None and self.calibration is not None:
             raise ValueError("nothing looks at `calibration` without `quantize`: leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _tgi_loads_it(self) -> HfConfig:
+        if self.quantize is None or "tgi" not in self.serve:
+            return self
+        if self.quantize.name in NOT_FOR_TGI:
+            raise ValueError(f"TGI does not load {self.quantize.name}: choose awq, gptq, int8 or fp8")
+        if self.quantize.name in ("awq", "gptq") and getattr(self.quantize.config, "skip", None):
+            raise ValueError("TGI loads awq and gptq with all layers quantized only: leave `skip` out, or `tgi`")
         return self
