@@ -18,6 +18,7 @@ from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.calibration import tuned_on
 from luthier.train.compare import CORPUS
 from luthier.train.loading import load_model, load_tokenizer
+from luthier_plugins.gguf.architectures.gemma import Gemma2
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.mixes import tensor_type
 from luthier_plugins.gguf.modelfile import FORMATS, format_of
@@ -43,6 +44,14 @@ def test_an_architecture_behaves_alike_in_llama_cpp(name: str, tmp_path: Path) -
     assert files["Q8_0"]["kl"] > files["F32"]["kl"]
     if name == "mistral":
         assert export.facts["context_length"] == 256
+
+
+def test_another_sliding_window_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(make_model(tmp_path / "model", "gemma2"))})
+    right = Gemma2.metadata
+    monkeypatch.setattr(Gemma2, "metadata", lambda self: right(self) | {"attention.sliding_window": 24})
+    with pytest.raises(ModelError, match="does not behave like the model"):
+        run_stage(tmp_path / "s", "export", {"format": "gguf"}, inputs={"model": base})
 
 
 def spoken(tmp_path: Path, kind: str) -> Artifact:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,10 @@ CONVERSATIONS: tuple[list[Message], ...] = (
 )
 POSITIONS = (8, 24)
 """How many next-token distributions are compared: the fewest and the most."""
+WINDOW = 1024
+"""Tokens of a sliding window, at most, for which a text is read that is longer, ..."""
+BEHIND = 64
+"""... by so many."""
 PROBABILITIES = 1_000_000
 """How many numbers llama.cpp is asked for in all; each comes as JSON."""
 
@@ -40,9 +45,20 @@ class Expected:
     log_probabilities: list[np.ndarray]
     stop_ids: list[int]
 
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest text."""
+        return max(map(len, self.prefixes))
+
 
 def expected_of(
-    model: Any, tokenizer: Any, stop_ids: Sequence[int], own: Sequence[str] = (), *, spaced: bool = True
+    model: Any,
+    tokenizer: Any,
+    stop_ids: Sequence[int],
+    own: Sequence[str] = (),
+    *,
+    spaced: bool = True,
+    length: int | None = None,
 ) -> Expected:
     """What a GGUF file of this model has to agree with.
 
@@ -51,6 +67,8 @@ def expected_of(
         stop_ids: The tokens it was trained to stop on.
         own: Texts of the recipe that have to become the same tokens, as the model is shown them.
         spaced: Whether texts that begin with a space have to become the same tokens as well.
+        length: The longest text, in tokens, that the file promises to be right for; by default the model's sliding
+            window, where it has one.
     """
     model.eval()
     texts = {text: ids_of(tokenizer, text) for text in CORPUS if spaced or not text[0].isspace()}
@@ -64,8 +82,8 @@ def expected_of(
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values())
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
-    told = getattr(model.config, "sliding_window", None) or getattr(model.config, "max_position_embeddings", None)
-    longest: int = told or 1 << 20
+    window: int | None = getattr(model.config, "sliding_window", None)
+    longest: int = length or window or getattr(model.config, "max_position_embeddings", None) or 1 << 20
     positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
     for ids in sequences:
         with torch.no_grad():
@@ -74,7 +92,17 @@ def expected_of(
         for place in range(min(len(ids), longest) - 1, 0, -step):
             prefixes.append(ids[: place + 1])
             logs.append(rows[place])
+    if window and window < longest and window <= WINDOW:
+        prefixes.append(_long(sequences, min(window + BEHIND, longest)))
+        with torch.no_grad():
+            given = torch.tensor(prefixes[-1:], device=model.device)
+            logs.append(model(given).logits[0, -1].float().log_softmax(-1).cpu().numpy())
     return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids))
+
+
+def _long(sequences: Sequence[list[int]], length: int) -> list[int]:
+    """So many tokens of the texts, again and again."""
+    return list(islice(cycle(chain.from_iterable(sequences)), length))
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:

@@ -60,7 +60,7 @@ class Gguf:
             if self.config.wants_imatrix:
                 facts["imatrix"] = self._weigh(source, loaded, tokenizer, data, context)
             expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer),
-                                   spaced=source.tokenizer.spaced)  # fmt: skip
+                                   spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
             del loaded
             if not source.tokenizer.spaced:
                 context.warn("llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
@@ -114,8 +114,8 @@ class Gguf:
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
         expected = expected_of(loaded, tokenizer, stops, _own(self._data(model, context), tokenizer),
-                               spaced=source.tokenizer.spaced)  # fmt: skip
-        with LlamaServer(base, context_length=CHECK_CONTEXT, lora=path) as server:
+                               spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
+        with LlamaServer(base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path) as server:
             verdict = check(server, expected, self.config.largest_kl("F16"))
         base.unlink()
         path.rename(context.out / path.name)
@@ -189,7 +189,7 @@ def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) 
 
 def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> Facts:
     """Check a file in llama.cpp; only then is it put where a user would take it for good."""
-    with LlamaServer(path, context_length=CHECK_CONTEXT) as server:
+    with LlamaServer(path, context_length=max(CHECK_CONTEXT, expected.longest + 1)) as server:
         verdict = check(server, expected, limit)
     size = path.stat().st_size
     path.rename(context.out / path.name)
