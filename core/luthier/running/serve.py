@@ -34,7 +34,9 @@ class TransformersSpeaker:
         loading: Any = import_module("luthier.train.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
         self._scratch = tempfile.TemporaryDirectory()
-        self._model: Any = loading.load_model(loading.usable(artifact, Path(self._scratch.name) / "floats"))
+        self._model: Any = loading.on_fastest(
+            loading.load_model(loading.usable(artifact, Path(self._scratch.name) / "floats"))
+        )
         self._model.eval()
         self._stops: list[int] = artifact.facts["stop_token_ids"]
         self._length: int = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED

@@ -29,7 +29,7 @@ class _Model:
         self._text: Any = import_module("luthier.train.text")
         loading: Any = import_module("luthier.train.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
-        self._model: Any = loading.load_model(artifact)
+        self._model: Any = loading.on_fastest(loading.load_model(artifact))
         self._stops: list[int] = artifact.facts["stop_token_ids"]
         self._limit = limit
 

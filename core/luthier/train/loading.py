@@ -16,6 +16,8 @@ from luthier.api.protocols import Facts
 from luthier.artifacts.models import carry_text_files, model_facts, read_json, stop_tokens
 
 SHARD = 5_000_000_000
+HEADROOM = 1.5
+"""How many times its size a model may need while it computes."""
 
 
 def model_folder(artifact: Artifact) -> Path:
@@ -59,6 +61,14 @@ def load_model(artifact: Artifact, *, trainable: bool = False, options: dict[str
 def fold(model: Any) -> PreTrainedModel:
     """Fold an adapter into the full-precision weights it sits on; other models come back as they are."""
     return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+
+
+def on_fastest(model: Any) -> Any:
+    """The model on the GPU, where there is one with room for it and for what it computes; else where it is."""
+    if not torch.cuda.is_available():
+        return model
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return model.to("cuda") if HEADROOM * size < torch.cuda.mem_get_info()[0] else model
 
 
 def full_weights(artifact: Artifact, scratch: Path) -> Path:

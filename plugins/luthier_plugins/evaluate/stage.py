@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Row, StageContext
 from luthier.artifacts.datasets import require_split
-from luthier.train.loading import load_model, load_tokenizer
+from luthier.train.loading import load_model, load_tokenizer, on_fastest
 from luthier.train.measure import items_of, predictions_of
 from luthier_plugins.evaluate.config import EvaluateConfig
 
@@ -76,7 +76,7 @@ class Evaluate:
         self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
     ) -> dict[str, Sequence[Any]]:
         return items_of(
-            load_model(artifact), load_tokenizer(artifact), rows, needs, artifact.facts["stop_token_ids"],
+            on_fastest(load_model(artifact)), load_tokenizer(artifact), rows, needs, artifact.facts["stop_token_ids"],
             self.config.max_new_tokens, progress=lambda done, total: context.progress(done, total, "answers"),
         )  # fmt: skip
 

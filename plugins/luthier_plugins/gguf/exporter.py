@@ -16,7 +16,7 @@ from luthier.artifacts.room import check_room
 from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import fold, full_weights, load_model, load_tokenizer
+from luthier.train.loading import fold, full_weights, load_model, load_tokenizer, on_fastest
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
@@ -54,7 +54,7 @@ class Gguf:
             check_room(context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files")
             for file_type in self.config.types:
                 _tell_fallbacks(source, file_type, context)
-            loaded, tokenizer = fold(load_model(model)), load_tokenizer(model)
+            loaded, tokenizer = on_fastest(fold(load_model(model))), load_tokenizer(model)
             data = self._data(model, context)
             facts: Facts = {}
             if self.config.wants_imatrix:
@@ -106,7 +106,7 @@ class Gguf:
         """Write the adapter alone, and check it on its base in llama.cpp."""
         if model.kind != "adapter":
             raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
-        loaded, tokenizer, stops = load_model(model), load_tokenizer(model), model.facts["stop_token_ids"]
+        loaded, tokenizer, stops = on_fastest(load_model(model)), load_tokenizer(model), model.facts["stop_token_ids"]
         path, base = context.work / "adapter.gguf", context.work / "base-F16.gguf"
         with ExitStack() as stack:
             source = Source(model.base.path, stack)
@@ -139,7 +139,9 @@ class Gguf:
                              hint="its whole output is in the run's log")  # fmt: skip
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model, context)
-        expected = expected_of(load_model(model), tokenizer, stops, _own(data, tokenizer), spaced=spaced_in(weights))
+        expected = expected_of(
+            on_fastest(load_model(model)), tokenizer, stops, _own(data, tokenizer), spaced=spaced_in(weights)
+        )
         files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
         length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
         facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}

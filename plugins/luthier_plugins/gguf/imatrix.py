@@ -29,13 +29,13 @@ class Collector:
     def add(self, name: str, inputs: Tensor) -> None:
         """Take inputs of a matrix, shape (..., columns)."""
         flat = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self._put(name, flat.square().sum(dim=0), torch.tensor(flat.shape[0]))
+        self._put(name, flat.square().sum(dim=0).cpu(), torch.tensor(flat.shape[0]))
 
     def add_expert(self, name: str, expert: int, experts: int, inputs: Tensor) -> None:
         """Take inputs of one expert's matrix, shape (tokens, columns)."""
         sums = torch.zeros(experts, inputs.shape[-1])
         counts = torch.zeros(experts, dtype=torch.int64)
-        sums[expert] = inputs.detach().float().square().sum(dim=0)
+        sums[expert] = inputs.detach().float().square().sum(dim=0).cpu()
         counts[expert] = inputs.shape[0]
         self._put(name, sums, counts)
 

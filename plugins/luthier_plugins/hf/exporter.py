@@ -22,7 +22,7 @@ from luthier.train.calibration import texts_of, tuned_on
 from luthier.train.compare import Comparison, compared, sequences_of
 from luthier.train.generate import greedy_answers
 from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import full_weights, load_model, load_tokenizer, usable
+from luthier.train.loading import full_weights, load_model, load_tokenizer, on_fastest, usable
 from luthier.train.text import encode_prompt
 from luthier_plugins.hf.compatible import generation_config, lost_in_version_4, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
@@ -76,7 +76,7 @@ class Hf:
             context.warn(lost)
         self._texts(source, model, context.out)
         loaded = replace(model, kind="model", path=context.out)
-        tokenizer, client = load_tokenizer(loaded), load_model(usable(loaded, context.work / "floats"))
+        tokenizer, client = load_tokenizer(loaded), on_fastest(load_model(usable(loaded, context.work / "floats")))
         verdict = self._compared(model, client, tokenizer, self.config.max_kl or limit, context)
         stored = self.config.quantize.name if self.config.quantize else name
         facts: Facts = {
@@ -134,7 +134,7 @@ class Hf:
         sequences = sequences_of(right, tuned_on(model))
         if sequences_of(tokenizer, tuned_on(model)) != sequences:
             raise ModelError("the written tokenizer reads text differently", where=str(context.out))
-        verdict = compared(load_model(model), client, sequences)
+        verdict = compared(on_fastest(load_model(model)), client, sequences)
         context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
         if not verdict.kl <= limit:
             raise ModelError(
@@ -154,7 +154,7 @@ class _Client:
     def __init__(self, export: Artifact, limit: int, scratch: Path) -> None:
         folder = replace(export, kind="model")
         self._tokenizer = load_tokenizer(folder)
-        self._model = load_model(usable(folder, scratch))
+        self._model = on_fastest(load_model(usable(folder, scratch)))
         self._stops: list[int] = export.facts["stop_token_ids"]
         self._limit = limit
 

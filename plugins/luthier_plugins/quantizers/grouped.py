@@ -13,7 +13,7 @@ from luthier.api import Artifact, DataError, Facts, Interrupted, ModelError, Sta
 from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.models import tensor_headers
 from luthier.train.calibration import blocks_of, digest_of
-from luthier.train.loading import load_model, load_tokenizer
+from luthier.train.loading import load_model, load_tokenizer, on_fastest
 from luthier.train.packed import Grouped, to_awq, to_gptq
 from luthier.train.shards import ShardWriter, tensors_of
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
@@ -55,7 +55,7 @@ class _Grouped(ABC):
         if self.config.rounding == "gptq" and dense:
             blocks = self._blocks(model, calibration)
             facts["calibration"] = digest_of(blocks)
-            loaded = load_model(model).eval()
+            loaded = on_fastest(load_model(model)).eval()
             for name, matrix in rounded_on_data(loaded, dense, blocks, self.grid, lambda done, total:
                                                 context.progress(done, total, "layers")):  # fmt: skip
                 made[name] = type(self).layout(matrix)

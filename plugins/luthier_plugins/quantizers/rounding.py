@@ -70,17 +70,17 @@ def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
     (GPTQ: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, one block for each group).
 
     Args:
-        weight: Shape (rows, columns).
+        weight: Shape (rows, columns); where it is, is where this computes.
         hessian: Inner products of the inputs, shape (columns, columns).
     """
     weight = weight.clone().float()
-    hessian = hessian.clone()
+    hessian = hessian.to(weight.device, copy=True)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
     rows, columns = weight.shape
-    values = torch.empty(rows, columns)
+    values = torch.empty(rows, columns, device=weight.device)
     scales, zeros = [], []
     for first in range(0, columns, grid.group_size):
         last = first + grid.group_size
@@ -98,7 +98,9 @@ def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
             block[:, place:].sub_(error * corner[place : place + 1, place:])
             errors[:, place : place + 1] = error
         weight[:, last:].sub_(errors @ inverse[first:last, last:])
-    return Grouped(values.int(), torch.cat(scales, dim=1).half(), torch.cat(zeros, dim=1).int(), grid.bits)
+    return Grouped(
+        values.int().cpu(), torch.cat(scales, dim=1).half().cpu(), torch.cat(zeros, dim=1).int().cpu(), grid.bits
+    )
 
 
 def rounded_on_data(
@@ -126,7 +128,7 @@ def rounded_on_data(
             for block in blocks:
                 model(input_ids=torch.tensor([list(block)], device=model.device))
         for name in together:
-            found = with_feedback(modules[name].weight.detach().cpu(), hessians.pop(name), grid)
+            found = with_feedback(modules[name].weight.detach(), hessians.pop(name), grid)
             modules[name].weight.data.copy_(found.floats())
             done += 1
             progress(done, len(names))
