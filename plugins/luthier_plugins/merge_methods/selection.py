@@ -49,6 +49,15 @@ class Cut:
     start: int
     more: int
 
+    @property
+    def below(self) -> float:
+        """The float32 below `value`: what is larger than it, is at least `value`."""
+        return float(np.nextafter(np.float32(self.value), np.float32(-math.inf)))
+
+    def whole(self, start: int) -> bool:
+        """Whether all values of the part that begins at `start` belong to it that equal `value`, if that is no zero."""
+        return start < self.start and self.value > 0
+
     def holds(self, values: Tensor, start: int) -> Tensor:
         """Which of a part's values belong to it: 1 and 0, float32, in place of the values."""
         # In place, on floats: comparisons that make booleans, and products with them, are several times slower.

@@ -10,6 +10,9 @@ from luthier.api import MergePart, ModelError, Scan
 from luthier_plugins.merge_methods.selection import Cut, largest
 from torch import Tensor
 
+SMALLEST = torch.finfo(torch.float32).tiny
+"""What an entry without any mass is divided by."""
+
 
 def kept_entries(share: float, entries: int) -> int:
     """How many entries a share is; a share above 0 is one entry at least."""
@@ -42,9 +45,13 @@ def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[floa
 
 def by_magnitude(delta: Tensor, cuts: tuple[Cut, Cut], start: int) -> Tensor:
     """The entries behind the first cut and inside the second; the others become 0."""
+    top, both = cuts
+    if both.whole(start) and not (top.start or top.more):
+        # What is not larger than the number below the cut becomes 0, in one pass.
+        return torch.hardshrink(delta, both.below)
     size = delta.abs()
-    outliers = cuts[0].holds(size.clone(), start) if cuts[0].start or cuts[0].more else None
-    mask = cuts[1].holds(size, start)
+    outliers = top.holds(size.clone(), start) if top.start or top.more else None
+    mask = both.holds(size, start)
     if outliers is not None:
         mask.sub_(outliers)
     return mask.mul_(delta)
@@ -107,18 +114,19 @@ def combine(
         total += delta
     if consensus:
         elected = total.sign_()
-        agreed = torch.zeros_like(elected)
-        mass = torch.zeros_like(elected)
-        for delta, weight in zip(weighted, weights, strict=True):
-            # Above zero where the sign is the elected one, and neither is zero.
-            along = delta.mul_(elected)
-            agreed.add_(along.clamp(min=0))
-            mass.add_(along.gt_(0), alpha=weight)
-        total = agreed.mul_(elected)
+        # Above zero where the sign is the elected one, and neither is zero.
+        along = [delta.mul_(elected).relu_() for delta in weighted]
+        total = along[0].clone()
+        for delta in along[1:]:
+            total += delta
+        total.mul_(elected)
         if normalize:
+            mass = along[0].sign_().mul_(weights[0])
+            for delta, weight in zip(along[1:], weights[1:], strict=True):
+                mass.add_(delta.sign_(), alpha=weight)
             # Where nothing agrees, 0 / 1.
-            total.div_(mass.add_(mass.clone().eq_(0)))
+            total.div_(mass.clamp_(min=SMALLEST) if min(weights) > 0 else mass.add_(mass.clone().eq_(0)))
     elif normalize:
         whole = sum(weights)
         total.div_(whole if abs(whole) > 1e-8 else 1.0)
-    return total.mul_(scale).add_(part.base)
+    return (total if scale == 1 else total.mul_(scale)).add_(part.base)
