@@ -52,13 +52,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def make_model(folder: Path, name: str) -> Path:
-    """Write a model with random weights and the tokenizer of the model that comes with Luthier's tests."""
+def make_model(folder: Path, name: str, **more: Any) -> Path:
+    """Write a model with random weights and the tokenizer of the model that comes with Luthier's tests.
+
+    Args:
+        more: Settings of its config.
+    """
     from luthier.testing import tiny_model
 
     torch.manual_seed(0)
     config_class, values = MODELS[name]
-    config = getattr(transformers, config_class)(**{**SIZES, **values})
+    config = getattr(transformers, config_class)(**{**SIZES, **values, **more})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():

@@ -25,10 +25,17 @@ def python(environment: Callable[..., Path]) -> Path:
 
 
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "imatrix"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name not in ("gemma", "deepseek-v2-lite")])
-def test_every_tensor_is_the_same_byte_for_byte(name: str, weighed: bool, python: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [*((name, 0) for name in MODELS if name not in ("gemma", "deepseek-v2-lite")),
+     # Deep enough that the first and the last eighths of the layers are some.
+     ("llama", 17), ("qwen2-moe", 17), ("deepseek-v2", 17)],
+)  # fmt: skip
+def test_every_tensor_is_the_same_byte_for_byte(
+    name: str, layers: int, weighed: bool, python: Path, tmp_path: Path
+) -> None:
     types = [kind for kind in TYPES if weighed or kind not in NEED_IMATRIX]
-    folder = make_model(tmp_path / "model", name)
+    folder = make_model(tmp_path / "model", name, **({"num_hidden_layers": layers} if layers else {}))
     command = [str(python), str(SCRIPT), str(tmp_path / "f32.gguf"), str(tmp_path)]
     with ExitStack() as stack:
         source = Source(folder, stack)

@@ -8,6 +8,7 @@ This file needs nothing but Python, and stands beside the golden file in a servi
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS = 600
-LEAST = 0.9
+LEAST = 0.8
 """The share of answers that has to be the same; rounding in another program may turn a choice between equals."""
 
 
@@ -80,11 +81,13 @@ def opened(url: str, body: dict[str, Any] | None = None) -> Any:
         raise ServerError(f"{url} cannot be reached: {error}") from error
 
 
-def model_of(url: str) -> str:
-    """The name of the first model that a server has; empty where it does not say."""
+def model_of(url: str, wanted: str = "") -> str:
+    """The name of the wanted model as the server has it, or of its first; empty where it does not say."""
     try:
         with opened(f"{url.rstrip('/').removesuffix('/v1')}/v1/models") as reply:
-            return str(json.load(reply)["data"][0]["id"])
+            names = [str(model["id"]) for model in json.load(reply)["data"]]
+        # Ollama puts a tag behind it.
+        return next((name for name in names if name.partition(":")[0] == wanted), names[0])
     except (ServerError, LookupError, TypeError, ValueError):
         return ""
 
@@ -100,7 +103,7 @@ def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -
         try:
             content: dict[str, Any] = json.load(reply)
             choice: dict[str, Any] = content["choices"][0]
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, OSError, http.client.HTTPException) as error:
             raise ServerError(f"{url} does not answer like an OpenAI-compatible server: {error}") from error
     usage: dict[str, Any] = content.get("usage") or {}
     tokens: int | None = usage.get("prompt_tokens")
@@ -115,14 +118,22 @@ def streamed(url: str, messages: list[dict[str, str]], limit: int, model: str = 
     """
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": limit, "stream": True}
     with opened(completions_url(url), body) as reply:
-        for line in reply:
-            text = line.decode().strip()
-            if not text.startswith("data:") or text == "data: [DONE]":
-                continue
-            event: dict[str, Any] = json.loads(text.removeprefix("data:"))
-            choices: list[dict[str, Any]] = event.get("choices") or []
-            if choices:
-                yield choices[0].get("delta", {}).get("content") or ""
+        try:
+            for line in reply:
+                text = line.decode().strip()
+                if text == "data: [DONE]":
+                    return
+                if not text.startswith("data:"):
+                    continue
+                event: dict[str, Any] = json.loads(text.removeprefix("data:"))
+                if "error" in event:
+                    raise ServerError(f"{url} fails: {event['error']}")
+                choices: list[dict[str, Any]] = event.get("choices") or []
+                if choices:
+                    yield choices[0].get("delta", {}).get("content") or ""
+        except (ValueError, OSError, http.client.HTTPException) as error:
+            raise ServerError(f"{url} breaks off: {error}") from error
+    raise ServerError(f"{url} breaks off in the middle of an answer")
 
 
 def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:
@@ -131,7 +142,7 @@ def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:
     Raises:
         ServerError: it cannot be asked.
     """
-    model = model_of(url)
+    model = model_of(url, golden.get("model", ""))
     for entry in golden["entries"]:
         answer, tokens = ask(url, entry["messages"], golden["max_tokens"], model)
         yield Verdict(entry["messages"][-1]["content"], tokens, len(entry["prompt_ids"]), answer, entry["answer"])

@@ -34,6 +34,8 @@ class Target:
     script: str = ""
 
 
+NAME = "model"
+"""What clients call the model, where a program lets us choose."""
 TARGETS = {
     "llama.cpp": Target(
         8080,
@@ -101,11 +103,11 @@ def write_bundle(
     out = folder / "serve"
     out.mkdir()
     shutil.copyfile(golden.__file__, out / "check.py")
-    content = {"golden": 1, "max_tokens": limit, "least": golden.LEAST, "entries": list(entries)}
+    content = {"golden": 1, "model": NAME, "max_tokens": limit, "least": golden.LEAST, "entries": list(entries)}
     (out / "golden.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in targets:
         target = TARGETS[name]
-        values = {"model": model, "length": length, "name": "model"}
+        values = {"model": model, "length": length, "name": NAME}
         command = target.command.format(**values)
         script = (
             f"#!/bin/sh\n# Starts {name}; then, in another shell: python serve/check.py http://127.0.0.1:{target.port} "

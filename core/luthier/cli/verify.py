@@ -47,4 +47,6 @@ def verify_command(url: str, golden: str, store: Path | None) -> None:
     if problem:
         raise GateError(problem, where=url)
     same = sum(verdict.same_answer for verdict in verdicts)
-    click.echo(f"{same} of {len(verdicts)} answers are the same; all prompts became as many tokens as they should")
+    told = all(verdict.tokens is not None for verdict in verdicts)
+    prompts = "all prompts became as many tokens as they should" if told else "it does not tell the prompts' tokens"
+    click.echo(f"{same} of {len(verdicts)} answers are the same; {prompts}")

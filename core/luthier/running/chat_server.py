@@ -124,14 +124,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
-        for piece in answer:
-            self._event({"delta": {"content": piece}, "finish_reason": None})
+        try:
+            for piece in answer:
+                self._event({"delta": {"content": piece}, "finish_reason": None})
+        except LuthierError as error:
+            # Without the end that clients wait for: it is none.
+            self._data({"error": {"message": str(error), "code": 500}})
+            return
         self._event({"delta": {}, "finish_reason": answer.finish_reason})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def _event(self, choice: dict[str, Any]) -> None:
         value = {"object": "chat.completion.chunk", "created": int(time.time()), "model": self._chat.name,
                  "choices": [{"index": 0, **choice}]}  # fmt: skip
+        self._data(value)
+
+    def _data(self, value: dict[str, Any]) -> None:
         self.wfile.write(f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode())
         self.wfile.flush()
 

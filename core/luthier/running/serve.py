@@ -7,6 +7,7 @@ transformers, one answer at a time.
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -34,9 +35,7 @@ class TransformersSpeaker:
         loading: Any = import_module("luthier.train.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
         self._scratch = tempfile.TemporaryDirectory()
-        self._model: Any = loading.on_fastest(
-            loading.load_model(loading.usable(artifact, Path(self._scratch.name) / "floats"))
-        )
+        self._model: Any = loading.load_client(artifact, Path(self._scratch.name) / "floats")
         self._model.eval()
         self._stops: list[int] = artifact.facts["stop_token_ids"]
         self._length: int = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
@@ -121,6 +120,7 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
         ModelError: the artifact is no model, adapter or export, or its program has no server.
         StoreError: the port is taken.
     """
+    _check_port(port)
     if artifact.kind == "export":
         registry = default_registry()
         component = registry.get("exporter", artifact.facts["format"])
@@ -133,13 +133,25 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
         artifact = Artifact(artifact.key, "model", artifact.path, artifact.facts, artifact.manifest)
     if artifact.kind not in ("model", "adapter"):
         raise ModelError(f"a {artifact.kind} cannot be served", hint="name a model, an adapter or an export")
+    if variant:
+        raise ModelError(f"there is no variant {variant}: it is one model", hint="leave --variant out")
     name = str(artifact.manifest.get("stage", "model"))
-    try:
-        server = ChatServer(TransformersSpeaker(artifact), name, port)
-    except OSError as error:
-        raise StoreError(f"the port {port} cannot be used: {error}", hint="choose another one with --port") from error
+    server = ChatServer(TransformersSpeaker(artifact), name, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _wait(f"http://{HOST}:{server.server_port}")
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that is taken, before a model is loaded.
+
+    Raises:
+        StoreError: it is.
+    """
+    try:
+        # As the servers will take it: one that was just given back counts as free.
+        socket.create_server((HOST, port), reuse_port=False).close()
+    except OSError as error:
+        raise StoreError(f"the port {port} cannot be used: {error}", hint="choose another one with --port") from error
 
 
 def _wait(url: str) -> None:

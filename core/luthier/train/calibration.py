@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from luthier.api.artifact import Artifact
 from luthier.api.errors import DataError, StoreError
 from luthier.api.protocols import Row
-from luthier.artifacts.datasets import require_split
+from luthier.artifacts.datasets import Split, read_split
 from luthier.train.text import encode_text, render
 
 SEED = 20
@@ -69,9 +69,9 @@ def text_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     raise DataError("calibration looks at conversations, preferences or texts", hint="name such data")
 
 
-def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """The training rows of all datasets as text, in an order of their own that mixes them."""
-    rows = [row for data in datasets for row in require_split(data, "train")]
+def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase, split: Split = "train") -> Iterator[str]:
+    """The rows of all datasets' split as text, in an order of their own that mixes them."""
+    rows = [row for data in datasets for row in read_split(data, split)]
     random.Random(SEED).shuffle(rows)
     for row in rows:
         yield text_of(row, tokenizer)

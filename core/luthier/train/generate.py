@@ -19,6 +19,8 @@ def greedy_answers(
     limit: int,
     batch_size: int = 32,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    special: bool = True,
 ) -> Iterator[str]:
     """The greedy answer to each prompt, in order, without the stop token.
 
@@ -28,6 +30,7 @@ def greedy_answers(
         limit: The most tokens of an answer.
         batch_size: Prompts in one batch; batches are made of prompts of like length.
         progress: Called with the answers made and their number, batch by batch.
+        special: Whether special tokens show; servers leave them out.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -55,7 +58,7 @@ def greedy_answers(
             )
         for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
             end = next((place for place, token in enumerate(row) if token in set(stop_ids)), len(row))
-            answers[index] = tokenizer.decode(row[:end], skip_special_tokens=False)
+            answers[index] = tokenizer.decode(row[:end], skip_special_tokens=not special)
     for index in range(len(prompts)):
         yield answers[index]
 

@@ -10,7 +10,7 @@ from luthier.api.protocols import Message, Row
 from luthier.artifacts.datasets import require_split
 from luthier.train.text import encode_prompt, render
 
-ENTRIES = 8
+ENTRIES = 16
 LIMIT = 48
 """The most tokens of a golden answer."""
 HELLO: list[Message] = [Message(role="user", content="Hello, who are you?")]
@@ -33,16 +33,25 @@ def entries_of(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
     answers: Callable[[Sequence[Sequence[Message]]], Iterator[str]],
+    room: int,
 ) -> list[dict[str, Any]]:
-    """Golden entries of conversations; empty for a model without a chat template."""
+    """Golden entries of conversations; empty for a model without a chat template.
+
+    Args:
+        answers: Answers conversations.
+        room: The context in tokens; conversations that leave no room for an answer are left out.
+    """
     if tokenizer.chat_template is None:
         return []
+    ids = [encode_prompt(tokenizer, messages) for messages in conversations]
+    short = [place for place, prompt in enumerate(ids) if len(prompt) + LIMIT <= room]
+    chosen = [conversations[place] for place in short]
     return [
         {
             "messages": list(messages),
             "prompt": render(tokenizer, messages, open_turn=True),
-            "prompt_ids": encode_prompt(tokenizer, messages),
+            "prompt_ids": ids[place],
             "answer": answer,
         }
-        for messages, answer in zip(conversations, answers(conversations), strict=True)
+        for place, messages, answer in zip(short, chosen, answers(chosen), strict=True)
     ]

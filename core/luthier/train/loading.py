@@ -14,6 +14,7 @@ from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.api.protocols import Facts
 from luthier.artifacts.models import carry_text_files, model_facts, read_json, stop_tokens
+from luthier.artifacts.room import check_room
 
 SHARD = 5_000_000_000
 HEADROOM = 1.5
@@ -78,7 +79,10 @@ def full_weights(artifact: Artifact, scratch: Path) -> Path:
     """
     if artifact.kind != "adapter":
         return artifact.path
-    fold(load_model(artifact)).save_pretrained(scratch)
+    scratch.mkdir(parents=True, exist_ok=True)
+    folded = fold(load_model(artifact))
+    check_room(scratch, torch.float32.itemsize * folded.num_parameters(), "the model with the adapter folded in")
+    folded.save_pretrained(scratch)
     carry_text_files(artifact.path, scratch)
     return scratch
 
@@ -97,6 +101,8 @@ def usable(artifact: Artifact, scratch: Path) -> Artifact:
     from luthier.train.shards import ShardWriter
 
     scratch.mkdir(parents=True, exist_ok=True)
+    parameters: int = artifact.facts.get("parameters") or model_facts(artifact.path)["parameters"]
+    check_room(scratch, torch.float32.itemsize * parameters, "what is computed with")
     writer = ShardWriter(scratch, SHARD)
     for name, tensor in read_floats(artifact.path):
         writer.add(name, tensor)
@@ -105,6 +111,20 @@ def usable(artifact: Artifact, scratch: Path) -> Artifact:
     (scratch / "config.json").write_text(json.dumps(plain), encoding="utf-8")
     carry_text_files(artifact.path, scratch)
     return replace(artifact, path=scratch)
+
+
+def load_client(artifact: Artifact, scratch: Path) -> Any:
+    """A model as the programs that serve its folder compute it, for comparing and trying out.
+
+    Args:
+        scratch: A folder for weights in float32, where they are quantized.
+    """
+    from luthier.train.activations import round_activations
+
+    model = on_fastest(load_model(usable(artifact, scratch)))
+    if artifact.kind == "model":
+        round_activations(model, artifact.path)
+    return model
 
 
 def save_model(model: Any, source: Artifact, out: Path) -> Facts:

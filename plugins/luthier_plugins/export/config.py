@@ -22,5 +22,6 @@ class ExportConfig(StageConfig):
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
-        # The check holds the model in fp32.
-        return Estimate(memory=4 * parameters or None)
+        # The check holds the model in fp32, and beside it what was written, unless llama.cpp holds that.
+        models = 1 if self.format.name == "gguf" else 2
+        return Estimate(memory=4 * models * parameters or None)

@@ -22,6 +22,11 @@ def write_card(folder: Path, model: Artifact, facts: Facts) -> None:
         if imatrix
         else ""
     )
+    if "base" in facts:
+        start = f"llama-server -m BASE.gguf --lora {last} --jinja"
+        about = f"\nAn adapter for the model `{facts['base'][:12]}`, checked on it.\n"
+    else:
+        start = f"llama-server -m {last} --jinja\nollama create my-model -f Modelfile"
     lines = f"""---
 tags:
 - gguf
@@ -43,8 +48,7 @@ the next-token distributions over the whole vocabulary at {first["positions"]} p
 ## Start it
 
 ```sh
-llama-server -m {last} --jinja
-ollama create my-model -f Modelfile
+{start}
 ```
 """
     (folder / "README.md").write_text(lines, encoding="utf-8")

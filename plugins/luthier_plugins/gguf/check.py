@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,14 +24,18 @@ CONVERSATIONS: tuple[list[Message], ...] = (
         Message(role="user", content="  And a second one?  "),
     ],
 )
-POSITIONS = (8, 24)
-"""How many next-token distributions are compared: the fewest and the most."""
+POSITIONS = 48
+"""About how many next-token distributions are compared."""
+OWN = 8
+"""Texts of the recipe's own among those whose distributions are compared, ..."""
+OWN_TOKENS = 256
+"""... and how much of each."""
+UNSEEN = 1e-3
+"""The probability that tokens may have together which llama.cpp does not report."""
 WINDOW = 1024
 """Tokens of a sliding window, at most, for which a text is read that is longer, ..."""
 BEHIND = 64
 """... by so many."""
-PROBABILITIES = 1_000_000
-"""How many numbers llama.cpp is asked for in all; each comes as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +84,16 @@ def expected_of(
     today = time.strftime("%d %b %Y")
     dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in conversations]
     prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own] if spaced or not text[0].isspace()}
-    sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values())
+    mine = [ids_of(tokenizer, text)[:OWN_TOKENS] for text in own[:OWN]]
+    sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values()) + mine
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
     window: int | None = getattr(model.config, "sliding_window", None)
     longest: int = length or window or getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    positions = min(max(PROBABILITIES // model.config.vocab_size, POSITIONS[0]), POSITIONS[1])
     for ids in sequences:
         with torch.no_grad():
             rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu().numpy()
-        step = max(1, len(ids) * len(sequences) // positions)
+        step = max(1, len(ids) * len(sequences) // POSITIONS)
         for place in range(min(len(ids), longest) - 1, 0, -step):
             prefixes.append(ids[: place + 1])
             logs.append(rows[place])
@@ -149,7 +154,9 @@ def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Fact
         found = server.next_log_probabilities(ids, len(right), stop)
         # A token that llama.cpp does not report has a probability that underflows: nothing to add.
         seen = np.isfinite(found)
-        divergences.append(float((np.exp(right[seen]) * (right[seen] - found[seen])).sum()))
+        hidden = float(np.exp(right[~seen]).sum())
+        apart = float((np.exp(right[seen]) * (right[seen] - found[seen])).sum())
+        divergences.append(apart if hidden < UNSEEN else math.inf)
         same += int(found.argmax() == right.argmax())
     kl = float(np.mean(divergences))
     if not kl <= largest_kl:

@@ -71,6 +71,19 @@ class GgufConfig(Config):
             raise ValueError("an adapter is written in one way only: leave the other settings out")
         return self
 
+    @model_validator(mode="after")
+    def _small_types_have_importances(self) -> GgufConfig:
+        small = [name for name in self.types if name in NEED_IMATRIX]
+        if small and self.imatrix is False:
+            raise ValueError(f"{small[0]} cannot do without importances: leave `imatrix: false` out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_converter_does_as_it_likes(self) -> GgufConfig:
+        if self.converter is not None and (self.types != ["F16"] or self.overrides or self.imatrix):
+            raise ValueError("a converter script writes F16 only: leave `types`, `overrides` and `imatrix` out")
+        return self
+
     def largest_kl(self, file_type: FileType) -> float:
         """What the file's KL divergence may be at most."""
         given = self.max_kl.get(file_type) if isinstance(self.max_kl, dict) else self.max_kl

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ class Gguf:
                 for done in source.write(path, file_type, model.key[:12]):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
                 verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
-                files[file_type] = {**verdict, "tensors": source.mix(file_type)}
+                files[file_type] = {**verdict, "tensors": source.mix(file_type),
+                                    "fallbacks": source.fallbacks(file_type)}  # fmt: skip
             facts |= {"files": files, "context_length": source.context_length,
                       "stop_token_ids": model.facts["stop_token_ids"]}  # fmt: skip
         return self._finish(model, tokenizer, data, facts, context)
@@ -115,20 +116,23 @@ class Gguf:
                 context.progress(done, len(source.parts), "tensors of the base")
         expected = expected_of(loaded, tokenizer, stops, _own(self._data(model, context), tokenizer),
                                spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
-        with LlamaServer(base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path) as server:
+        with LlamaServer(
+            base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path, exact=True
+        ) as server:
             verdict = check(server, expected, self.config.largest_kl("F16"))
         base.unlink()
         path.rename(context.out / path.name)
         size = (context.out / path.name).stat().st_size
         context.log(f"{path.name}: {count} weights, {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats")
         files: dict[str, Facts] = {"LoRA": {"file": path.name, "bytes": size, "weights": count, **verdict}}
-        return {"files": files, "context_length": source.context_length, "stop_token_ids": stops,
-                "base": model.base.key}  # fmt: skip
+        carry_licences(model.path, context.out)
+        facts: Facts = {"files": files, "context_length": source.context_length, "stop_token_ids": stops,
+                        "base": model.base.key}  # fmt: skip
+        write_card(context.out, model, facts)
+        return facts
 
     def _convert(self, model: Artifact, weights: Path, context: StageContext) -> Facts:
         """Have a script of the user's convert the model, and check what it wrote."""
-        if self.config.types != ["F16"]:
-            raise ModelError("a converter script writes F16 only: leave `types` out")
         script, path = context.source("format.converter"), context.work / "model-F16.gguf"
         command = [sys.executable, str(script), str(weights), "--outfile", str(path), "--outtype", "f16"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -155,8 +159,9 @@ class Gguf:
         length: int = facts["context_length"]
         if self.config.serve:
             last = list(files.values())[-1]["file"]
-            with LlamaServer(context.out / last, context_length=min(length, SERVED_CONTEXT), limit=LIMIT) as server:
-                entries = entries_of(tokenizer, conversations_of(data), server.answer)
+            room = min(length, SERVED_CONTEXT)
+            with LlamaServer(context.out / last, context_length=room, limit=LIMIT) as server:
+                entries = entries_of(tokenizer, conversations_of(data), server.answer, room)
             facts["serve"] = write_bundle(context.out, self.config.serve, last, length, entries, LIMIT)
         carry_licences(model.path, context.out)
         write_modelfile(context.out, files, tokenizer, model.facts, length)
@@ -177,8 +182,9 @@ class Gguf:
 
 
 def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:
-    """Some texts of the recipe's own."""
-    return list(islice(texts_of(data, tokenizer), OWN_TEXTS)) if data else []
+    """Some texts of the recipe's own, those that it tests with first."""
+    texts = chain(islice(texts_of(data, tokenizer, "test"), OWN_TEXTS // 2), texts_of(data, tokenizer))
+    return list(islice(texts, OWN_TEXTS))
 
 
 def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:
@@ -186,12 +192,12 @@ def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) 
     if found:
         some = ", ".join(f"{name} is {kind}" for name, kind in list(found.items())[:3])
         context.warn(f"{file_type}: the rows of {len(found)} tensors are no multiple of 256, so that they get larger "
-                     f"types ({some})")  # fmt: skip
+                     f"types ({some}{', ...' if len(found) > 3 else ''}); the manifest names them all")  # fmt: skip
 
 
 def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> Facts:
     """Check a file in llama.cpp; only then is it put where a user would take it for good."""
-    with LlamaServer(path, context_length=max(CHECK_CONTEXT, expected.longest + 1)) as server:
+    with LlamaServer(path, context_length=max(CHECK_CONTEXT, expected.longest + 1), exact=True) as server:
         verdict = check(server, expected, limit)
     size = path.stat().st_size
     path.rename(context.out / path.name)

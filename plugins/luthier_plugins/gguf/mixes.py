@@ -48,6 +48,7 @@ class Layout:
     """What the rule looks at beside a tensor's name.
 
     Attributes:
+        downs: The names of the ``ffn_down`` tensors in the order of the file; a layer with experts may have two.
         overrides: Types by regular expressions for names in GGUF; the first that is found in a name counts.
         imatrix: Whether there are importances.
     """
@@ -57,6 +58,7 @@ class Layout:
     kv_heads: int
     tied: bool
     experts: int = 0
+    downs: Sequence[str] = ()
     overrides: Mapping[str, str] = field(default_factory=dict[str, str])
     imatrix: bool = False
 
@@ -118,7 +120,7 @@ def _wanted(
         return default
     layer, role = int(parts[1]), parts[2]
     if file_type in SMALLEST:
-        return _below_three_bits(file_type, default, role, layer, layout)
+        return _below_three_bits(file_type, default, name, role, layout)
     match role:
         case "attn_v" | "attn_qkv":
             return _attention_value(file_type, default, layer, layout)
@@ -150,7 +152,7 @@ def _embedding(file_type: FileType, default: GGMLQuantizationType) -> GGMLQuanti
 
 
 def _below_three_bits(
-    file_type: FileType, default: GGMLQuantizationType, role: str, layer: int, layout: Layout
+    file_type: FileType, default: GGMLQuantizationType, name: str, role: str, layout: Layout
 ) -> GGMLQuantizationType:
     finer = T.IQ3_S if file_type in ("IQ2_S", "IQ2_M") else T.Q2_K
     if role in ("attn_v", "attn_qkv"):
@@ -158,7 +160,8 @@ def _below_three_bits(
     if role == "attn_k" and layout.experts == 8:
         return T.Q4_K
     if role.startswith("ffn_down"):
-        return finer if layout.early(layer) else default
+        # llama.cpp counts tensors here, and layers everywhere else.
+        return finer if layout.early(layout.downs.index(name)) else default
     if role == "attn_output":
         if layout.experts == 8:
             return T.Q5_K

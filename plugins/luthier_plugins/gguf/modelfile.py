@@ -102,6 +102,13 @@ def _same(tokenizer: Any, known: Format, messages: Sequence[Message]) -> bool:
     return prompt.removeprefix(tokenizer.bos_token or "") == known.gives(messages)
 
 
+def _lead(tokenizer: Any) -> str:
+    """The first token as text, where the model's template writes it and the tokenizer, and so the file, does not."""
+    text, prompt = tokenizer.bos_token or "", render(tokenizer, SPOKEN[0], open_turn=True)
+    adds = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    return text if text and prompt.startswith(text) and not adds else ""
+
+
 def write_modelfile(
     folder: Path, files: Mapping[str, Facts], tokenizer: Any, facts: Facts, context_length: int
 ) -> None:
@@ -109,7 +116,7 @@ def write_modelfile(
     known = format_of(tokenizer)
     lines = ["# ollama create NAME -f Modelfile", f"FROM ./{list(files.values())[-1]['file']}"]
     if known is not None:
-        lines += [f"# {known.name}", f'TEMPLATE """{known.go}"""']
+        lines += [f"# {known.name}", f'TEMPLATE """{_lead(tokenizer)}{known.go}"""']
     else:
         lines.append("# The chat template inside of the GGUF file is used: it is none of the common ones.")
     lines += [f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}" for token in facts.get("stop_tokens", [])]

@@ -29,18 +29,27 @@ class LlamaServer:
         limit: The most tokens of an answer.
         port: Where it listens; 0 takes a free one.
         lora: An adapter to add.
+        exact: Compute as exactly as llama.cpp can: keys and values in float32, a prompt in one piece; takes memory.
 
     Raises:
         ModelError: llama.cpp cannot load the file.
     """
 
     def __init__(
-        self, file: Path, *, context_length: int, limit: int = 256, port: int = 0, lora: Path | None = None
+        self,
+        file: Path,
+        *,
+        context_length: int,
+        limit: int = 256,
+        port: int = 0,
+        lora: Path | None = None,
+        exact: bool = False,
     ) -> None:
         self.file = file
         self.limit = limit
         self._port = port
         self._lora = lora
+        self._exact = exact
         self._context_length = context_length
         self._server: Any = None
 
@@ -52,7 +61,7 @@ class LlamaServer:
             adapter.path = str(self._lora)
             adapter.scale = 1.0
             options.lora_adapters = [adapter]
-        options.n_ctx = options.n_batch = options.n_ubatch = self._context_length
+        options.n_ctx = self._context_length
         options.n_parallel = 1
         options.cpuparams.n_threads = os.cpu_count() or 1
         options.n_gpu_layers = 0
@@ -68,14 +77,21 @@ class LlamaServer:
         options.sampling.temp = 0
         # Otherwise a conversation that ends with the assistant would be taken as the answer's beginning.
         options.prefill_assistant = False
-        # What is compared is the weights, not llama.cpp's shortcuts.
-        options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-        options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if self._exact:
+            # What is compared is the weights, not llama.cpp's shortcuts.
+            options.n_batch = options.n_ubatch = self._context_length
+            options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+            options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         options.reasoning_format = llama.common_reasoning_format.COMMON_REASONING_FORMAT_NONE
         try:
             self._server = llama.Server(options)
         except (RuntimeError, ValueError) as error:
-            raise ModelError(f"llama.cpp cannot load the file: {error}", where=str(self.file)) from error
+            raise ModelError(
+                f"llama.cpp cannot load the file: {error}",
+                where=str(self.file),
+                hint=f"`llama-server -m {self.file.name}` says more; is it a GGUF file of an architecture that this "
+                "version of llama.cpp knows, and is there memory for it?",
+            ) from error
         return self
 
     def __exit__(

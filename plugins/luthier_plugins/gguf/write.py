@@ -86,6 +86,7 @@ class Source:
             kv_heads=int(metadata["attention.head_count_kv"]),
             tied="lm_head.weight" not in shapes,
             experts=int(metadata.get("expert_count", 0)),
+            downs=[part.name for part in self.parts if ".ffn_down" in part.name and part.name.endswith(".weight")],
         )
         self.context_length = int(metadata["context_length"])
         self.importances: Importances = {}

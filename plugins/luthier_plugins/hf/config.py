@@ -36,6 +36,8 @@ class HfConfig(Config):
             raise ValueError("`quantize` says what the weights are stored as: leave `dtype` out")
         if self.quantize is None and self.calibration is not None:
             raise ValueError("nothing looks at `calibration` without `quantize`: leave it out")
+        if self.quantize is not None and "shard_size" in self.model_fields_set:
+            raise ValueError("quantizers write files of their own size: leave `shard_size` out")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from luthier.train.calibration import texts_of, tuned_on
 from luthier.train.compare import Comparison, compared, sequences_of
 from luthier.train.generate import greedy_answers
 from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import full_weights, load_model, load_tokenizer, on_fastest, usable
+from luthier.train.loading import full_weights, load_client, load_model, load_tokenizer, on_fastest
 from luthier.train.text import encode_prompt
 from luthier_plugins.hf.compatible import generation_config, lost_in_version_4, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
@@ -76,7 +76,7 @@ class Hf:
             context.warn(lost)
         self._texts(source, model, context.out)
         loaded = replace(model, kind="model", path=context.out)
-        tokenizer, client = load_tokenizer(loaded), on_fastest(load_model(usable(loaded, context.work / "floats")))
+        tokenizer, client = load_tokenizer(loaded), load_client(loaded, context.work / "floats")
         verdict = self._compared(model, client, tokenizer, self.config.max_kl or limit, context)
         stored = self.config.quantize.name if self.config.quantize else name
         facts: Facts = {
@@ -88,9 +88,9 @@ class Hf:
             "context_length": config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD,
             "stop_token_ids": model.facts["stop_token_ids"],
         }
-        answers = partial(_answers, client, tokenizer, model.facts["stop_token_ids"], LIMIT)
+        answers = partial(_answers, client, tokenizer, model.facts["stop_token_ids"], LIMIT, special=False)
         if self.config.serve:
-            entries = entries_of(tokenizer, conversations_of(data), answers)
+            entries = entries_of(tokenizer, conversations_of(data), answers, facts["context_length"])
             if not entries:
                 context.warn("the model has no chat template: the golden file has no entries")
             facts["serve"] = write_bundle(context.out, self.config.serve, ".", facts["context_length"], entries, LIMIT)
@@ -154,7 +154,7 @@ class _Client:
     def __init__(self, export: Artifact, limit: int, scratch: Path) -> None:
         folder = replace(export, kind="model")
         self._tokenizer = load_tokenizer(folder)
-        self._model = on_fastest(load_model(usable(folder, scratch)))
+        self._model = load_client(folder, scratch)
         self._stops: list[int] = export.facts["stop_token_ids"]
         self._limit = limit
 
@@ -169,9 +169,11 @@ def _loaded(export: Artifact, limit: int) -> Iterator[Teacher]:
         yield _Client(export, limit, Path(scratch) / "floats")
 
 
-def _answers(model: Any, tokenizer: Any, stops: list[int], limit: int, prompts: Any) -> Iterator[str]:
+def _answers(
+    model: Any, tokenizer: Any, stops: list[int], limit: int, prompts: Any, *, special: bool = True
+) -> Iterator[str]:
     ids = [encode_prompt(tokenizer, messages) for messages in prompts]
-    return greedy_answers(model, tokenizer, ids, stops, limit)
+    return greedy_answers(model, tokenizer, ids, stops, limit, special=special)
 
 
 def _dump(path: Path, value: Mapping[str, Any]) -> None:
@@ -196,9 +198,10 @@ tags:
 Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters as {dtype}; context:
 {facts["context_length"]:,} tokens. It stops at: {stops}.
 
-The folder was loaded with transformers and compared with the model: the tokenizer reads {facts["texts"]} texts alike,
-the mean KL divergence over the whole vocabulary is {facts["kl"]:.2g} nats at {facts["positions"]:,} positions, and the
-best token is the same at {facts["top1"]:.1%} of them. `{SUMS}` has the digests of all files.
+The folder was read back and compared with the model, both computed in float32: the tokenizer reads
+{facts["texts"]} texts alike, the mean KL divergence over the whole vocabulary is {facts["kl"]:.2g} nats at
+{facts["positions"]:,} positions, and the best token is the same at {facts["top1"]:.1%} of them.
+`{SUMS}` has the digests of all files.
 """,
         encoding="utf-8",
     )

@@ -48,6 +48,9 @@ class _Grouped(ABC):
         check_divisible(headers, chosen, self.config.group_size, WORD // self.config.bits)
         settings = self._settings(chosen, kept_of(headers, chosen))
         facts: Facts = {"quantization_config": settings, "layers": len(chosen), "dtype": "float16"}
+        # Before anything is computed with it.
+        for name, tensor in tensors_of(model.path):
+            in_half(tensor, name)
         if self.config.rounding == "auto-round":
             return facts | self._by_auto_round(model, calibration, chosen, out, context)
         made: dict[str, dict[str, Tensor]] = {}

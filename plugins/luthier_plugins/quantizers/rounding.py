@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from luthier.api import ModelError
 from luthier.train.packed import Grouped
 from torch import Tensor, nn
 
@@ -72,13 +73,15 @@ def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
     Args:
         weight: Shape (rows, columns); where it is, is where this computes.
         hessian: Inner products of the inputs, shape (columns, columns).
+
+    Raises:
+        ModelError: these are not finite.
     """
     weight = weight.clone().float()
     hessian = hessian.to(weight.device, copy=True)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    inverse = _inverse_root(hessian)
     rows, columns = weight.shape
     values = torch.empty(rows, columns, device=weight.device)
     scales, zeros = [], []
@@ -101,6 +104,18 @@ def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
     return Grouped(
         values.int().cpu(), torch.cat(scales, dim=1).half().cpu(), torch.cat(zeros, dim=1).int().cpu(), grid.bits
     )
+
+
+def _inverse_root(hessian: Tensor) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse; damped more, where rounding made it singular."""
+    mean = hessian.diagonal().mean()
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        with suppress(RuntimeError):
+            return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    raise ModelError("what a layer is given on the calibration data is not finite: the model overflows on it",
+                     hint="name other `calibration` data, or set `rounding: nearest`")  # fmt: skip
 
 
 def rounded_on_data(

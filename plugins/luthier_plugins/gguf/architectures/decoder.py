@@ -18,6 +18,9 @@ UNTOLD = 4096
 """The context of a model that tells none."""
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
+COMPUTED = "rotary_emb.inv_freq"
+"""Old checkpoints keep what is computed from the config; a file that has it cannot be loaded."""
+
 
 class Decoder:
     """Attention and feed-forward layers with rotary embeddings; families change what is different in them."""
@@ -97,6 +100,8 @@ class Decoder:
     def planned(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Planned]:
         stacks: dict[str, list[tuple[int, str]]] = {}
         for name, shape in shapes.items():
+            if name.endswith(COMPUTED):
+                continue
             if found := EXPERT.fullmatch(name):
                 stacks.setdefault(f"{found[1]}.{found[3]}.weight", []).append((int(found[2]), name))
             else:
