@@ -14,16 +14,21 @@ import pytest
 import torch
 from gguf_models import MODELS, make_model
 from luthier.api import Artifact, DataError, ModelError
+from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.calibration import tuned_on
 from luthier.train.compare import CORPUS
 from luthier.train.loading import load_model, load_tokenizer
+from luthier_plugins.gguf import exporter
 from luthier_plugins.gguf.architectures.gemma import Gemma2
+from luthier_plugins.gguf.check import Expected, check
+from luthier_plugins.gguf.config import GgufConfig
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.mixes import tensor_type
-from luthier_plugins.gguf.modelfile import FORMATS, format_of
+from luthier_plugins.gguf.modelfile import FORMATS, format_of, write_modelfile
 from luthier_plugins.gguf.tokenizer import DEEPSEEK_SPLITS
 from luthier_plugins.gguf.write import Source
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -44,6 +49,39 @@ def test_an_architecture_behaves_alike_in_llama_cpp(name: str, tmp_path: Path) -
     assert files["Q8_0"]["kl"] > files["F32"]["kl"]
     if name == "mistral":
         assert export.facts["context_length"] == 256
+
+
+def test_what_old_checkpoints_keep_of_the_rotation_is_left_out(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
+    assert run_stage(tmp_path / "s", "export", {"format": "gguf"}, inputs={"model": base}).facts["files"]["F16"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"types": ["F16", "IQ2_XS"], "imatrix": False}, "IQ2_XS cannot do without importances"),
+     ({"converter": "./x.py", "overrides": {"attn_v": "Q8_0"}}, "a converter script writes F16 only")],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_in_the_plan(settings: dict[str, Any], message: str) -> None:
+    registry = default_registry()
+    with pytest.raises(ValueError, match=message):
+        GgufConfig.model_validate(settings, context={"components": registry})
+
+
+def test_what_llama_cpp_does_not_report_is_no_agreement() -> None:
+    class Silent:
+        file = Path("x.gguf")
+
+        def next_log_probabilities(self, ids: list[int], size: int, stop: int) -> np.ndarray:
+            return np.full(size, -np.inf)
+
+    right = np.log(np.full(4, 0.25))
+    expected = Expected({}, [], [], {}, [[1, 2]], [right], [])
+    with pytest.raises(ModelError, match="does not behave like"):
+        check(Silent(), expected, 1e9)  # type: ignore[arg-type]
 
 
 def test_another_sliding_window_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,14 +199,12 @@ def test_importances_of_experts_are_those_of_the_tokens_that_came_to_them(tmp_pa
     assert found["blk.0.ffn_down_exps.weight"].shape == (4, 256)
 
 
-def test_coarse_types_without_data_are_refused_with_a_remedy(tmp_path: Path) -> None:
+def test_coarse_types_without_data_are_refused_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = tiny_model(tmp_path / "elsewhere", hidden_size=256, intermediate_size=256)
     model = run_stage(tmp_path, "base", {"source": str(made.path)})
     config: dict[str, Any] = {"format": {"uses": "gguf", "types": ["IQ2_XXS"]}}
+    monkeypatch.setattr(exporter, "load_model", lambda model: pytest.fail("the model was loaded"))
     with pytest.raises(ModelError, match="name a dataset as `calibration`"):
-        run_stage(tmp_path, "export", config, inputs={"model": model})
-    config["format"]["imatrix"] = False
-    with pytest.raises(ModelError, match="needs importances"):
         run_stage(tmp_path, "export", config, inputs={"model": model})
 
 
@@ -262,6 +298,11 @@ def test_the_modelfile_has_the_template_of_the_model(tuned: Artifact) -> None:
     assert FORMATS[0].go in lines
     tokenizer = load_tokenizer(tuned)
     assert format_of(tokenizer) is FORMATS[0]
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    # The file adds no first token, so that the template has to have it.
+    write_modelfile(tuned.path.parent, {"F16": {"file": "x.gguf"}}, tokenizer, tuned.facts, 512)
+    assert 'TEMPLATE """<|im_start|>{{-' in (tuned.path.parent / "Modelfile").read_text()
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert format_of(tokenizer) is None
 
@@ -270,7 +311,8 @@ def test_what_needs_importances_is_known_before_it_runs() -> None:
     from luthier_plugins.gguf.config import NEED_IMATRIX
     from luthier_plugins.gguf.mixes import MOSTLY, NEEDS_IMATRIX, Layout
 
-    layout = Layout(layers=32, heads=32, kv_heads=32, tied=False)
+    downs = [f"blk.{layer}.ffn_down.weight" for layer in range(32)]
+    layout = Layout(layers=32, heads=32, kv_heads=32, tied=False, downs=downs)
     names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_gate"]
     for file_type in MOSTLY:
         kinds = {tensor_type(file_type, f"blk.{layer}.{name}.weight", (256, 256), layout)
@@ -286,6 +328,7 @@ def test_an_adapter_alone_is_added_by_llama_cpp(alpha: int, tuned: Artifact) -> 
     low_rank = run_stage(store, "sft", config, inputs={"model": tuned, "data": [data]})
     export = run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": low_rank})
     about = export.facts["files"]["LoRA"]
+    assert "--lora adapter.gguf" in (export.path / "README.md").read_text()
     assert about["kl"] < 1e-4
     assert about["bytes"] < 0.5 * tuned.path.joinpath("model.safetensors").stat().st_size
     assert sorted(path.name for path in export.path.glob("*.gguf")) == ["adapter.gguf"]

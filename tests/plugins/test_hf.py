@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -27,8 +28,10 @@ from luthier.cli.verify import verify_command
 from luthier.running.serve import TransformersSpeaker
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.compare import compared
+from luthier.train.golden import entries_of
 from luthier.train.loading import load_model
 from luthier_plugins.hf.compatible import model_config
+from luthier_plugins.quantizers import grouped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -134,6 +137,33 @@ def test_weights_that_do_not_fit_are_refused(tuned: Artifact, tmp_path: Path) ->
     odd = broken(tuned, tmp_path / "b", name, float("nan"))
     with pytest.raises(ModelError, match="NaN or infinite"):
         run_stage(tmp_path / "s", "export", {"format": "hf"}, inputs={"model": odd})
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_weights_that_are_nan_are_refused_before_anything_is_computed(
+    method: str, tuned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "load_model", lambda model: pytest.fail("the model was loaded"))
+    odd = broken(tuned, tmp_path / "a", "model.layers.0.mlp.up_proj.weight", float("nan"))
+    with pytest.raises(ModelError, match=r"up_proj\.weight: the tensor has NaN or infinite values"):
+        run_stage(tmp_path / "s", "export", {"format": {"uses": "hf", "quantize": method}}, inputs={"model": odd})
+
+
+def test_conversations_that_leave_no_room_for_an_answer_are_no_golden_ones(tuned: Artifact) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tuned.path)
+    short = [{"role": "user", "content": "hi"}]
+    long = [{"role": "user", "content": "hi " * 500}]
+    entries = entries_of(tokenizer, [long, short, long], lambda asked: iter(["hello"] * len(asked)), 200)
+    assert [entry["messages"] for entry in entries] == [short]
+
+
+def test_a_port_that_is_taken_is_refused_before_a_model_is_loaded(tuned: Artifact) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [str(Path(sys.executable).parent / "luthier"), "serve", str(tuned.path), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"the port {port} cannot be used" in done.stderr + done.stdout
 
 
 def test_each_server_has_its_command_and_its_compose_file(export: Artifact) -> None:

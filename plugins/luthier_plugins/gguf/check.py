@@ -25,7 +25,9 @@ CONVERSATIONS: tuple[list[Message], ...] = (
     ],
 )
 POSITIONS = 48
-"""About how many next-token distributions are compared."""
+"""About how many next-token distributions are compared, ..."""
+PROBABILITIES = 4_000_000
+"""... unless these are more numbers: each comes as JSON, a large vocabulary's in a second."""
 OWN = 8
 """Texts of the recipe's own among those whose distributions are compared, ..."""
 OWN_TOKENS = 256
@@ -88,12 +90,13 @@ def expected_of(
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values()) + mine
     prefixes: list[list[int]] = []
     logs: list[np.ndarray] = []
+    positions = min(POSITIONS, PROBABILITIES // model.config.vocab_size + 1)
     window: int | None = getattr(model.config, "sliding_window", None)
     longest: int = length or window or getattr(model.config, "max_position_embeddings", None) or 1 << 20
     for ids in sequences:
         with torch.no_grad():
             rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu().numpy()
-        step = max(1, len(ids) * len(sequences) // POSITIONS)
+        step = max(1, len(ids) * len(sequences) // positions)
         for place in range(min(len(ids), longest) - 1, 0, -step):
             prefixes.append(ids[: place + 1])
             logs.append(rows[place])

@@ -54,11 +54,10 @@ class Gguf:
             check_room(context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files")
             for file_type in self.config.types:
                 _tell_fallbacks(source, file_type, context)
-            loaded, tokenizer = on_fastest(fold(load_model(model))), load_tokenizer(model)
-            data = self._data(model, context)
-            facts: Facts = {}
-            if self.config.wants_imatrix:
-                facts["imatrix"] = self._weigh(source, loaded, tokenizer, data, context)
+            tokenizer, data = load_tokenizer(model), self._data(model, context)
+            blocks = self._blocks(tokenizer, data) if self.config.wants_imatrix else []
+            loaded = on_fastest(fold(load_model(model)))
+            facts: Facts = {"imatrix": _weigh(source, loaded, blocks, context)} if blocks else {}
             expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer),
                                    spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
             del loaded
@@ -82,26 +81,18 @@ class Gguf:
         named = self.config.calibration is not None
         return context.inputs("format.calibration") if named else tuned_on(model)
 
-    def _weigh(
-        self, source: Source, model: Any, tokenizer: Any, data: Sequence[Artifact], context: StageContext
-    ) -> Facts:
-        """Compute the importances, and have the source quantize with them."""
+    def _blocks(self, tokenizer: Any, data: Sequence[Artifact]) -> list[list[int]]:
+        """What the importances are computed on.
+
+        Raises:
+            ModelError: there is nothing, or less than asked for.
+        """
         if not data:
             raise ModelError("there is no data to compute importances on: the model was not tuned in this store",
                              hint="name a dataset as `calibration`")  # fmt: skip
         wanted = self.config.calibration_tokens
-        blocks = blocks_of(texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK,
-                           exactly=wanted is not None)  # fmt: skip
-        importances, idle = importances_of(model, source.parts, blocks, lambda done, total:
-                                           context.progress(done, total, "texts for the importances"))  # fmt: skip
-        if not importances:
-            raise ModelError("none of the model's layers could be watched: there are no importances",
-                             hint="leave `imatrix` out")  # fmt: skip
-        if idle:
-            context.warn(f"no token of the calibration data came to {idle} of the experts of a layer: "
-                         "name more data, or data of more kinds")  # fmt: skip
-        source.weigh(importances)
-        return {**digest_of(blocks), "tensors": len(importances)}
+        return blocks_of(texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK,
+                         exactly=wanted is not None)  # fmt: skip
 
     def _export_adapter(self, model: Artifact, context: StageContext) -> Facts:
         """Write the adapter alone, and check it on its base in llama.cpp."""
@@ -179,6 +170,20 @@ class Gguf:
         path, length = _file_of(export, variant), export.facts["context_length"]
         with LlamaServer(path, context_length=min(length, SERVED_CONTEXT), port=port) as server:
             yield server.url
+
+
+def _weigh(source: Source, model: Any, blocks: Sequence[Sequence[int]], context: StageContext) -> Facts:
+    """Compute the importances, and have the source quantize with them."""
+    importances, idle = importances_of(model, source.parts, blocks, lambda done, total:
+                                       context.progress(done, total, "texts for the importances"))  # fmt: skip
+    if not importances:
+        raise ModelError("none of the model's layers could be watched: there are no importances",
+                         hint="leave `imatrix` out")  # fmt: skip
+    if idle:
+        context.warn(f"no token of the calibration data came to {idle} of the experts of a layer: "
+                     "name more data, or data of more kinds")  # fmt: skip
+    source.weigh(importances)
+    return {**digest_of(blocks), "tensors": len(importances)}
 
 
 def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:
