@@ -145,9 +145,7 @@ def test_rotary_scaling_of_llama_3_is_carried_over(model: Artifact, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama-3.1"])
-def test_real_tokenizers_read_alike_in_llama_cpp(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_tokenizers_read_alike_in_llama_cpp(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What is compared here is text.
     monkeypatch.setattr(check, "PROBABILITIES", 700_000)
     source = TOKENIZERS / name
