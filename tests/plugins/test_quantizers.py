@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from gguf_models import make_model
 from hypothesis import given
 from hypothesis import strategies as st
+from luthier import plan, run
 from luthier.api import Artifact, DataError, ModelError, PluginError, StageError
 from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.models import tensor_headers
@@ -298,3 +299,30 @@ def test_auto_round_is_nearer_than_rounding_to_nearest(
     nearest = exported(tuned, {**options, "rounding": "nearest"})
     assert learned.facts["layers"] == 21
     assert learned.facts["kl"] < nearest.facts["kl"], (learned.facts["kl"], nearest.facts["kl"])
+
+
+RECIPE = """
+luthier: 1
+name: small
+stages:
+  base: {uses: base}
+  folder: {uses: export, model: base, format: {uses: hf, quantize: QUANTIZE}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("quantize", "tool"), [("torchao", "torchao"), ("{uses: gptq, rounding: auto-round}", "auto-round")]
+)
+def test_a_missing_tool_is_told_before_the_first_stage(
+    quantize: str, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUTHIER_ENVIRONMENTS", str(tmp_path / "none"))
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("QUANTIZE", quantize))
+    made = plan(tmp_path / "recipe.yaml", tmp_path / "store")
+    assert [environment.name for environment in made.missing_tools()] == [tool]
+    assert not made.missing_tools(["base"])
+    with pytest.raises(PluginError, match=f"luthier doctor --install {tool}"):
+        run(made)
+    assert not list(made.store)
+    # Without it, as with any other.
+    assert run(made, only="base").exit_code == 0

@@ -35,6 +35,11 @@ class Config(BaseModel):
         allow_inf_nan=False,
     )
 
+    @property
+    def needs_tool(self) -> str | None:
+        """The tool with an environment of its own that the component runs, see ``luthier doctor``; None for most."""
+        return None
+
 
 def _parsed(value: str) -> str:
     try:
@@ -297,6 +302,14 @@ def references(config: BaseModel, kind: type[Any], prefix: str = "") -> Iterator
             yield path, found, [str(item) for item in values if item is not None and item not in words]
         for child_path, child in _children(path, value):
             yield from references(child, kind, f"{child_path}.")
+
+
+def configs_in(config: BaseModel) -> Iterator[BaseModel]:
+    """A config and the configs inside it."""
+    yield config
+    for name in type(config).model_fields:
+        for _, child in _children(name, getattr(config, name)):
+            yield from configs_in(child)
 
 
 def _children(path: str, value: Any) -> Iterator[tuple[str, BaseModel]]:

@@ -54,10 +54,14 @@ class Environment:
             PluginError: it has not been made yet.
         """
         if not self.ready:
-            raise PluginError(f"{self.name} is not installed: it gets an environment of its own, because its packages "
-                              "would conflict with others",
-                              hint=f"luthier doctor --install {self.name}")  # fmt: skip
+            raise self.missing()
         return self.folder / "bin" / "python"
+
+    def missing(self) -> PluginError:
+        """The error that says how to make it."""
+        return PluginError(f"{self.name} is not installed: it gets an environment of its own, because its packages "
+                           "would conflict with others, or slow every start",
+                           hint=f"luthier doctor --install {self.name}")  # fmt: skip
 
     def install(self, say: Callable[[str], None]) -> None:
         """Make it; one that was begun before is made anew.

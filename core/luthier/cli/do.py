@@ -12,6 +12,7 @@ import click
 from luthier.api.artifact import BASE
 from luthier.api.config import Input, Source, marker
 from luthier.artifacts.store import Store
+from luthier.cli.tools import offer_missing
 from luthier.planning import plan
 from luthier.recipe import Recipe
 from luthier.recipe.document import parse_scalar
@@ -55,8 +56,10 @@ def run_alone(stage: str, config: dict[str, Any], seed: int, store: Store) -> Ru
     from luthier.cli.display import Display, make_console
 
     recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
+    made = plan(recipe, store)
+    offer_missing(made)
     with Display(make_console()) as display:
-        return run(plan(recipe, store), listeners=[display])
+        return run(made, listeners=[display])
 
 
 def _config(stage: str, values: tuple[str, ...], store: Store) -> dict[str, Any]:

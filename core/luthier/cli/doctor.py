@@ -15,8 +15,9 @@ from typing import Any
 import click
 from packaging.requirements import Requirement
 
-from luthier.artifacts.environments import ENVIRONMENTS, Environment
+from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.store import Store
+from luthier.cli import tools
 from luthier.registry import default_registry
 
 DEVICES = """
@@ -37,7 +38,7 @@ def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: 
     Ends with exit code 1 when something that Luthier needs is missing or too old.
     """
     if install is not None:
-        _install(ENVIRONMENTS[install], yes)
+        tools.install(ENVIRONMENTS[install], yes)
         return
     found = _examine(Store.at(store))
     if as_json:
@@ -45,18 +46,6 @@ def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: 
     else:
         _print(found)
     sys.exit(1 if found["problems"] else 0)
-
-
-def _install(environment: Environment, yes: bool) -> None:
-    """Make the environment of a tool, when the user agrees."""
-    if environment.ready:
-        click.echo(f"{environment.name} is installed: {environment.folder}")
-        return
-    click.echo(f"{environment.name}: {environment.about}\ninto {environment.folder}: "
-               f"{', '.join(environment.packages)} and what these need, some GB")  # fmt: skip
-    if yes or click.confirm("install?"):
-        environment.install(click.echo)
-        click.echo("installed")
 
 
 def _examine(store: Store) -> dict[str, Any]:

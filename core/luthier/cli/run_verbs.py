@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from luthier.api.config import Estimate
+from luthier.cli.tools import offer_missing
 from luthier.planning import Plan, plan
 from luthier.running import run
 from luthier.running.events import Event
@@ -65,6 +66,7 @@ def run_command(
 ) -> None:
     """Run a recipe: cached stages are not run again, interrupted ones resume."""
     made = plan(recipe, store, overrides=overrides)
+    offer_missing(made, only)
     if as_json:
         sys.exit(run(made, only=only, keep_going=keep_going, listeners=[_print_json]).exit_code)
     # rich is only paid for where something is shown.

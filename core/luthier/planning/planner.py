@@ -10,10 +10,11 @@ from typing import Any, Literal, cast
 
 from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
-from luthier.api.config import Estimate, Input, Source, StageConfig, identity, references
+from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references
 from luthier.api.errors import LuthierError, Problem, RecipeError
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
+from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
 from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
@@ -86,6 +87,18 @@ class Plan:
                 found.add(name)
                 pending += self.nodes[name].needs
         return found
+
+    def missing_tools(self, targets: Iterable[str] = ()) -> list[Environment]:
+        """The environments that making `targets`, by default everything, needs and that have not been made."""
+        found: dict[str, Environment] = {}
+        for name in self.needed_for(targets or self.nodes):
+            node = self.nodes[name]
+            if self.store.find(node.key) is None:
+                for config in configs_in(node.config):
+                    tool = config.needs_tool if isinstance(config, Config) else None
+                    if tool is not None and not ENVIRONMENTS[tool].ready:
+                        found[tool] = ENVIRONMENTS[tool]
+        return [found[tool] for tool in sorted(found)]
 
     def __str__(self) -> str:
         return "\n".join(f"{node.id:<20} {node.status:<7} {node.reason}" for node in self.nodes.values())

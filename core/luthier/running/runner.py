@@ -94,6 +94,7 @@ def run(
         listeners: Called with every event.
 
     Raises:
+        PluginError: a tool with an environment of its own is not installed.
         RecipeError: the recipe is wrong, or `only` names a stage that is not in it. A failed stage does not raise: see
             `RunResult`.
     """
@@ -103,6 +104,9 @@ def run(
                 for name in wanted if name not in the_plan.nodes]  # fmt: skip
     if problems:
         raise RecipeError(problems)
+    # Before the first stage, not after hours of training.
+    for tool in the_plan.missing_tools(wanted):
+        raise tool.missing()
     return _Runner(the_plan, keep_going, list(listeners)).run(wanted)
 
 

@@ -35,6 +35,10 @@ class GroupedConfig(QuantizerConfig):
     largest_kl: float = Field(default=0.1, gt=0)
     """The largest mean KL divergence to the model it came from, in nats per token."""
 
+    @property
+    def needs_tool(self) -> str | None:
+        return "auto-round" if self.rounding == "auto-round" else None
+
 
 class AwqConfig(GroupedConfig):
     """4 bits in AutoAWQ's ``gemm`` layout."""
@@ -70,6 +74,10 @@ class TorchaoConfig(QuantizerConfig):
 
     type: TorchaoType = "int8"
     """``int8`` and ``float8`` round weights only; ``int8-dynamic`` rounds activations as they come, too."""
+
+    @property
+    def needs_tool(self) -> str | None:
+        return "torchao"
 
 
 class Nf4Config(Config):
