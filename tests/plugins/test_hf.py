@@ -25,11 +25,13 @@ from luthier.api import Artifact, ModelError, StoreError
 from luthier.artifacts.golden import ServerError, ask, streamed
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
+from luthier.registry import default_registry
 from luthier.running.serve import TransformersSpeaker
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.compare import compared
 from luthier.train.golden import entries_of
 from luthier.train.loading import load_model
+from luthier_plugins.export.config import ExportConfig
 from luthier_plugins.hf.compatible import model_config
 from luthier_plugins.quantizers import grouped
 from safetensors.torch import load_file, save_file
@@ -309,6 +311,16 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
         assert "4 of 4 answers are the same" in done.output
         chat = CliRunner().invoke(chat_command, [url, "--ask", "Where is the letter?"])
         assert chat.output.endswith("in the drawer\n")
+
+
+def test_quantizers_choose_the_size_of_their_files(tuned: Artifact, tmp_path: Path) -> None:
+    config = {"format": {"uses": "hf", "quantize": "int8", "shard_size": 10**6}}
+    with pytest.raises(ValueError, match="leave `shard_size` out"):
+        run_stage(tmp_path, "export", config, inputs={"model": tuned})
+    # A job has every setting, defaults too.
+    context = {"components": default_registry()}
+    made = ExportConfig.model_validate({"model": "m", "format": {"uses": "hf", "quantize": "int8"}}, context=context)
+    assert ExportConfig.model_validate(made.model_dump(mode="json"), context=context) == made
 
 
 @pytest.mark.parametrize(

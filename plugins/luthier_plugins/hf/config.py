@@ -21,8 +21,8 @@ class HfConfig(Config):
     """How to store the layers with fewer bits, such as ``awq`` or ``gptq``."""
     calibration: DatasetInput | None = None
     """What the quantizer looks at; by default the data that the model was tuned on."""
-    shard_size: int = Field(default=2_000_000_000, gt=0)
-    """The largest size of one file, in bytes."""
+    shard_size: int | None = Field(default=None, gt=0)
+    """The largest size of one file, in bytes; by default 2 GB."""
     max_kl: float | None = Field(default=None, gt=0)
     """The largest mean KL divergence to the model it came from, in nats per token; by default 0.01, or what the
     quantizer says."""
@@ -36,7 +36,7 @@ class HfConfig(Config):
             raise ValueError("`quantize` says what the weights are stored as: leave `dtype` out")
         if self.quantize is None and self.calibration is not None:
             raise ValueError("nothing looks at `calibration` without `quantize`: leave it out")
-        if self.quantize is not None and "shard_size" in self.model_fields_set:
+        if self.quantize is not None and self.shard_size is not None:
             raise ValueError("quantizers write files of their own size: leave `shard_size` out")
         return self
 

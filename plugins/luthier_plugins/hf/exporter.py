@@ -40,6 +40,8 @@ LARGEST_KL = 0.01
 FEWEST = 0.5
 """Bytes of a weight with four bits: what a quantized folder takes at least."""
 SUMS = "SHA256SUMS"
+SHARD = 2_000_000_000
+"""The largest size of one file, in bytes, where nobody says."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -65,7 +67,7 @@ class Hf:
             about = {"dtype": self.config.dtype or DTYPES[model.facts["dtype"]]}
             dtype: torch.dtype = getattr(torch, about["dtype"])
             check_room(context.out, dtype.itemsize * parameters, "the folder")
-            for done, total in write_weights(source, context.out, dtype, self.config.shard_size):
+            for done, total in write_weights(source, context.out, dtype, self.config.shard_size or SHARD):
                 context.progress(done, total, "tensors")
             limit = LARGEST_KL
         name: str = about.pop("dtype")
