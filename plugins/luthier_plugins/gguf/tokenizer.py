@@ -158,8 +158,11 @@ def _space_prefix(data: dict[str, Any], folder: Path) -> bool:
                 # There are no spaces left by then.
                 pass
             case _:
-                raise ModelError(f"llama.cpp has no such step before a SentencePiece tokenizer: {step}",
-                                 where=str(folder / "tokenizer.json"))  # fmt: skip
+                raise ModelError(
+                    f"llama.cpp has no such step before a SentencePiece tokenizer: {step}",
+                    where=str(folder / "tokenizer.json"),
+                    hint="name a script as `converter`, or serve the model from the exporter `hf`",
+                )
     return prefix
 
 
@@ -184,9 +187,10 @@ def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
     name = SPLITS.get(tuple(found))
     if name is None:
         raise ModelError(
-            f"llama.cpp does not know this tokenizer's split expression: {'; '.join(found)}",
+            f"llama.cpp is not known to have this tokenizer's split expression: {'; '.join(found)}",
             where=str(folder / "tokenizer.json"),
-            hint="another one would load without a word and read text differently",
+            hint="another one would load without a word and read text differently; name llama.cpp's own script as "
+            "`converter`, whose file is checked, or serve the model from the exporter `hf`",
         )
     return name
 
