@@ -84,6 +84,27 @@ def test_what_llama_cpp_does_not_report_is_no_agreement() -> None:
         check(Silent(), expected, 1e9)  # type: ignore[arg-type]
 
 
+def test_a_file_that_runs_on_is_refused() -> None:
+    right = np.log(np.array([0.5, 0.25, 0.25]))
+
+    class Endless:
+        file = Path("x.gguf")
+        ended = False
+
+        def next_log_probabilities(self, ids: list[int], size: int, stop: int) -> np.ndarray:
+            return right
+
+        def ends(self, prompt: list[int], limit: int) -> bool:
+            return self.ended
+
+    server: Any = Endless()
+    expected = Expected({}, [], [], {}, [[1, 2]], [right], [], [[1], [2]])
+    with pytest.raises(ModelError, match="none of 2 answers that the model ends"):
+        check(server, expected, 1e-9)
+    server.ended = True
+    assert check(server, expected, 1e-9)["endings"] == [2, 2]
+
+
 def test_another_sliding_window_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = run_stage(tmp_path / "s", "base", {"source": str(make_model(tmp_path / "model", "gemma2"))})
     right = Gemma2.metadata

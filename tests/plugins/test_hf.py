@@ -301,6 +301,9 @@ def test_a_gguf_is_served_by_llama_cpp(tuned: Artifact) -> None:
     config = {"format": {"uses": "gguf", "types": ["F16", "Q8_0"], "serve": ["llama.cpp", "ollama"]}}
     export = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned})
     assert "llama-server -m model-Q8_0.gguf --jinja" in (export.path / "serve" / "llama.cpp.sh").read_text()
+    # What it has learned by heart, it ends on its own, and so do the files.
+    assert export.facts["files"]["F16"]["endings"] == [3, 3]
+    assert export.facts["files"]["Q8_0"]["endings"] == [3, 3]
     ollama = yaml.safe_load((export.path / "serve" / "ollama.compose.yaml").read_text())["services"]["model"]
     shell, flag, script = ollama["entrypoint"]
     assert "ollama create model -f /model/Modelfile" in script

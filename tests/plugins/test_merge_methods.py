@@ -200,10 +200,10 @@ class Walk:
 values = st.sampled_from([0.0, 1.0, 0.5, 2.0, 1e-30, 3.0, 1.0000001])
 
 
-@pytest.mark.parametrize(("in_memory", "held"), [(0, 0.0), (0, 2.0), (1 << 22, 0.0)])
+@pytest.mark.parametrize(("in_memory", "held"), [(0, 0), (0, 1 << 24), (1 << 22, 0)])
 @given(st.lists(values, min_size=12, max_size=12), st.integers(0, 12), st.integers(1, 4))
 def test_selection_is_a_stable_sort_by_size_lowest_index_first(
-    in_memory: int, held: float, items: list[float], count: int, height: int
+    in_memory: int, held: int, items: list[float], count: int, height: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "IN_MEMORY", in_memory)

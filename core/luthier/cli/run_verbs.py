@@ -66,9 +66,9 @@ def run_command(
 ) -> None:
     """Run a recipe: cached stages are not run again, interrupted ones resume."""
     made = plan(recipe, store, overrides=overrides)
-    offer_missing(made, only)
     if as_json:
         sys.exit(run(made, only=only, keep_going=keep_going, listeners=[_print_json]).exit_code)
+    offer_missing(made, only)
     # rich is only paid for where something is shown.
     from luthier.cli.display import Display, make_console, summarize
 

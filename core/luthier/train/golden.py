@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.api.artifact import Artifact
 from luthier.api.protocols import Message, Row
-from luthier.artifacts.datasets import require_split
+from luthier.artifacts.datasets import read_split
 from luthier.train.text import encode_prompt, render
 
 ENTRIES = 16
@@ -19,7 +19,7 @@ HELLO: list[Message] = [Message(role="user", content="Hello, who are you?")]
 def conversations_of(data: Sequence[Artifact]) -> list[list[Message]]:
     """Some conversations of the recipe's own, without their last answers, and one that everybody begins with."""
     found = [HELLO]
-    rows: Iterator[Row] = (row for item in data for row in require_split(item, "train"))
+    rows: Iterator[Row] = (row for item in data for row in read_split(item, "train"))
     for row in rows:
         messages: list[Message] = row["messages"][:-1] if "messages" in row else row.get("prompt") or []
         if messages and messages[-1]["role"] == "user" and messages not in found:

@@ -93,13 +93,12 @@ def usable(artifact: Artifact, scratch: Path) -> Artifact:
     Args:
         scratch: A folder for the weights in float32.
     """
-    config = read_json(artifact.path / "config.json")
     from luthier.train.packed import READABLE, read_floats
-
-    if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
-        return artifact
     from luthier.train.shards import ShardWriter
 
+    config = read_json(artifact.path / "config.json")
+    if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
+        return artifact
     scratch.mkdir(parents=True, exist_ok=True)
     parameters: int = artifact.facts.get("parameters") or model_facts(artifact.path)["parameters"]
     check_room(scratch, torch.float32.itemsize * parameters, "what is computed with")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from luthier.api import Facts, Message, ModelError
 from luthier.train.compare import CORPUS
+from luthier.train.golden import LIMIT
 from luthier.train.text import render
 from luthier_plugins.gguf.server import LlamaServer
 
@@ -51,11 +52,13 @@ class Expected:
     prefixes: list[list[int]]
     log_probabilities: list[np.ndarray]
     stop_ids: list[int]
+    endings: list[list[int]] = field(default_factory=list[list[int]])
+    """Prompts that the model answers and then stops, on its own."""
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest text."""
-        return max(map(len, self.prefixes))
+        """The tokens of the longest text, answers of prompts included."""
+        return max([*map(len, self.prefixes), *(len(prompt) + LIMIT for prompt in self.endings)])
 
 
 def expected_of(
@@ -66,6 +69,7 @@ def expected_of(
     *,
     spaced: bool = True,
     length: int | None = None,
+    asked: Sequence[list[int]] = (),
 ) -> Expected:
     """What a GGUF file of this model has to agree with.
 
@@ -76,6 +80,7 @@ def expected_of(
         spaced: Whether texts that begin with a space have to become the same tokens as well.
         length: The longest text, in tokens, that the file promises to be right for; by default the model's sliding
             window, where it has one.
+        asked: Prompts, open for the assistant: where the model comes to an end, the file has to.
     """
     model.eval()
     texts = {text: ids_of(tokenizer, text) for text in CORPUS if spaced or not text[0].isspace()}
@@ -105,7 +110,22 @@ def expected_of(
         with torch.no_grad():
             given = torch.tensor(prefixes[-1:], device=model.device)
             logs.append(model(given).logits[0, -1].float().log_softmax(-1).cpu().numpy())
-    return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids))
+    endings = [prompt for prompt in asked if len(prompt) + LIMIT <= longest and _ends(model, prompt, stop_ids)]
+    return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids), endings)
+
+
+def _ends(model: Any, prompt: list[int], stop_ids: Sequence[int]) -> bool:
+    """Whether the model's greedy answer ends on a stop token before it is too long."""
+    if not stop_ids:
+        return False
+    given = torch.tensor([prompt], device=model.device)
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=LIMIT, do_sample=False,
+            temperature=None, top_p=None, top_k=None, repetition_penalty=None, eos_token_id=list(stop_ids),
+            pad_token_id=stop_ids[0],
+        )  # fmt: skip
+    return int(written[0, -1]) in stop_ids
 
 
 def _long(sequences: Sequence[list[int]], length: int) -> list[int]:
@@ -123,11 +143,12 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
 
     Returns:
         The facts ``kl`` (mean, in nats), ``top1`` (share of positions with the same best token),
-        ``positions``, and ``texts``, how many became the same tokens.
+        ``positions``, ``texts``, how many became the same tokens, and, where the model ends answers on its own,
+        ``endings``: how many of them the file ends, and how many there are.
 
     Raises:
-        ModelError: text becomes other ids, a prompt is rendered differently, a stop token does not stop,
-            or the distributions are further apart than `largest_kl`.
+        ModelError: text becomes other ids, a prompt is rendered differently, a stop token does not stop, answers do
+            not end, or the distributions are further apart than `largest_kl`.
     """
     where = str(server.file)
     for text, ids in {**expected.texts, **expected.prompt_ids}.items():
@@ -146,7 +167,17 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     for stop in expected.stop_ids:
         if not server.stops_on(stop, expected.prefixes[0]):
             raise ModelError(f"llama.cpp does not stop on the stop token {stop}", where=where)
-    return _compare(server, expected, largest_kl)
+    facts = _compare(server, expected, largest_kl)
+    if not expected.endings:
+        return facts
+    ended = sum(server.ends(prompt, LIMIT) for prompt in expected.endings)
+    if not ended:
+        raise ModelError(
+            f"the file runs on: none of {len(expected.endings)} answers that the model ends is ended in llama.cpp",
+            where=where,
+            hint="choose a finer type, or keep the output layer finer with `overrides`",
+        )
+    return {**facts, "endings": [ended, len(expected.endings)]}
 
 
 def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:

@@ -17,6 +17,7 @@ from luthier.artifacts.serving import write_bundle
 from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.train.golden import LIMIT, conversations_of, entries_of
 from luthier.train.loading import fold, full_weights, load_model, load_tokenizer, on_fastest
+from luthier.train.text import encode_prompt
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
@@ -31,6 +32,8 @@ CHECK_CONTEXT = 512
 SERVED_CONTEXT = 4096
 OWN_TEXTS = 50
 """Texts of the recipe's own that have to become the same tokens."""
+ASKED = 4
+"""Prompts of the recipe's own whose answers have to end where the model's do."""
 CALIBRATION_TOKENS = 16_384
 BLOCK = 512
 """Tokens that the model is shown at once."""
@@ -59,7 +62,8 @@ class Gguf:
             loaded = on_fastest(fold(load_model(model)))
             facts: Facts = {"imatrix": _weigh(source, loaded, blocks, context)} if blocks else {}
             expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer),
-                                   spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
+                                   spaced=source.tokenizer.spaced, length=source.context_length,
+                                   asked=_asked(data, tokenizer))  # fmt: skip
             del loaded
             if not source.tokenizer.spaced:
                 context.warn("llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
@@ -105,8 +109,9 @@ class Gguf:
             count = write_lora(path, source, loaded, model.key[:12])
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
-        expected = expected_of(loaded, tokenizer, stops, _own(self._data(model, context), tokenizer),
-                               spaced=source.tokenizer.spaced, length=source.context_length)  # fmt: skip
+        data = self._data(model, context)
+        expected = expected_of(loaded, tokenizer, stops, _own(data, tokenizer), spaced=source.tokenizer.spaced,
+                               length=source.context_length, asked=_asked(data, tokenizer))  # fmt: skip
         with LlamaServer(
             base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path, exact=True
         ) as server:
@@ -135,7 +140,12 @@ class Gguf:
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model, context)
         expected = expected_of(
-            on_fastest(load_model(model)), tokenizer, stops, _own(data, tokenizer), spaced=spaced_in(weights)
+            on_fastest(load_model(model)),
+            tokenizer,
+            stops,
+            _own(data, tokenizer),
+            spaced=spaced_in(weights),
+            asked=_asked(data, tokenizer),
         )
         files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
         length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
@@ -190,6 +200,14 @@ def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:
     """Some texts of the recipe's own, those that it tests with first."""
     texts = chain(islice(texts_of(data, tokenizer, "test"), OWN_TEXTS // 2), texts_of(data, tokenizer))
     return list(islice(texts, OWN_TEXTS))
+
+
+def _asked(data: Sequence[Artifact], tokenizer: Any) -> list[list[int]]:
+    """Some prompts of the recipe's own that are short, as tokens."""
+    if tokenizer.chat_template is None:
+        return []
+    prompts = (encode_prompt(tokenizer, messages) for messages in conversations_of(data)[1:])
+    return list(islice((prompt for prompt in prompts if len(prompt) <= BLOCK), ASKED))
 
 
 def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:

@@ -145,6 +145,11 @@ class LlamaServer:
                 "cache_prompt": False}  # fmt: skip
         return self._post("/completion", body)["stop_type"] == "eos"
 
+    def ends(self, prompt: Sequence[int], limit: int) -> bool:
+        """Whether the greedy answer to a prompt comes to an end on its own."""
+        body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "cache_prompt": False}
+        return self._post("/completion", body)["stop_type"] == "eos"
+
     def next_log_probabilities(self, ids: Sequence[int], vocabulary_size: int, stop: int) -> np.ndarray:
         """log p of every token after `ids`: shape (vocabulary_size,), -inf where llama.cpp reports none."""
         body = {

@@ -23,13 +23,15 @@ BINS = 1 << HALF
 IN_MEMORY = 1 << 22
 """Entries up to which a parameter's values are held at once."""
 SAMPLED_PARTS = 8
-"""Every so many-th part is in the sample, ..."""
+"""Every so many-th part is in the sample, or fewer of a very large parameter, ..."""
 SAMPLED_VALUES = 8
 """... and of it every so many-th value."""
+SAMPLE = 1 << 19
+"""About how many values of each kind the sample has at most."""
 MARGIN = 0.02
-"""How far a rank may be from where the sample has it, as a share of all entries."""
-HELD = 0.2
-"""The share of the entries that may be held around all ranks of one kind of value."""
+"""How far a rank may be from where the sample has it, as a share of all entries, ..."""
+HELD = 1 << 24
+"""... unless more than half of so many values would be held: more of them never are, however large the parameter."""
 EVERYTHING = 1 << 62
 """A place behind every part."""
 Values = Callable[[MergePart], Sequence[Tensor]]
@@ -115,18 +117,18 @@ def _by_histograms(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]]
 
 def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], entries: int) -> list[Cut] | None:
     """The cuts from one walk over everything, or None where the sample was misleading."""
-    drawn = scan.each(
-        lambda part: torch.stack([value.flatten()[::SAMPLED_VALUES] for value in values(part)]), SAMPLED_PARTS
-    )
-    sample = torch.cat(drawn, dim=1).sort(dim=1).values.numpy()
+    every = max(SAMPLED_PARTS, entries // (SAMPLED_VALUES * SAMPLE))
+    drawn = scan.each(lambda part: torch.stack([value.flatten()[::SAMPLED_VALUES] for value in values(part)]), every)
+    sample = np.sort(torch.cat(drawn, dim=1).numpy(), axis=1)
     size = sample.shape[1]
+    margin = min(MARGIN, HELD / (4 * entries * len(wanted)))
     brackets: list[tuple[int, float, float]] = []
     for kind, count in wanted:
         place = size * (1 - count / entries)
-        low, high = math.floor(place - MARGIN * size), math.ceil(place + MARGIN * size)
+        low, high = min(math.floor(place - margin * size), size - 1), math.ceil(place + margin * size)
         brackets.append((kind, sample[kind, low] if low > 0 else 0.0, sample[kind, high] if high < size else math.inf))
     inside: dict[int, list[Any]] = {}
-    room = HELD * entries * len(wanted)
+    room = HELD
 
     def look(part: MergePart) -> Tensor:
         nonlocal room

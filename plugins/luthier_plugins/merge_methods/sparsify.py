@@ -46,11 +46,12 @@ def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[floa
 def by_magnitude(delta: Tensor, cuts: tuple[Cut, Cut], start: int) -> Tensor:
     """The entries behind the first cut and inside the second; the others become 0."""
     top, both = cuts
-    if both.whole(start) and not (top.start or top.more):
+    drops = bool(top.start or top.more)
+    if both.whole(start) and not drops:
         # What is not larger than the number below the cut becomes 0, in one pass.
         return torch.hardshrink(delta, both.below)
     size = delta.abs()
-    outliers = top.holds(size.clone(), start) if top.start or top.more else None
+    outliers = top.holds(size.clone(), start) if drops else None
     mask = both.holds(size, start)
     if outliers is not None:
         mask.sub_(outliers)
