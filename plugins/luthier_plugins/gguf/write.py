@@ -37,7 +37,7 @@ from gguf import GGMLQuantizationType
 QUANTIZATION_VERSION = 2
 ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
            "padding": "padding_token_id", "unknown": "unknown_token_id"}  # fmt: skip
-ENTRIES = 1 << 21
+ENTRIES = 1 << 20
 """Entries of a tensor that are read, converted and quantized at once, unless what belongs together is more."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 Importances = Mapping[str, np.ndarray]
