@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from luthier.planning import Plan, plan
     from luthier.recipe import Recipe
-    from luthier.running import RunResult, run
+    from luthier.running.runner import RunResult, run
 
 __version__ = "0.1.0"
 __all__ = ["Plan", "Recipe", "RunResult", "__version__", "plan", "run"]
@@ -25,9 +25,9 @@ __all__ = ["Plan", "Recipe", "RunResult", "__version__", "plan", "run"]
 _HOME = {
     "Plan": "luthier.planning",
     "Recipe": "luthier.recipe",
-    "RunResult": "luthier.running",
+    "RunResult": "luthier.running.runner",
     "plan": "luthier.planning",
-    "run": "luthier.running",
+    "run": "luthier.running.runner",
 }
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.api import Artifact, ModelError, StoreError
+from luthier.api import Artifact, MergePart, ModelError, StoreError
 from luthier.artifacts.datasets import read_split
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
@@ -27,6 +30,7 @@ from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.reader import DTYPES, Scratch, Weights
 from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
+from luthier_plugins.merge_methods.linear import Linear
 from safetensors.torch import load_file, save_file
 
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3)
@@ -120,6 +124,31 @@ def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
     for workers, chunk in ((1, 1), (2, 1500), (4, 4000)):
         other = merged_by(tmp_path, models[:2], base, method, workers=workers, chunk=chunk)
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+def test_workers_stand_back_from_wherever_they_are_and_nobody_else_does(
+    tmp_path: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[int] = set()
+    merge = Linear.merge
+
+    def watched(self: Linear, part: MergePart) -> torch.Tensor:
+        seen.add(os.getpriority(os.PRIO_PROCESS, 0))
+        return merge(self, part)
+
+    monkeypatch.setattr(Linear, "merge", watched)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    merged_by(tmp_path, models[:2], None, {"uses": "linear"}, workers=2, niceness=5)
+
+    def from_further_back() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), before + 7)
+        merged_by(tmp_path, models[:2], None, {"uses": "linear"}, workers=2, niceness=5)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(from_further_back).result()
+    assert seen == {before + 5, before + 12}
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 def test_random_masks_follow_the_model_and_not_its_place(tmp_path: Path, models: list[Artifact]) -> None:

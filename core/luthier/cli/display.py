@@ -12,8 +12,8 @@ from rich.table import Table
 
 from luthier.api.artifact import Artifact
 from luthier.planning import Node
-from luthier.running import RunResult
 from luthier.running.events import Event
+from luthier.running.runner import RunResult
 
 WIDE = 160
 MARKS = {"cached": "=", "done": "+", "failed": "x", "skipped": "-", "interrupted": "!"}

@@ -17,7 +17,7 @@ from luthier.planning import plan
 from luthier.recipe import Recipe
 from luthier.recipe.document import parse_scalar
 from luthier.registry import default_registry
-from luthier.running import RunResult, run
+from luthier.running.runner import RunResult, run
 
 EXAMPLE = "Example: luthier do merge models=a,b method.uses=slerp method.t=0.4 --out merged/"
 

@@ -13,8 +13,8 @@ import click
 from luthier.api.config import Estimate
 from luthier.cli.tools import offer_missing
 from luthier.planning import Plan, plan
-from luthier.running import run
 from luthier.running.events import Event
+from luthier.running.runner import run
 
 
 def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:

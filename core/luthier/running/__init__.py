@@ -1,5 +1,4 @@
-"""Runs a plan: store, locks, manifests, runner, worker, events."""
+"""Runs a plan: store, locks, manifests, runner, worker, events.
 
-from luthier.running.runner import RunResult, StageResult, run
-
-__all__ = ["RunResult", "StageResult", "run"]
+It imports nothing: a worker that starts does not pay for planning.
+"""

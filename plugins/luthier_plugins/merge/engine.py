@@ -8,6 +8,8 @@ neither on the number of workers nor on who was faster. Memory is bounded by wor
 from __future__ import annotations
 
 import math
+import os
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
@@ -84,6 +86,8 @@ class Settings:
     chunk: int = CHUNK
     memory: int = MEMORY
     device: str = "cpu"
+    niceness: int = 0
+    """How much further than this process the workers stand back behind others, as in nice(1)."""
 
 
 @dataclass(slots=True)
@@ -131,10 +135,17 @@ class Engine:
         # One compute thread each: the pool is over tensors and parts.
         torch.set_num_threads(1)
         try:
-            with ThreadPoolExecutor(self.settings.workers) as pool:
+            with ThreadPoolExecutor(self.settings.workers, initializer=self._stand_back) as pool:
                 self._run(pool, tasks)
         finally:
             torch.set_num_threads(before)
+
+    def _stand_back(self) -> None:
+        # Elsewhere it would be the whole process, and for good.
+        if self.settings.niceness and sys.platform == "linux":
+            thread = threading.get_native_id()
+            own = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, own + self.settings.niceness)
 
     def _run(self, pool: ThreadPoolExecutor, tasks: Sequence[Task]) -> None:
         total = sum(task.entries for task in tasks)

@@ -26,6 +26,8 @@ from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
 from luthier_plugins.merge.writer import INDEX, Output, size_of
 
+STAND_BACK = 5
+
 
 def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -> Facts:
     """Merge into the context's folder and return the facts of the new model.
@@ -48,7 +50,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         prepared = extras_of(prepared_by(method, context, artifacts))
         tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
-        engine = Engine(method, output, _settings(config, method), lambda done, total:
+        engine = Engine(method, output, _settings(config, method, verifier), lambda done, total:
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
@@ -141,10 +143,12 @@ def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) 
     return prepare(context, models) if prepare else []
 
 
-def _settings(config: MergeConfig, method: Merge) -> Settings:
+def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Settings:
     on_gpu = method.granularity == "matrix" and torch.cuda.is_available()
     workers = config.workers or len(os.sched_getaffinity(0))
-    return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu")
+    # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
+    niceness = STAND_BACK if verifier.apart else 0
+    return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
 
 
 def _full(model: Artifact) -> Artifact:

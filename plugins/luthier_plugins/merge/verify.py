@@ -56,6 +56,11 @@ class Verifier:
             self._process.communicate()
         self._log.close()
 
+    @property
+    def apart(self) -> bool:
+        """Whether a process of its own is getting ready for the look."""
+        return self._process is not None
+
     def verdict(self, meanwhile: Callable[[], None] = lambda: None) -> Facts:
         """What the look at the finished folder showed.
 
@@ -149,7 +154,8 @@ def _looked(folder: Path) -> Facts:
 
 def main() -> None:
     """Entry point of ``python -m luthier_plugins.merge.verify``: a folder in, a JSON line out."""
-    gc.set_threshold(10_000)  # see luthier.running.worker
+    # Nearly all of this process is importing, and what is imported stays: a tenth of the time.
+    gc.disable()
     # transformers would import it for the losses of object detection alone.
     sys.modules.setdefault("scipy", None)  # type: ignore[arg-type]
     import torch  # noqa: F401 - loaded while the merge goes on
