@@ -32,6 +32,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "qwen2-moe": ("Qwen2MoeConfig", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
                                      "num_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe-tied": ("Qwen2MoeConfig", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
+                                          "num_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True}),
     "qwen3-moe": ("Qwen3MoeConfig", {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
                                      "head_dim": 64, "norm_topk_prob": True}),
     "gemma": ("GemmaConfig", {"head_dim": 64}),

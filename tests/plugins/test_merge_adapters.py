@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
+from luthier_plugins.merge.moe.config import MoeConfig
 from safetensors.torch import load_file
 
 CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
@@ -135,6 +137,54 @@ def test_equal_experts_behind_a_router_without_preference_are_the_dense_model(st
     with torch.no_grad():
         dense, sparse = (load_model(item)(input_ids=ids).logits for item in (base, experts))
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "made", "used"), [("qwen2", "Qwen2MoeForCausalLM", 3),
+                                                    ("qwen2", "Qwen2MoeForCausalLM", 2),
+                                                    ("qwen3", "Qwen3MoeForCausalLM", 2)])  # fmt: skip
+def test_models_of_qwen_become_a_mixture_of_qwen(tmp_path: Path, name: str, made: str, used: int) -> None:
+    store = tmp_path / "s"
+    dense = run_stage(store, "base", {"source": str(make_model(tmp_path / "a", name))})
+    other = run_stage(store, "base", {"source": str(make_model(tmp_path / "b", name, initializer_range=0.03))})
+    config = {"router": "uniform", "experts": [{}, {}, {}], "experts_per_token": used}
+    alike = run_stage(store, "moe", config, inputs={"base": dense, **{f"experts.{n}.model": dense for n in range(3)}})
+    assert alike.facts["architecture"] == made
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        expected, found = (load_model(item)(input_ids=ids).logits for item in (dense, alike))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if (name, used) == ("qwen2", 2):
+        with pytest.raises(ModelError, match="no qwen2moe with norm_topk_prob"):
+            run_stage(store, "export", {"format": "gguf"}, inputs={"model": alike})
+    else:
+        export = run_stage(store, "export", {"format": {"uses": "gguf", "types": ["F32"]}}, inputs={"model": alike})
+        assert export.facts["files"]["F32"]["kl"] < 1e-5
+    config = {"router": "prompts", "experts": [{"prompts": ["open"]}, {"prompts": ["12"]}], "experts_per_token": 1}
+    mixed = run_stage(store, "moe", config, inputs={"base": dense, "experts.0.model": dense, "experts.1.model": other})
+    there, source = full(mixed), full(other)
+    down = "model.layers.1.mlp.{}down_proj{}"
+    assert torch.equal(there[down.format("experts.", "")][1], source[down.format("", ".weight")])
+    data = tiny_dataset(store, CHATS)
+    tuned = run_stage(store, "sft", {"steps": 2, "learning_rate": 1e-3}, inputs={"model": mixed, "data": [data]})
+    shared = "model.layers.1.mlp.shared_expert.down_proj.weight"
+    assert (shared in there) == (name == "qwen2")
+    if shared in there:
+        assert not there[shared].any()
+        assert full(tuned)[shared].any(), "what is silent can learn"
+
+
+def test_one_mixture_is_made_of_one_family() -> None:
+    config = MoeConfig.model_validate({"base": "a", "router": "uniform", "experts": [{"model": "a"}, {"model": "b"}]})
+
+    def told(*architectures: str) -> list[str]:
+        return config.problems({"models": [{"architecture": name} for name in architectures]})
+
+    assert told("LlamaForCausalLM", "MistralForCausalLM") == []
+    assert told("Qwen3ForCausalLM", "Qwen3ForCausalLM") == []
+    assert told("LlamaForCausalLM", "Qwen3ForCausalLM") == [
+        "one mixture cannot hold LlamaForCausalLM and Qwen3ForCausalLM"
+    ]
+    assert "not of GemmaForCausalLM" in told("LlamaForCausalLM", "GemmaForCausalLM")[0]
 
 
 def test_routers_send_prompts_to_their_experts(store: Path, base: Artifact) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_models import make_model
 from luthier.api import ModelError
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_model
@@ -21,6 +22,7 @@ from luthier_plugins.merge_methods.config import MergekitConfig
 from luthier_plugins.merge_methods.mergekit import Mergekit
 from mergekit.merge_methods import merge_tensors as theirs
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
@@ -178,3 +180,32 @@ def test_whole_models_merge_through_mergekit(tmp_path: Path) -> None:
     config = {"method": {"uses": "mergekit", "name": "della", "parameters": {"density": 0.7, "epsilon": 0.1}}}
     merged = run_stage(tmp_path, "merge", config, inputs={"models": [one, two], "base": base})
     assert merged.facts["tensors"] == base.facts["tensors"]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_mixture_has_mergekits_tensors_and_settings(name: str, tmp_path: Path) -> None:
+    from mergekit.moe.config import MoEMergeConfig
+    from mergekit.options import MergeOptions
+    from mergekit.scripts.moe import build
+
+    folders = [make_model(tmp_path / str(spread), name, initializer_range=spread) for spread in (0.02, 0.03)]
+    content = {"base_model": str(folders[0]), "experts": [{"source_model": str(folder)} for folder in folders],
+               "gate_mode": "random", "experts_per_token": 1}  # fmt: skip
+    build(MoEMergeConfig.model_validate(content), str(tmp_path / "theirs"), MergeOptions(copy_tokenizer=False))
+    dense = [run_stage(tmp_path / "s", "base", {"source": str(folder)}) for folder in folders]
+    config = {"router": "random", "experts": [{}, {}], "experts_per_token": 1}
+    inputs = {"base": dense[0], **{f"experts.{place}.model": model for place, model in enumerate(dense)}}
+    mixture = run_stage(tmp_path / "s", "moe", config, inputs=inputs)
+    # Experts are apart in our files, as in those of the models that people know; mergekit's are stacked.
+    found, expected = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (mixture.path, tmp_path / "theirs")
+    )
+    assert set(found) == set(expected)
+    for key, tensor in expected.items():
+        assert tensor.shape == found[key].shape
+        assert key.endswith(".gate.weight") or torch.equal(tensor, found[key]), key
+    mine, other = (AutoConfig.from_pretrained(folder).to_dict() for folder in (mixture.path, tmp_path / "theirs"))
+    said = ("architectures", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+            "intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "head_dim",
+            "rope_parameters", "sliding_window", "tie_word_embeddings")  # fmt: skip
+    assert {key: mine.get(key) for key in said} == {key: other.get(key) for key in said}

@@ -84,7 +84,7 @@ class Source:
             layers=self.config["num_hidden_layers"],
             heads=self.config["num_attention_heads"],
             kv_heads=int(metadata["attention.head_count_kv"]),
-            tied="lm_head.weight" not in shapes,
+            tied=not any(part.name == "output.weight" for part in planned),
             experts=int(metadata.get("expert_count", 0)),
             downs=[part.name for part in self.parts if ".ffn_down" in part.name and part.name.endswith(".weight")],
         )

@@ -52,8 +52,11 @@ class Qwen2Moe(Qwen2):
         if name.endswith("shared_expert_gate.weight"):
             # One output: a vector in GGUF.
             yield Planned(self.tensor_name(name), shape[1:], (name,), lambda rows: rows[0])
-        else:
-            yield from super().tensors(name, shape)
+            return
+        yield from super().tensors(name, shape)
+        if name == "model.embed_tokens.weight" and self.config.get("tie_word_embeddings"):
+            # Of this architecture alone llama.cpp loads no file in which the output is not written again.
+            yield Planned("output.weight", shape, (name,))
 
 
 class Qwen3Moe(Qwen3):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from luthier.api import Config, Field, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
 from luthier_plugins.merge.config import ModelDtype
+from luthier_plugins.merge.moe.families import FAMILIES
 from pydantic import model_validator
 
 
@@ -21,7 +22,8 @@ class ExpertConfig(Config):
 
 
 class MoeConfig(StageConfig):
-    """A Mixtral model whose experts are the feed-forward layers of dense Llama or Mistral models."""
+    """A mixture whose experts are the feed-forward layers of dense models: a Mixtral of Llama and Mistral models, a Qwen 2
+    MoE of Qwen 2 models, a Qwen 3 MoE of Qwen 3 models."""
 
     kind_made: ClassVar[ArtifactKind] = "model"
 
@@ -48,6 +50,9 @@ class MoeConfig(StageConfig):
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         facts = [item for items in inputs.values() for item in items]
-        known = ("LlamaForCausalLM", "MistralForCausalLM")
-        return [f"experts are made of Llama and Mistral models, not of {item['architecture']}"
-                for item in facts if item["architecture"] not in known]  # fmt: skip
+        found = list(dict.fromkeys(str(item["architecture"]) for item in facts))
+        unknown = [name for name in found if name not in FAMILIES]
+        if unknown:
+            return [f"experts are made of {', '.join(FAMILIES)}, not of {name}" for name in unknown]
+        kinds = {FAMILIES[name].architecture for name in found}
+        return [f"one mixture cannot hold {' and '.join(found)}"] if len(kinds) > 1 else []

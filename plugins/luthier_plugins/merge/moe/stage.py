@@ -14,6 +14,7 @@ from luthier.artifacts.room import check_room
 from luthier_plugins.merge.layout import NAMES, Inputs
 from luthier_plugins.merge.merging import carry, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
+from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
 from luthier_plugins.merge.reader import Scratch, Source, dump_json, whole
 from luthier_plugins.merge.verify import Verifier
@@ -21,7 +22,6 @@ from luthier_plugins.merge.writer import Described, Output, size_of
 from torch import Tensor
 
 FEED_FORWARD = re.compile(r"^(model\.layers\.\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
-MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 SPREAD = 0.02
 """The standard deviation of random routers, that of Mixtral's own initialization."""
 
@@ -40,29 +40,35 @@ class Moe:
             experts = [context.input(f"experts.{place}.model") for place in range(len(self.config.experts))]
             inputs = open_inputs(experts, context.input("base"), context, stack)
             base = inputs.lead
-            _check(inputs)
-            tensors = self._tensors(base)
+            family = FAMILIES[str(base.config["architectures"][0])]
+            _check(inputs, family)
+            tensors = self._tensors(base, family)
             check_room(context.out, size_of(tensors), "the model of experts")
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
-            self._write(output, inputs, self._routers(base, context), context)
+            self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
-            dump_json(context.out / "config.json", self._config(base.config))
+            dump_json(context.out / "config.json", self._config(base.config, family))
             proof = verifier.verdict(meanwhile=output.sync)
         return {**model_facts(context.out), "experts": len(experts), "router": self.config.router, "proof": proof}
 
-    def _tensors(self, base: Source) -> dict[str, Described]:
+    def _tensors(self, base: Source, family: Family) -> dict[str, Described]:
         found: dict[str, Described] = {}
-        count = len(self.config.experts)
+        count, hidden = len(self.config.experts), int(base.config["hidden_size"])
+        silent = family.silent(int(base.config["intermediate_size"]))
         for name, header in base.headers.items():
             dtype = NAMES[self.config.dtype] if self.config.dtype else header.dtype
             match = FEED_FORWARD.match(name)
             if match is None:
                 found[name] = Described(dtype, header.shape)
                 continue
-            block = f"{match[1]}.block_sparse_moe"
-            found.setdefault(f"{block}.gate.weight", Described(dtype, (count, int(base.config["hidden_size"]))))
+            block = f"{match[1]}.{family.block}"
+            found.setdefault(f"{block}.gate.weight", Described(dtype, (count, hidden)))
             for expert in range(count):
-                found[f"{block}.experts.{expert}.{MIXTRAL[match[2]]}.weight"] = Described(dtype, header.shape)
+                found[f"{block}.experts.{expert}.{family.names[match[2]]}.weight"] = Described(dtype, header.shape)
+            if family.shared:
+                shape = (hidden, silent) if match[2] == "down_proj" else (silent, hidden)
+                found[f"{block}.shared_expert.{match[2]}.weight"] = Described(dtype, shape)
+                found.setdefault(f"{block}.shared_expert_gate.weight", Described(dtype, (1, hidden)))
         return found
 
     def _routers(self, base: Source, context: StageContext) -> list[Tensor]:
@@ -76,48 +82,59 @@ class Moe:
         generator = torch.Generator().manual_seed(context.seed)
         return [torch.randn(count, hidden, generator=generator) * SPREAD for _ in range(layers)]
 
-    def _write(self, output: Output, inputs: Inputs, routers: list[Tensor], context: StageContext) -> None:
+    def _write(
+        self, output: Output, inputs: Inputs, family: Family, routers: list[Tensor], context: StageContext
+    ) -> None:
         scratch = Scratch()
         base = inputs.lead
+        noise = torch.Generator().manual_seed(context.seed)
         for done, name in enumerate(base.headers):
             context.progress(done, len(base.headers), "tensors")
             match = FEED_FORWARD.match(name)
             sources: Mapping[str, Source] = {name: base}
             if match is not None:
-                block = f"{match[1]}.block_sparse_moe"
+                block = f"{match[1]}.{family.block}"
                 if match[2] == "gate_proj":
                     layer = int(match[1].rpartition(".")[2])
                     output.write(f"{block}.gate.weight", 0, routers[layer].reshape(-1), scratch)
-                sources = {f"{block}.experts.{place}.{MIXTRAL[match[2]]}.weight": model
+                if family.shared:
+                    _write_shared(output, base, name, block, noise)
+                sources = {f"{block}.experts.{place}.{family.names[match[2]]}.weight": model
                            for place, model in enumerate(inputs.models)}  # fmt: skip
             for target, source in sources.items():
                 output.write(target, 0, whole(source, name).reshape(-1), scratch)
 
-    def _config(self, base: Mapping[str, Any]) -> dict[str, Any]:
-        dropped = ("mlp_bias", "attention_bias", "pretraining_tp")
-        long = {"dtype": self.config.dtype} if self.config.dtype else {}
-        return {
-            **{key: value for key, value in base.items() if key not in dropped},
-            "architectures": ["MixtralForCausalLM"],
-            "model_type": "mixtral",
-            "num_local_experts": len(self.config.experts),
-            "num_experts_per_tok": self.config.experts_per_token,
-            "output_router_logits": False,
-            "router_aux_loss_coef": 0.001,
-            "sliding_window": base.get("sliding_window"),
-            **long,
-        }
+    def _config(self, base: Mapping[str, Any], family: Family) -> dict[str, Any]:
+        made = family.config(base, len(self.config.experts), self.config.experts_per_token)
+        return {**made, **({"dtype": self.config.dtype} if self.config.dtype else {})}
+
+
+def _write_shared(output: Output, base: Source, name: str, block: str, noise: torch.Generator) -> None:
+    """One matrix of the shared expert: it computes with the base's first neurons, and adds nothing, so that nothing
+    changes and yet it can learn.
+    """
+    scratch = Scratch()
+    which = name.split(".")[-2]
+    target = f"{block}.shared_expert.{which}.weight"
+    if which == "down_proj":
+        output.write(target, 0, torch.zeros(output.tensors[target].shape), scratch)
+        gate = f"{block}.shared_expert_gate.weight"
+        # At random, because llama.cpp divides by what comes out of the gate.
+        output.write(gate, 0, torch.randn(output.tensors[gate].shape, generator=noise) * SPREAD, scratch)
+    else:
+        output.write(target, 0, whole(base, name)[: output.tensors[target].shape[0]].reshape(-1), scratch)
 
 
 def _feed_forward(model: Source) -> dict[str, list[int]]:
     return {name: list(header.shape) for name, header in model.headers.items() if FEED_FORWARD.match(name)}
 
 
-def _check(inputs: Inputs) -> None:
+def _check(inputs: Inputs, family: Family) -> None:
     base = inputs.lead
     problems: list[str] = []
-    if base.config.get("mlp_bias") or base.config.get("attention_bias"):
-        problems.append(f"{base.label} has biases, which Mixtral has not")
+    biases = ("mlp_bias",) if family.biases else ("mlp_bias", "attention_bias")
+    if any(base.config.get(name) for name in biases):
+        problems.append(f"{base.label} has biases, which a {family.model_type} has not")
     layers = _feed_forward(base)
     for expert in inputs.models:
         theirs = _feed_forward(expert)
