@@ -284,6 +284,23 @@ def test_what_cannot_be_merged_is_refused_by_name(
     assert all(message in str(caught.value) for message in messages), caught.value
 
 
+@pytest.mark.parametrize(
+    ("stage", "config", "inputs"),
+    [("diff", {}, {"models": [0, 1]}),
+     ("extract_lora", {"r": 2}, {"model": 1, "base": 0}),
+     ("moe", {"router": "uniform", "experts": [{}, {}]}, {"base": 0, "experts.0.model": 0, "experts.1.model": 1})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_no_stage_takes_weights_in_eight_bits_for_numbers(
+    store: Path, models: list[Artifact], tmp_path: Path, stage: str, config: dict, inputs: dict
+) -> None:
+    pair = [models[0], changed(models[1], tmp_path / models[1].key, with_integers)]
+    given = {name: [pair[place] for place in places] if isinstance(places, list) else pair[places]
+             for name, places in inputs.items()}  # fmt: skip
+    with pytest.raises(ModelError, match=f"{NAME} is stored as F8_E4M3; take the full-precision model"):
+        run_stage(store, stage, config, inputs=given)
+
+
 def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_path: Path) -> None:
     def several(tensors: dict, config: dict) -> None:
         without_one(tensors, config)

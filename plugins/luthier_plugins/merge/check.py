@@ -28,17 +28,30 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
     _refuse(_problems(config, inputs), "merged")
 
 
+def check_stored(inputs: Inputs, what: str) -> None:
+    """Refuse models whose weights cannot be read as numbers of their own.
+
+    Args:
+        what: What was to be done with them, for the message.
+
+    Raises:
+        ModelError: with every problem that was found.
+    """
+    _refuse((text for model in inputs.all for text in _odd_dtypes(model)), what)
+
+
 def check_same(inputs: Inputs) -> None:
-    """Refuse models that are not of one architecture and the same shapes.
+    """Refuse models that are not of one architecture and the same shapes, or are quantized.
 
     Raises:
         ModelError: with every problem that was found.
     """
     lead = inputs.lead
     others = [other for other in inputs.all if other is not lead]
-    problems = (text for other in others
-                for part in (_other_config(lead, other, stacked=False), _other_tensors(lead, other, ignore_rows=False))
-                for text in part)  # fmt: skip
+    problems = [text for model in inputs.all for text in _odd_dtypes(model)]
+    problems += [text for other in others
+                 for part in (_other_config(lead, other, stacked=False), _other_tensors(lead, other, ignore_rows=False))
+                 for text in part]  # fmt: skip
     _refuse(problems, "compared")
 
 
@@ -67,7 +80,7 @@ def _odd_dtypes(model: Source) -> Iterator[str]:
     quantized = "quantization_config" in model.config
     if odd or quantized:
         what = f"{odd[0]} is stored as {model.headers[odd[0]].dtype}" if odd else "its weights are quantized"
-        yield f"{model.label}: {what}; merge the full-precision models, and quantize the result"
+        yield f"{model.label}: {what}; take the full-precision model, and quantize what is made of it"
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from luthier.api import Facts, ModelError, StageContext
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
-from luthier_plugins.merge.check import is_vocabulary
+from luthier_plugins.merge.check import check_stored, is_vocabulary
 from luthier_plugins.merge.merging import open_inputs
 from luthier_plugins.merge.reader import DTYPES, whole
 
@@ -26,6 +26,7 @@ class ExtractLora:
             inputs = open_inputs([context.input("model")], context.input("base"), context, stack)
             tuned, base = inputs.models[0], inputs.base
             assert base is not None, "the config requires a base"
+            check_stored(inputs, "compared")
             shapes = [{name: header.shape for name, header in model.headers.items()} for model in (tuned, base)]
             if shapes[0] != shapes[1]:
                 odd = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))

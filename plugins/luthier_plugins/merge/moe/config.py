@@ -22,8 +22,9 @@ class ExpertConfig(Config):
 
 
 class MoeConfig(StageConfig):
-    """A mixture whose experts are the feed-forward layers of dense models: a Mixtral of Llama and Mistral models, a Qwen 2
-    MoE of Qwen 2 models, a Qwen 3 MoE of Qwen 3 models."""
+    """A mixture whose experts are the feed-forward layers of dense models: a Mixtral of Llama and Mistral models, a
+    Qwen 2 MoE of Qwen 2 models, a Qwen 3 MoE of Qwen 3 models.
+    """
 
     kind_made: ClassVar[ArtifactKind] = "model"
 

@@ -11,6 +11,7 @@ import torch
 from luthier.api import Facts, ModelError, StageContext
 from luthier.artifacts.models import model_facts
 from luthier.artifacts.room import check_room
+from luthier_plugins.merge.check import check_stored
 from luthier_plugins.merge.layout import NAMES, Inputs
 from luthier_plugins.merge.merging import carry, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
@@ -39,6 +40,7 @@ class Moe:
             verifier = stack.enter_context(Verifier(context.out))
             experts = [context.input(f"experts.{place}.model") for place in range(len(self.config.experts))]
             inputs = open_inputs(experts, context.input("base"), context, stack)
+            check_stored(inputs, "experts")
             base = inputs.lead
             family = FAMILIES[str(base.config["architectures"][0])]
             _check(inputs, family)
