@@ -24,6 +24,7 @@ from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
+from luthier_plugins.merge.check import rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
@@ -299,6 +300,41 @@ def test_no_stage_takes_weights_in_eight_bits_for_numbers(
              for name, places in inputs.items()}  # fmt: skip
     with pytest.raises(ModelError, match=f"{NAME} is stored as F8_E4M3; take the full-precision model"):
         run_stage(store, stage, config, inputs=given)
+
+
+@pytest.mark.parametrize(
+    ("four", "five"),
+    [({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+     ({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+      {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+     ({"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+      {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+     ({"original_max_position_embeddings": 4096, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+      {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0],
+                           "original_max_position_embeddings": 4096}})],
+)  # fmt: skip
+def test_a_rotary_embedding_is_the_same_in_both_spellings(four: dict, five: dict) -> None:
+    assert rope_of(four) == rope_of(five)
+    assert rope_of({**four, "rope_theta": 5e5}) != rope_of(five)
+
+
+def test_a_method_that_returns_another_size_is_refused(
+    tmp_path: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Linear, "merge", lambda self, part: part.tensors[0].flatten()[:-1])
+    with pytest.raises(ModelError, match="entries instead of"):
+        merged_by(tmp_path, models[:2], None, {"uses": "linear"})
+
+
+def test_methods_that_look_at_data_merge_whole_models_of_one_tokenizer() -> None:
+    method = {"uses": "fisher", "data": "d"}
+    context = {"components": default_registry()}
+    part = [{"sources": [{"model": "a", "layers": [0, 1]}, {"model": "b", "layers": [0, 1]}]}]
+    with pytest.raises(ValueError, match="cannot merge slices"):
+        MergeConfig.model_validate({"slices": part, "method": method}, context=context)
+    with pytest.raises(ValueError, match="models of one tokenizer"):
+        MergeConfig.model_validate({"models": ["a", "b"], "method": method, "tokenizer": "union"}, context=context)
 
 
 def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
         "tie_word_embeddings", "sliding_window")  # fmt: skip
 SHOWN = 5
+UNTOLD_THETA = 10000.0
+"""Theta where a config tells none."""
 WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64")
 
 
@@ -84,12 +86,23 @@ def _odd_dtypes(model: Source) -> Iterator[str]:
 
 
 def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the rotary embedding, as transformers 4 and 5 write it."""
-    scaling: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = scaling.get("rope_theta", config.get("rope_theta"))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    rest = {key: value for key, value in scaling.items() if key not in ("rope_theta", "rope_type", "type")}
-    return {"rope_theta": None if theta is None else float(theta), "rope_type": kind, **rest}
+    """What decides the rotary embedding, the same whether transformers 4 or 5 wrote it.
+
+    Version 5 has everything in one mapping, or in one for each kind of attention; before, theta, the theta of sliding
+    attention and what is stretched stood in the config itself.
+    """
+    told: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = {name: part for name, part in told.items() if isinstance(part, Mapping)}
+    main: Mapping[str, Any] = kinds.get("full_attention", told)
+    theta = main.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
+    local = kinds.get("sliding_attention", {}).get("rope_theta", config.get("rope_local_base_freq"))
+    moved = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings")
+    return {
+        "rope_theta": float(theta or UNTOLD_THETA),
+        "rope_type": main.get("rope_type") or main.get("type") or "default",
+        **({} if local is None else {"theta of sliding attention": float(local)}),
+        **{key: value for key, value in main.items() if key not in moved and not isinstance(value, Mapping)},
+    }
 
 
 def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str]:

@@ -126,6 +126,10 @@ class MergeConfig(StageConfig):
         beside = [source.weight for part in self.slices for source in part.sources]
         if not method.weighted and (self.weights is not None or any(weight != 1.0 for weight in beside)):
             found.append(f"{name} does not look at weights: leave them out")
+        if method.prepares and self.slices:
+            found.append(f"{name} looks at what whole models do with data, and cannot merge slices")
+        if method.prepares and self.tokenizer != "base":
+            found.append(f"{name} looks at the models as they are: merge models of one tokenizer")
         found += settings_problems(method, name, self.weights or [], counts)
         return found
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from luthier.api import Merge, MergePart, MergePlace, Scan
+from luthier.api import Merge, MergePart, MergePlace, ModelError, Scan
 from luthier.artifacts.models import TensorHeader, safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
 from luthier_plugins.merge.reader import SIZES, Files, Scratch, Source
@@ -204,6 +204,7 @@ class Engine:
 
     def _write(self, task: Task, part: MergePart, found: Any) -> None:
         merged = self.method.merge(replace(part, found=found))
+        _check_size(merged, part.tensors[0].numel(), task)
         self.output.write(task.place.name, part.start, merged, self._scratch)
 
     def _copy(self, task: Task) -> None:
@@ -229,6 +230,7 @@ class Engine:
                 [files.whole(name).to(device) for files, name in task.extras], task.noise,
             )  # fmt: skip
             merged = self.method.merge(part).cpu().reshape(-1)
+            _check_size(merged, task.entries, task)
             for first in range(0, merged.numel(), self.settings.chunk):
                 self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)
 
@@ -271,6 +273,13 @@ class Engine:
     def _parts(self, task: Task, spans: Iterable[Span]) -> Iterator[MergePart]:
         for span in spans:
             yield read_part(task, span, self._scratch)
+
+
+def _check_size(merged: Tensor, entries: int, task: Task) -> None:
+    """Methods are plugins: one that returns more would write into the next tensor."""
+    if merged.numel() != entries:
+        raise ModelError(f"the merge method returned {merged.numel()} entries instead of {entries}",
+                         where=task.place.name, hint="tell the method's author")  # fmt: skip
 
 
 def read_part(task: Task, span: Span, scratch: Scratch, *, whole: bool = False) -> MergePart:

@@ -49,13 +49,17 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         check_room(context.out, size_of(layout.tensors), "the merged model")
         prepared = extras_of(prepared_by(method, context, artifacts))
         tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
+        bare = [task.place.name for task in tasks if not task.extras and not task.copied]
+        if getattr(config.method.config, "prepares", False) and bare:
+            context.log(f"{len(bare)} of {len(tasks)} parameters are averaged: {config.method.name} finds nothing "
+                        f"about them in the data: {', '.join(bare[:5])}")  # fmt: skip
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
         engine = Engine(method, output, _settings(config, method, verifier), lambda done, total:
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
         for other in inputs.all:
-            carry_licences(_full(other.artifact).path, context.out, other.label)
+            carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
@@ -151,14 +155,14 @@ def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Setting
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
 
 
-def _full(model: Artifact) -> Artifact:
+def full_of(model: Artifact) -> Artifact:
     """The model, or what an adapter sits on."""
     return model.base if model.kind == "adapter" else model
 
 
 def carry(model: Artifact, out: Path) -> None:
     """Everything but weights: from the full model, then the text files from the model itself."""
-    full = _full(model).path
+    full = full_of(model).path
     for path in files_in(full):
         weights = path.suffix == ".safetensors" or path.name in ("manifest.json", INDEX)
         if path.parent == full and not weights:

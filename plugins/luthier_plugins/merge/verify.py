@@ -95,6 +95,9 @@ class Verifier:
         found: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2] or "{}")
         if found:
             return found
+        if process.returncode < 0:
+            return {"problem": f"signal {-process.returncode} ended the process that looked at it (often the sign of "
+                               "too little memory)"}  # fmt: skip
         self._log.seek(0)
         return {"problem": self._log.read().strip().rpartition("\n")[2]}
 

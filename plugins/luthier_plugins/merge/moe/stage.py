@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from luthier.api import Facts, ModelError, StageContext
-from luthier.artifacts.models import model_facts
+from luthier.artifacts.models import carry_licences, model_facts
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check_stored
 from luthier_plugins.merge.layout import NAMES, Inputs
-from luthier_plugins.merge.merging import carry, open_inputs
+from luthier_plugins.merge.merging import carry, full_of, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
@@ -49,6 +49,8 @@ class Moe:
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
+            for expert in inputs.models:
+                carry_licences(full_of(expert.artifact).path, context.out, expert.label)
             dump_json(context.out / "config.json", self._config(base.config, family))
             proof = verifier.verdict(meanwhile=output.sync)
         return {**model_facts(context.out), "experts": len(experts), "router": self.config.router, "proof": proof}
