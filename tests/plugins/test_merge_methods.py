@@ -296,8 +296,15 @@ def test_regmean_of_inputs_that_never_occur_is_the_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [("della", {"density": 0.9, "epsilon": 0.2}, "make probabilities from"),
+     ("della", {"density": 0.5, "epsilon": -0.9}, "`epsilon` is -0.9"),
      ("ties", {"density": [{"value": []}]}, "at least 1 item")],
 )  # fmt: skip
 def test_configs_that_cannot_work_are_refused(name: str, values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(name, **values)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_multislerp_of_models_that_did_not_change_is_their_base(count: int) -> None:
+    (base,) = tensors(3, 1, 4, 6)
+    assert torch.equal(merge_tensors(method("multislerp"), [base.clone() for _ in range(count)], base=base), base)

@@ -148,7 +148,17 @@ def _fits(name: str, left: Sequence[int], right: Sequence[int], ignore_rows: boo
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for every token."""
-    return name.endswith(("embed_tokens.weight", "lm_head.weight", "wte.weight", "lm_head.bias"))
+    return name.endswith(
+        (
+            "embed_tokens.weight",
+            "lm_head.weight",
+            "wte.weight",
+            "lm_head.bias",
+            "embed_in.weight",
+            "embed_out.weight",
+            "word_embeddings.weight",
+        )
+    )
 
 
 def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:

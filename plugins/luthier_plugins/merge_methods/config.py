@@ -119,6 +119,10 @@ class DellaConfig(TaskVectorConfig):
     @model_validator(mode="after")
     def _probabilities(self) -> DellaConfig:
         density, epsilon = self.density, self.epsilon
+        if isinstance(epsilon, float) and epsilon < 0:
+            raise ValueError(
+                f"`epsilon` is {epsilon:g}: below 0, small entries would be kept more likely than large ones"
+            )
         if isinstance(density, float) and isinstance(epsilon, float) and 0 < density < 1:
             low, high = density - epsilon, density + epsilon
             if low <= 0 or high >= 1:

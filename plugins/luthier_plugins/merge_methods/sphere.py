@@ -34,6 +34,9 @@ class Multislerp:
             weights = weights / weights.sum()
         if len(weights) == 1:
             return torch.ones(1, dtype=torch.float64)
+        # Nothing was changed, as in the embeddings of models with adapters.
+        if not bool(products.any()):
+            return weights
         lengths = products.diagonal().sqrt()
         cosines = products / (lengths + TINY).outer(lengths + TINY)
         size = float(torch.sqrt((weights @ cosines @ weights).clamp(min=0)))
