@@ -319,6 +319,20 @@ def test_a_rotary_embedding_is_the_same_in_both_spellings(four: dict, five: dict
     assert rope_of({**four, "rope_theta": 5e5}) != rope_of(five)
 
 
+@pytest.mark.parametrize("key", ["partial_rotary_factor", "original_max_position_embeddings"])
+def test_rotary_settings_that_both_tell_have_to_be_the_same(
+    store: Path, models: list[Artifact], tmp_path: Path, key: str
+) -> None:
+    def told(value: float) -> Callable[[dict, dict], None]:
+        return lambda tensors, config: config["rope_parameters"].update({key: value})
+
+    one, two = (
+        changed(models[place], tmp_path / models[place].key, told(value)) for place, value in ((0, 0.5), (1, 1))
+    )
+    with pytest.raises(ModelError, match=f"rotary embedding's {key}: 0.5 and 1"):
+        run_stage(store, "merge", inputs={"models": [one, two]})
+
+
 def test_a_method_that_returns_another_size_is_refused(
     tmp_path: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,11 @@ SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
         "tie_word_embeddings", "sliding_window")  # fmt: skip
 SHOWN = 5
+ORIGINAL = "original_max_position_embeddings"
+IMPLIED = ("partial_rotary_factor", ORIGINAL)
+"""Rotary settings that transformers 5 writes down where version 4 left them to the architecture."""
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "lm_head.bias", "embed_in.weight",
+              "embed_out.weight", "word_embeddings.weight")  # fmt: skip
 UNTOLD_THETA = 10000.0
 """Theta where a config tells none."""
 WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64")
@@ -96,11 +101,14 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     main: Mapping[str, Any] = kinds.get("full_attention", told)
     theta = main.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
     local = kinds.get("sliding_attention", {}).get("rope_theta", config.get("rope_local_base_freq"))
-    moved = ("rope_theta", "rope_type", "type", "partial_rotary_factor", "original_max_position_embeddings")
+    share = main.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
+    original = main.get(ORIGINAL, config.get(ORIGINAL))
+    moved = ("rope_theta", "rope_type", "type", *IMPLIED)
     return {
         "rope_theta": float(theta or UNTOLD_THETA),
         "rope_type": main.get("rope_type") or main.get("type") or "default",
         **({} if local is None else {"theta of sliding attention": float(local)}),
+        **{key: value for key, value in zip(IMPLIED, (share, original), strict=True) if value is not None},
         **{key: value for key, value in main.items() if key not in moved and not isinstance(value, Mapping)},
     }
 
@@ -115,7 +123,8 @@ def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str
             yield f"{pair} differ in {key}: {ours} and {theirs}"
     left, right = rope_of(lead.config), rope_of(other.config)
     for key in sorted({*left, *right}):
-        if left.get(key) != right.get(key):
+        implied = key in IMPLIED and not (key in left and key in right)
+        if left.get(key) != right.get(key) and not implied:
             yield f"{pair} differ in the rotary embedding's {key}: {left.get(key)} and {right.get(key)}"
 
 
@@ -148,17 +157,7 @@ def _fits(name: str, left: Sequence[int], right: Sequence[int], ignore_rows: boo
 
 def is_vocabulary(name: str) -> bool:
     """Whether a tensor has a row for every token."""
-    return name.endswith(
-        (
-            "embed_tokens.weight",
-            "lm_head.weight",
-            "wte.weight",
-            "lm_head.bias",
-            "embed_in.weight",
-            "embed_out.weight",
-            "word_embeddings.weight",
-        )
-    )
+    return name.endswith(VOCABULARY)
 
 
 def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
