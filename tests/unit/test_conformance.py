@@ -10,6 +10,7 @@ from luthier.registry import default_registry
 from luthier.testing import check_component
 
 VALUES: dict[str, dict[str, Any]] = {
+    "stage-adapter": {"source": "./adapter", "model": "b"},
     "stage-augment": {"method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
     "stage-base": {"source": "./model"},
     "stage-data": {"source": "rows.jsonl"},

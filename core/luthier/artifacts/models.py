@@ -108,7 +108,8 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     return {name: header for path in files for name, header in safetensors_header(path).items()}
 
 
-def _vocabulary_size(folder: Path) -> int | None:
+def vocabulary_size(folder: Path) -> int | None:
+    """How many tokens a folder's tokenizer has, gaps between ids included; None without a ``tokenizer.json``."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return None
@@ -187,7 +188,7 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
     config = read_json(folder / "config.json")
     headers = tensor_headers(folder)
     embedding = next((header for name, header in headers.items() if name.endswith("embed_tokens.weight")), None)
-    vocabulary = _vocabulary_size(folder)
+    vocabulary = vocabulary_size(folder)
     told = config.get("vocab_size")
     if embedding is not None and isinstance(told, int) and told != embedding.shape[0]:
         raise ModelError(

@@ -108,7 +108,14 @@ def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
 
 
 def place_of(text: str, store: Store) -> str:
-    """An input as a recipe would name it: a path or hub id as it is, an artifact of the store by its folder."""
+    """An input as a recipe would name it: a path or hub id as it is, an artifact of the store by its folder.
+
+    ``<model>+<adapter>`` is an adapter from outside on a model.
+    """
+    model, plus, adapter = text.rpartition("+")
+    if plus and not Path(text).exists():
+        there = Path(adapter).exists()
+        return f"{place_of(model, store)}+{Path(adapter).absolute() if there else adapter}"
     if Path(text).exists() or ":" in text:
         return text if ":" in text else str(Path(text).absolute())
     return str(store.resolve(text).path)

@@ -12,6 +12,7 @@ from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
 from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references
 from luthier.api.errors import LuthierError, Problem, RecipeError
+from luthier.artifacts.adapters import is_adapter, told_base
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.environments import ENVIRONMENTS, Environment
@@ -204,19 +205,24 @@ class _Planner:
     def _imported(self, node: Node, path: str, value: str) -> str:
         """A stage for something from outside that is no artifact yet: a data file, a model folder."""
         accepted = next(marker.kinds for name, marker, _ in references(node.config, Input) if name == path)
-        uses = "data" if "dataset" in accepted else "base"
+        try:
+            uses, settings = _import_of(value, self.recipe.folder, accepted)
+        except LuthierError as error:
+            self._fail(node, path, error.message, error.hint)
+            return value
         name = f"{uses}({value})"
         if name not in self.nodes:
             component = self.recipe.registry.get("stage", uses)
             config_class = self.recipe.registry.config_class(component)
-            config = config_class.model_validate({"source": value}, context={"components": self.recipe.registry})
+            config = config_class.model_validate(settings, context={"components": self.recipe.registry})
             self.nodes[name] = Node(
                 name,
                 component,
                 cast("StageConfig", config),
                 cast("Any", config).kind_made,
-                asked=(node.id, *path.split(".")),
+                asked=node.asked or (node.id, *path.split(".")),
             )
+            self._connect(self.nodes[name])
         return name
 
     def _order(self) -> list[str]:
@@ -295,6 +301,25 @@ class _Planner:
         node.status = "resume" if whole else "run"
         node.reason = reason_to_run(node.payload, last, inputs, {name: result.key_of(name) for name in node.needs
                                     if name in result.nodes or name in result.outside})  # fmt: skip
+
+
+def _import_of(value: str, folder: Path, accepted: Sequence[ArtifactKind]) -> tuple[str, dict[str, str]]:
+    """The stage that takes something from outside, and its settings.
+
+    An adapter's folder names the model it sits on; ``<model>+<adapter>``, as mergekit writes it, says so itself.
+
+    Raises:
+        ModelError: an adapter's model is not known or not here.
+    """
+    if "dataset" in accepted:
+        return "data", {"source": value}
+    place = folder / Path(value).expanduser()
+    if "+" in value and not place.exists():
+        model, _, source = value.rpartition("+")
+        return "adapter", {"source": source, "model": model}
+    if is_adapter(place):
+        return "adapter", {"source": value, "model": told_base(place, folder)}
+    return "base", {"source": value}
 
 
 def _cycle(waiting: Mapping[str, set[str]], start: str) -> list[str]:

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.api.protocols import Facts
-from luthier.artifacts.models import carry_text_files, model_facts, read_json, stop_tokens
+from luthier.artifacts.adapters import adapter_facts
+from luthier.artifacts.models import carry_text_files, model_facts, read_json
 from luthier.artifacts.room import check_room
 
 SHARD = 5_000_000_000
@@ -143,21 +144,8 @@ def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
     model.save_pretrained(out, selected_adapters=["default"])
     (out / "README.md").unlink(missing_ok=True)
     carry_text_files(source.path, out)
-    config = model.peft_config["default"]
     # The folder it was loaded from is this machine's matter; the key says which model it is.
-    base = source.facts["base"] if source.kind == "adapter" else source.key
-    return {
-        "base": base,
-        "adapter": "dora" if getattr(config, "use_dora", False) else config.peft_type.value.lower(),
-        "r": getattr(config, "r", None),
-        "architecture": source.facts["architecture"],
-        "dtype": source.facts["dtype"],
-        "tensors": source.facts["tensors"],
-        "tokenizer": source.facts["tokenizer"],
-        "chat_template": source.facts["chat_template"],
-        "stop_tokens": stop_tokens(out),
-        "stop_token_ids": source.facts["stop_token_ids"],
-    }
+    return adapter_facts(out, source.facts["base"] if source.kind == "adapter" else source.key, source)
 
 
 def _dtype_name(source: Artifact) -> str:

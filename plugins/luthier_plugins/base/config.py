@@ -1,13 +1,13 @@
-"""The config of the stage ``base``."""
+"""The configs of the stages ``base`` and ``adapter``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from luthier.api import ModelError, ModelSource, StageConfig
+from luthier.api import Input, ModelError, ModelSource, StageConfig
 from luthier.api.artifact import ArtifactKind
 from luthier.artifacts.models import tensor_headers
 
@@ -32,3 +32,16 @@ class BaseConfig(StageConfig):
             # The stage itself says what is wrong with it.
             return {}
         return {"parameters": sum(math.prod(item.shape) for found in headers for item in found.values())}
+
+
+class AdapterConfig(StageConfig):
+    """An adapter's folder as PEFT writes it, or one of the hub, on its model."""
+
+    kind_made: ClassVar[ArtifactKind] = "adapter"
+    seeded: ClassVar[bool] = False
+
+    source: ModelSource
+    """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; or ``hf:org/name``."""
+    model: Annotated[str, Input(("model",))]
+    """The model it was trained on. Its tokenizer, chat template and generation config are taken where the adapter
+    brings none of its own."""

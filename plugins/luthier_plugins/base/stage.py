@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 
 from luthier.api import Facts, ModelError, StageContext
+from luthier.artifacts.adapters import is_adapter
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import PICKLES, TOKENIZER_FILES, check_model_folder, model_facts
 from luthier_plugins.base.config import BaseConfig
@@ -20,6 +21,9 @@ class Base:
         folder = context.source("source")
         if not folder.is_dir():
             raise ModelError("is not a folder", where=str(folder), hint="name the folder that holds config.json")
+        if is_adapter(folder):
+            raise ModelError("is an adapter and no model", where=str(folder),
+                             hint="use the stage `adapter`, which names the model it sits on")  # fmt: skip
         check_model_folder(folder)
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise ModelError("has no tokenizer", where=str(folder), hint="copy the model's tokenizer files there")

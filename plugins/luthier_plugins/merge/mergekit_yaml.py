@@ -223,11 +223,11 @@ class _Reader:
         return [*entries, {"filter": None, "value": rest}]
 
     def _place(self, model: Any) -> str:
-        """A model's folder, relative to the file or to where one stands; else its hub id."""
+        """A model's folder, relative to the file or to where one stands; else its hub id. ``model+adapter`` is both."""
         text = str(model)
-        if "+" in text:
-            raise ValueError(f"'{text}': name an adapter's own folder, or fold it first")
         for path in (self.folder / Path(text).expanduser(), Path(text).expanduser()):
             if path.is_dir():
                 return os.path.abspath(path)
+        if "+" in text:
+            return "+".join(self._place(part) for part in text.rsplit("+", 1))
         return f"hf:{text}"

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from luthier.api import Artifact, ModelError
+from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from luthier.artifacts.models import TensorHeader, read_json, safetensors_header, tensor_headers
 from torch import Tensor
 
@@ -209,8 +210,8 @@ class LowRank:
     """
 
     def __init__(self, folder: Path, headers: Mapping[str, TensorHeader]) -> None:
-        path = folder / "adapter_model.safetensors"
-        self.settings: dict[str, Any] = read_json(folder / "adapter_config.json")
+        path = folder / ADAPTER_WEIGHTS
+        self.settings: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
         self.headers = safetensors_header(path)
         self.targets = self._targets(headers)
         self.files = Files(folder, self.headers)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from luthier.api import Artifact, Facts
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import carry_text_files
 from luthier_plugins.merge.reader import WRAPPED
 from safetensors.torch import save_file
@@ -66,7 +67,6 @@ def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, tex
     config.save_pretrained(str(out))
     tensors = {f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
                for module, pair in modules.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
-    save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     carry_text_files(text.path, out)
-    carried = ("architecture", "dtype", "tensors", "tokenizer", "chat_template", "stop_tokens", "stop_token_ids")
-    return {"base": base.key, "adapter": "lora", "r": largest, **{name: text.facts.get(name) for name in carried}}
+    return adapter_facts(out, base.key, text)

@@ -1,0 +1,72 @@
+"""Adapter folders, judged from their JSON files alone. No torch."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import ModelError
+from luthier.artifacts.digest import digest_value
+from luthier.artifacts.models import chat_template, read_json, stop_token_ids, stop_tokens, tokenizer_digest
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter as PEFT writes it, and no full model beside it."""
+    return (folder / ADAPTER_CONFIG).exists() and not any(folder.glob("model*.safetensors"))
+
+
+def adapter_facts(out: Path, base: str, source: Artifact) -> dict[str, Any]:
+    """What an adapter artifact's manifest says of it.
+
+    Args:
+        out: Its folder, as PEFT writes it, with the text files.
+        base: The key of the model that it sits on.
+        source: The model or adapter that it was made from.
+    """
+    config = read_json(out / ADAPTER_CONFIG)
+    template = chat_template(out)
+    stops = stop_token_ids(out) or source.facts["stop_token_ids"]
+    return {
+        "base": base,
+        "adapter": "dora" if config.get("use_dora") else str(config["peft_type"]).lower(),
+        "r": config.get("r"),
+        "architecture": source.facts["architecture"],
+        "dtype": source.facts["dtype"],
+        "tensors": source.facts["tensors"],
+        "tokenizer": tokenizer_digest(out),
+        "chat_template": digest_value(template) if template is not None else None,
+        "stop_tokens": stop_tokens(out),
+        "stop_token_ids": stops,
+    }
+
+
+def told_base(adapter: Path, folder: Path) -> str:
+    """The model that an adapter's config names: an absolute path, or a hub id as ``hf:org/name``.
+
+    Args:
+        adapter: The adapter's folder.
+        folder: What relative paths start from, besides the adapter's own folder.
+
+    Raises:
+        ModelError: it names none, or one that is not here.
+    """
+    config = read_json(adapter / ADAPTER_CONFIG)
+    told: Any = config.get("base_model_name_or_path")
+    if not told:
+        raise ModelError("the adapter does not say which model it sits on", where=str(adapter),
+                         hint=f"write <model>+{adapter.name}, or a stage {{uses: adapter, source, model}}")  # fmt: skip
+    for start in (folder, adapter):
+        path = start / Path(str(told)).expanduser()
+        if (path / "config.json").exists():
+            return str(path.absolute())
+    if HUB_ID.fullmatch(str(told)):
+        revision = config.get("revision")
+        return f"hf:{told}@{revision}" if revision else f"hf:{told}"
+    raise ModelError(f"the adapter sits on '{told}', which is not here", where=str(adapter),
+                     hint=f"write <model>+{adapter.name}, or a stage {{uses: adapter, source, model}}")  # fmt: skip

@@ -1,0 +1,171 @@
+"""Adapters from outside: as PEFT leaves them, on the model they belong to, and on no other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from gguf_models import make_model
+from luthier import Recipe, plan, run
+from luthier.api import ModelError, RecipeError
+from luthier.testing import run_stage, tiny_model
+from luthier.train.loading import fold, load_model
+from luthier_plugins.merge.mergekit_yaml import as_config
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+
+def outside(folder: Path, model: Path, **settings: object) -> Path:
+    """An adapter as PEFT writes it, with updates that are not zero."""
+    torch.manual_seed(5)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    peft.get_peft_model(plain, peft.LoraConfig(**{**values, **settings})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model's folder, and an adapter's."""
+    folder = tmp_path_factory.mktemp("place")
+    model = tiny_model(folder / "other", dtype="float32", tied=False)
+    shutil.copytree(model.path, folder / "model", ignore=shutil.ignore_patterns("manifest.json"))
+    outside(folder / "light", folder / "model", use_rslora=True, alpha_pattern={"q_proj": 2})
+    return folder
+
+
+def by_peft(model: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """The weights of a model with an adapter folded in, by PEFT alone."""
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+
+
+def merged(recipe: dict, place: Path, store: Path) -> dict[str, torch.Tensor]:
+    """The weights of the stage `soup`."""
+    result = run(Recipe.from_mapping({"luthier": 1, "stages": recipe}, folder=place), store=store)
+    return load_file(result.artifact("soup").path / "model.safetensors")
+
+
+@pytest.mark.parametrize("written", ["stage", "folder", "plus", "stage+folder"])
+def test_an_adapter_from_outside_is_merged_like_any_model(place: Path, tmp_path: Path, written: str) -> None:
+    soup = {"uses": "merge", "dtype": "float32"}
+    stages = {
+        "stage": {"base": {"uses": "base", "source": "./model"},
+                  "light": {"uses": "adapter", "source": "./light", "model": "base"},
+                  "soup": {**soup, "models": ["base", "light"]}},
+        "folder": {"soup": {**soup, "models": ["./model", "./light"]}},
+        "plus": {"soup": {**soup, "models": ["./model", "./model+./light"]}},
+        "stage+folder": {"base": {"uses": "base", "source": "./model"},
+                         "soup": {**soup, "models": ["base", "base+./light"]}},
+    }[written]  # fmt: skip
+    found = merged(stages, place, tmp_path / "s")
+    plain, tuned = load_file(place / "model" / "model.safetensors"), by_peft(place / "model", place / "light")
+    assert any(not torch.equal(plain[name], tuned[name]) for name in plain)
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (plain[name] + tuned[name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+def test_an_adapter_from_outside_brings_its_own_text_files(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "light", tmp_path / "own")
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    without = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "own")}, inputs={"model": base})
+    for name in ("tokenizer", "chat_template", "stop_tokens", "stop_token_ids", "architecture"):
+        assert without.facts[name] == base.facts[name], name
+    assert without.facts["base"] == base.key
+    (tmp_path / "own" / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    tokenizer = json.loads((place / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "own" / "tokenizer.json").write_text((place / "model" / "tokenizer.json").read_text())
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "chat_template": "{{ 1 }}"}))
+    (tmp_path / "own" / "LICENSE").write_text("mine")
+    own = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "own")}, inputs={"model": base})
+    assert own.facts["stop_token_ids"] == [1, 2]
+    assert own.facts["chat_template"] not in (None, base.facts["chat_template"])
+    assert not (own.path / "chat_template.jinja").exists(), "the base's template would win over the adapter's"
+    assert (own.path / "LICENSE").read_text() == "mine"
+    torch.testing.assert_close(
+        dict(fold(load_model(own)).state_dict()), dict(by_peft(place / "model", tmp_path / "own"))
+    )
+
+
+def test_an_adapter_is_refused_on_another_model(place: Path, tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    wide = run_stage(store, "base", {"source": str(make_model(tmp_path / "wide", "llama"))})
+    with pytest.raises(ModelError, match=r"does not belong on this model: .*q_proj is .* was made for") as told:
+        run_stage(store, "adapter", {"source": str(place / "light")}, inputs={"model": wide})
+    assert str(place / "model") in str(told.value.hint)
+    other = run_stage(store, "base", {"source": str(make_model(tmp_path / "gpt", "phi3"))})
+    with pytest.raises(ModelError, match=r"changes layers\.0\.self_attn\.q_proj, which the model does not have"):
+        run_stage(store, "adapter", {"source": str(place / "light")}, inputs={"model": other})
+    with pytest.raises(ModelError, match="is an adapter and no model"):
+        run_stage(store, "base", {"source": str(place / "light")})
+    with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
+        run_stage(store, "adapter", {"source": str(place / "model")}, inputs={"model": wide})
+
+
+def test_an_adapter_that_is_not_whole_is_refused(place: Path, tmp_path: Path) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+
+    def told(folder: Path) -> str:
+        with pytest.raises(ModelError) as error:
+            run_stage(tmp_path / "s", "adapter", {"source": str(folder)}, inputs={"model": base})
+        return str(error.value)
+
+    for name in ("pickle", "none", "short", "tokens"):
+        shutil.copytree(place / "light", tmp_path / name)
+        weights = tmp_path / name / "adapter_model.safetensors"
+        if name == "short":
+            weights.write_bytes(weights.read_bytes()[:-4])
+        elif name == "tokens":
+            tokenizer = json.loads((place / "model" / "tokenizer.json").read_text())
+            tokenizer["added_tokens"].append({"id": 5000, "content": "<new>", "special": True})
+            (tmp_path / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        else:
+            weights.unlink()
+    (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"x")
+    assert "pickle files only" in told(tmp_path / "pickle")
+    assert "adapter_model.safetensors is missing" in told(tmp_path / "none")
+    assert "its header says" in told(tmp_path / "short")
+    assert "5001 tokens" in told(tmp_path / "tokens")
+
+
+def test_a_folder_that_does_not_know_its_model_is_told_when_planning(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "light", tmp_path / "lost")
+    path = tmp_path / "lost" / "adapter_config.json"
+    config = json.loads(path.read_text())
+
+    def told(name: str | None) -> str:
+        path.write_text(json.dumps({**config, "base_model_name_or_path": name}))
+        stages = {"soup": {"uses": "merge", "models": ["./lost", "./lost"]}}
+        with pytest.raises(RecipeError) as error:
+            plan(Recipe.from_mapping({"luthier": 1, "stages": stages}, folder=tmp_path), tmp_path / "s")
+        return str(error.value)
+
+    assert "does not say which model it sits on" in told(None)
+    assert "the adapter sits on '/gone/model', which is not here" in told("/gone/model")
+    assert "the adapter sits on './lost', which is not here" in told("./lost")
+
+
+def test_adapters_in_mergekit_files(place: Path, tmp_path: Path, cli) -> None:
+    file = tmp_path / "plus.yml"
+    file.write_text(
+        f"models:\n  - {{model: {place}/model+{place}/light, parameters: {{weight: 1}}}}\n"
+        "  - {model: org/name+org/lora, parameters: {weight: 1}}\nmerge_method: linear\n"
+    )
+    assert as_config({"config": str(file)}, None)["models"] == [f"{place}/model+{place}/light",
+                                                               "hf:org/name+hf:org/lora"]  # fmt: skip
+    file.write_text(
+        f"models:\n  - {{model: {place}/model+{place}/light, parameters: {{weight: 1}}}}\n"
+        "merge_method: linear\ndtype: float32\n"
+    )
+    done = cli("do", "merge", f"config={file}", "--out", "made")
+    assert done.returncode == 0, done.stderr
+    tuned = by_peft(place / "model", place / "light")
+    for name, tensor in load_file(tmp_path / "made" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-5, atol=1e-6)
+    done = cli("do", "merge", f"models={place}/model+{place}/light", "dtype=float32", "--out", "again")
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "again" / "model.safetensors").keys() == tuned.keys()
