@@ -15,8 +15,8 @@ from luthier.api import ModelError, RecipeError
 from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import fold, load_model
 from luthier_plugins.merge.mergekit_yaml import as_config
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 
 def outside(folder: Path, model: Path, **settings: object) -> Path:
@@ -94,12 +94,23 @@ def test_an_adapter_from_outside_brings_its_own_text_files(place: Path, tmp_path
 def test_an_adapter_is_refused_on_another_model(place: Path, tmp_path: Path) -> None:
     store = tmp_path / "s"
     wide = run_stage(store, "base", {"source": str(make_model(tmp_path / "wide", "llama"))})
-    with pytest.raises(ModelError, match=r"does not belong on this model: .*q_proj is .* was made for") as told:
+    with pytest.raises(
+        ModelError, match=r"not belong .*q_proj\.lora_A\.weight is \[4, 256\] there, and \[4, 64\]"
+    ) as told:
         run_stage(store, "adapter", {"source": str(place / "light")}, inputs={"model": wide})
     assert str(place / "model") in str(told.value.hint)
     other = run_stage(store, "base", {"source": str(make_model(tmp_path / "gpt", "phi3"))})
-    with pytest.raises(ModelError, match=r"changes layers\.0\.self_attn\.q_proj, which the model does not have"):
+    with pytest.raises(ModelError, match=r"q_proj.* not found in the base model"):
         run_stage(store, "adapter", {"source": str(place / "light")}, inputs={"model": other})
+    shallow = run_stage(store, "base", {"source": str(make_model(tmp_path / "few", "llama", num_hidden_layers=2))})
+    deep = outside(tmp_path / "deep", make_model(tmp_path / "three", "llama"))
+    with pytest.raises(ModelError, match=r"no place for .*layers\.2\.mlp\.up_proj\.lora_A"):
+        run_stage(store, "adapter", {"source": str(deep)}, inputs={"model": shallow})
+    tensors = load_file(deep / "adapter_model.safetensors")
+    lost = next(key for key in tensors if "layers.1." in key)
+    save_file({key: tensor for key, tensor in tensors.items() if key != lost}, deep / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"the adapter has no .*layers\.1\."):
+        run_stage(store, "adapter", {"source": str(deep)}, inputs={"model": wide})
     with pytest.raises(ModelError, match="is an adapter and no model"):
         run_stage(store, "base", {"source": str(place / "light")})
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
@@ -169,3 +180,72 @@ def test_adapters_in_mergekit_files(place: Path, tmp_path: Path, cli) -> None:
     done = cli("do", "merge", f"models={place}/model+{place}/light", "dtype=float32", "--out", "again")
     assert done.returncode == 0, done.stderr
     assert load_file(tmp_path / "again" / "model.safetensors").keys() == tuned.keys()
+
+
+ODD: dict[str, tuple[str, dict[str, object], bool]] = {
+    "embedding": ("llama", {"target_modules": ["embed_tokens", "q_proj"]}, False),
+    "head": ("llama", {"target_modules": ["lm_head", "q_proj"]}, False),
+    "whole tensors": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}, False),
+    "biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all", "tied": False}, False),
+    "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}, False),
+    "dora transposed": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, True),
+    "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}, True),
+    "experts": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}, True),
+}
+
+
+def odd_model(folder: Path, name: str, tied: bool) -> Path:
+    """A model stored in bfloat16."""
+    if name == "gpt2":
+        config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+        for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
+        return folder
+    make_model(folder, name, **({} if tied else {"tie_word_embeddings": False}))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("what", ODD)
+def test_whatever_an_adapter_changes_is_merged_as_peft_folds_it(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, settings, folded = ODD[what]
+    settings = dict(settings)
+    model = odd_model(tmp_path / "model", name, bool(settings.pop("tied", name == "qwen2")))
+    light = outside(tmp_path / "light", model, **settings)
+    weights = load_file(light / "adapter_model.safetensors")
+    # What is brought whole is another than the base's.
+    save_file({key: tensor * 1.25 for key, tensor in weights.items()}, light / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    expected = by_peft(model, light)
+    if not folded:
+        monkeypatch.setattr("luthier.train.loading.full_weights", lambda *_: pytest.fail("the model was loaded whole"))
+    base = run_stage(tmp_path / "s", "base", {"source": str(model)})
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    config = {"dtype": "float32", "method": "passthrough"}
+    merged = run_stage(tmp_path / "s", "merge", config, inputs={"models": [adapter]})
+    found = {key: tensor.clone() for key, tensor in load_model(merged).state_dict().items()}
+    assert found.keys() == expected.keys()
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    assert any(not torch.allclose(plain[key], expected[key]) for key in plain)
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-4, atol=1e-5)
+    stored = run_stage(tmp_path / "s", "merge", {"method": "passthrough"}, inputs={"models": [adapter]})
+    assert stored.facts["dtype"] == "BF16", "what the base is stored in, folded or not"
+
+
+def test_entries_that_are_no_numbers_are_found_where_they_are(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "light", tmp_path / "light")
+    weights = load_file(place / "light" / "adapter_model.safetensors")
+    spoiled = next(key for key in weights if "q_proj.lora_B" in key)
+    weights[spoiled][1, 1] = float("nan")
+    save_file(weights, tmp_path / "light" / "adapter_model.safetensors", metadata={"format": "pt"})
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "light")}, inputs={"model": base})
+    for stage in ("merge", "merge_adapters"):
+        with pytest.raises(ModelError, match="NaN or infinite") as told:
+            run_stage(tmp_path / "s", stage, inputs={"models": [adapter, adapter]})
+        assert "adapter_model.safetensors (adapter): model.layers.0.self_attn.q_proj.weight" in str(told.value.where)

@@ -27,8 +27,9 @@ from luthier.train.measure import items_of
 from luthier_plugins.merge.check import rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
+from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.reader import DTYPES, Scratch, Weights
+from luthier_plugins.merge.reader import Weights
 from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
@@ -378,12 +379,23 @@ def test_a_model_that_does_not_load_whole_is_not_stored(store: Path, models: lis
         run_stage(store, "merge", inputs={"models": two})
 
 
-def test_an_adapter_for_another_model_cannot_sneak_in(store: Path, models: list[Artifact], adapter: Artifact) -> None:
-    manifest = json.loads((adapter.path / "manifest.json").read_text())
-    assert manifest["facts"]["base"] == models[0].key, "the base is the adapter's own, whatever else is merged"
+def test_an_adapter_is_merged_on_its_own_model_whatever_else_is(
+    store: Path, models: list[Artifact], adapter: Artifact
+) -> None:
     merged = run_stage(store, "merge", {"dtype": "float32"}, inputs={"models": [adapter, models[1]]})
     folded, other = fold(load_model(adapter)).state_dict(), weights(models[1])
     torch.testing.assert_close(weights(merged)[NAME], (folded[NAME] + other[NAME].float()) / 2, rtol=1e-4, atol=1e-5)
+    assert not merged.manifest["warnings"]
+
+
+def test_an_adapter_that_does_not_sit_on_the_base_is_told(
+    store: Path, models: list[Artifact], adapter: Artifact
+) -> None:
+    config = {"method": "task_arithmetic", "dtype": "float32"}
+    own = run_stage(store, "merge", config, inputs={"models": [adapter], "base": models[0]})
+    assert not own.manifest["warnings"]
+    other = run_stage(store, "merge", config, inputs={"models": [adapter], "base": models[1]})
+    assert "not on the base" in other.manifest["warnings"][0]
 
 
 def test_nothing_of_an_earlier_merge_is_left_behind(store: Path, models: list[Artifact]) -> None:

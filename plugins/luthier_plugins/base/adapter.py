@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shutil
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_
 from luthier.artifacts.models import (
     PICKLES,
     TOKENIZER_FILES,
-    TensorHeader,
     carry_licences,
     carry_text_files,
     chat_template,
@@ -22,10 +19,9 @@ from luthier.artifacts.models import (
     tensor_headers,
     vocabulary_size,
 )
+from luthier.train.adapters import check_adapter
 from luthier_plugins.base.config import AdapterConfig
 
-SHOWN = 3
-LAYERS = re.compile(r"(?:^|\.)((?:layers|blocks|h)\.\d+\..*)")
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -37,22 +33,20 @@ class BaseAdapter:
 
     def run(self, context: StageContext) -> Facts:
         folder, model = context.source("source"), context.input("model")
-        headers = _checked(folder)
-        base = tensor_headers(model.path)
-        wrong = list(_misfits(headers, base))
-        if wrong:
-            more = f", and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-            raise ModelError(f"the adapter does not belong on this model: {'; '.join(wrong[:SHOWN])}{more}",
-                             where=str(folder), hint=_hint(folder))  # fmt: skip
-        _check_rows(folder, base)
+        _check_folder(folder)
+        _check_rows(folder, model.path)
+        try:
+            check_adapter(folder, model.path)
+        except ModelError as error:
+            raise ModelError(error.message, where=error.where, hint=_hint(folder)) from error
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(folder / name, context.out / name)
         _carry_text(model.path, folder, context.out)
         return {**adapter_facts(context.out, model.key, model), "source": self.config.source}
 
 
-def _checked(folder: Path) -> dict[str, TensorHeader]:
-    """The headers of an adapter's folder as PEFT writes it."""
+def _check_folder(folder: Path) -> None:
+    """Refuse what PEFT would not have written."""
     if not (folder / ADAPTER_CONFIG).exists():
         raise ModelError(f"is no adapter's folder: {ADAPTER_CONFIG} is missing", where=str(folder),
                          hint="a full model comes in with the stage `base`")  # fmt: skip
@@ -62,41 +56,14 @@ def _checked(folder: Path) -> dict[str, TensorHeader]:
             raise ModelError(f"has its weights as pickle files only ({', '.join(pickles[:3])})", where=str(folder),
                              hint="pickle files can run code; convert them where you trust them")  # fmt: skip
         raise ModelError(f"is no whole adapter: {ADAPTER_WEIGHTS} is missing", where=str(folder))
-    headers = safetensors_header(folder / ADAPTER_WEIGHTS)
-    if not headers:
+    if not safetensors_header(folder / ADAPTER_WEIGHTS):
         raise ModelError("the adapter has no weights", where=str(folder), hint="save it again")
-    return headers
 
 
-def _misfits(headers: Mapping[str, TensorHeader], base: Mapping[str, TensorHeader]) -> Iterator[str]:
-    """What of a LoRA adapter has no place, or another shape, in the model."""
-    shapes = {_tail(name): header.shape for name, header in base.items()}
-    # Of experts that are one parameter in memory, the files have many: below the same prefix.
-    prefixes = {name[:place] for name in shapes for place, sign in enumerate(name) if sign == "."}
-    for name, header in headers.items():
-        module, found, _ = name.partition(".lora_A.")
-        partner = headers.get(f"{module}.lora_B.weight")
-        module = _tail(module.removesuffix(".base_layer"))
-        if not found or partner is None:
-            continue
-        shape = shapes.get(f"{module}.weight")
-        if shape is None and module not in prefixes and not module.endswith("lm_head"):
-            yield f"it changes {module}, which the model does not have"
-        # A Conv1D layer keeps its weight as (in, out).
-        expected = (partner.shape[0], header.shape[1])
-        if shape is not None and len(shape) == 2 and shape not in (expected, expected[::-1]):
-            yield f"{module} is {list(shape)} in the model, and the adapter was made for {list(expected)}"
-
-
-def _tail(name: str) -> str:
-    """A name from its layers on: what stands before them differs between files and what is in memory."""
-    inside = LAYERS.search(name)
-    return inside[1] if inside else name.rpartition(".model.")[2]
-
-
-def _check_rows(folder: Path, base: Mapping[str, TensorHeader]) -> None:
+def _check_rows(folder: Path, model: Path) -> None:
     tokens = vocabulary_size(folder)
-    rows = next((header.shape[0] for name, header in base.items() if name.endswith("embed_tokens.weight")), None)
+    rows = next((header.shape[0] for name, header in tensor_headers(model).items()
+                 if name.endswith("embed_tokens.weight")), None)  # fmt: skip
     if tokens is not None and rows is not None and tokens > rows:
         raise ModelError(
             f"the adapter's tokenizer has {tokens} tokens, the embedding of its model only {rows} rows",

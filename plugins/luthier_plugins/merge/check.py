@@ -9,8 +9,9 @@ from luthier.api import ModelError
 from luthier.artifacts.models import tokenizer_digest
 from luthier_plugins.merge.config import SMALL, MergeConfig
 from luthier_plugins.merge.engine import Task
+from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
-from luthier_plugins.merge.reader import DTYPES, Source
+from luthier_plugins.merge.reader import Source
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",

@@ -22,7 +22,8 @@ import torch
 from luthier.api import Merge, MergePart, MergePlace, ModelError, Scan
 from luthier.artifacts.models import TensorHeader, safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
-from luthier_plugins.merge.reader import SIZES, Files, Scratch, Source
+from luthier_plugins.merge.files import SIZES, Files, Scratch
+from luthier_plugins.merge.reader import Source
 from luthier_plugins.merge.writer import Output
 from torch import Tensor
 

@@ -11,7 +11,8 @@ from luthier.api import MergePlace, Setting
 from luthier.train.merging import Noise
 from luthier_plugins.merge.config import MergeConfig, SliceSource
 from luthier_plugins.merge.engine import Role, Task
-from luthier_plugins.merge.reader import DTYPES, Source
+from luthier_plugins.merge.files import DTYPES
+from luthier_plugins.merge.reader import Source
 from luthier_plugins.merge.writer import Described
 
 LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")

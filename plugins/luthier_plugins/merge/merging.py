@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
-from luthier.artifacts.models import carry_licences, carry_text_files, model_facts
+from luthier.artifacts.models import carry_licences, carry_text_files, model_facts, tensor_headers
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check, check_weights
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings, extras_of
 from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.reader import Unfoldable, Weights, dump_json
+from luthier_plugins.merge.lowrank import Unfoldable
+from luthier_plugins.merge.reader import Weights, dump_json, label_of
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
 from luthier_plugins.merge.writer import INDEX, Output, size_of
@@ -40,6 +41,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         artifacts = _artifacts(config, context)
         inputs = open_inputs(artifacts, _base(config, context), context, stack)
         check(config, inputs)
+        _tell_other_ancestors(inputs, context)
         vocabulary = _vocabulary(config, context, inputs)
         if vocabulary is not None:
             inputs = respell(inputs, vocabulary)
@@ -75,6 +77,16 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         "proof": proof,
         **({} if vocabulary is None else {"tokens_from": dict(Counter(vocabulary.sources.values()))}),
     }
+
+
+def _tell_other_ancestors(inputs: Inputs, context: StageContext) -> None:
+    """Say so where an adapter does not sit on the base: right for an adapter on a tuned model, else a mistake."""
+    base = inputs.base.artifact if inputs.base else None
+    for model in inputs.models:
+        under = full_of(model.artifact)
+        if base is not None and model.artifact.kind == "adapter" and under.key != full_of(base).key:
+            context.warn(f"{model.label} sits on {label_of(under)}, not on the base {label_of(base)}: what counts as "
+                         "its change is the difference of the two as well")  # fmt: skip
 
 
 def _settle(output: Output, context: StageContext) -> None:
@@ -126,7 +138,8 @@ def open_inputs(
                 opened[artifact.key] = Weights(artifact)
             except Unfoldable as reason:
                 context.log(f"folding {artifact.manifest.get('stage')} with PEFT: it has {reason}")
-                opened[artifact.key] = Weights(_folded(artifact, context.work / f"folded-{artifact.key[:16]}"))
+                folded = _folded(artifact, context.work / f"folded-{artifact.key[:16]}")
+                opened[artifact.key] = Weights(folded, like=tensor_headers(artifact.base.path))
             stack.callback(opened[artifact.key].close)
         return opened[artifact.key]
 

@@ -12,8 +12,9 @@ from typing import Any
 from luthier.api import ModelError
 from luthier.artifacts.models import TensorHeader, carry_text_files, read_json
 from luthier_plugins.merge.check import is_vocabulary
+from luthier_plugins.merge.files import Scratch
 from luthier_plugins.merge.layout import Inputs
-from luthier_plugins.merge.reader import Scratch, Source, dump_json
+from luthier_plugins.merge.reader import Source, dump_json
 from torch import Tensor
 
 TOKENIZER = "tokenizer.json"

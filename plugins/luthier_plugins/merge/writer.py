@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from luthier.api import ModelError
-from luthier_plugins.merge.reader import DTYPES, SIZES, Scratch, bytes_of, dump_json
+from luthier_plugins.merge.files import DTYPES, SIZES, Scratch, bytes_of
+from luthier_plugins.merge.reader import dump_json
 from torch import Tensor
 
 ALIGNMENT = 8

@@ -8,11 +8,10 @@ from luthier.api import Facts, ModelError, StageContext
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.check import check_stored, is_vocabulary
+from luthier_plugins.merge.files import DTYPES
+from luthier_plugins.merge.lowrank import TRANSPOSED
 from luthier_plugins.merge.merging import open_inputs
-from luthier_plugins.merge.reader import DTYPES, whole
-
-TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
-"""Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
+from luthier_plugins.merge.reader import whole
 
 
 class ExtractLora:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from luthier.api import Artifact, Facts
+from luthier.api import Artifact, Facts, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import carry_text_files
-from luthier_plugins.merge.reader import WRAPPED
+from luthier.train.adapters import check_adapter
+from luthier_plugins.merge.lowrank import WRAPPED
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -42,15 +43,21 @@ def low_rank(matrix: Tensor, r: int | None, energy: float | None) -> tuple[Facto
 
 
 def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, text: Artifact) -> Facts:
-    """Write an adapter and return its facts.
+    """Write an adapter, look at it as its users will, and return its facts.
 
     Args:
         factors: Factors by the name of the base's weight.
         base: The model that it sits on.
         text: The model or adapter whose tokenizer, template and generation config go along.
+
+    Raises:
+        ModelError: an entry is NaN or infinite, or PEFT does not find on the base what was written.
     """
     import peft
 
+    odd = [name for name, pair in factors.items() if not all(bool(torch.isfinite(factor).all()) for factor in pair)]
+    if odd:
+        raise ModelError(f"the update of {odd[0]} has NaN or infinite values", hint="nothing was written")
     modules = {name.removesuffix(".weight"): pair for name, pair in factors.items()}
     ranks = {module: pair[1].shape[0] for module, pair in modules.items()}
     largest = max(ranks.values())
@@ -68,5 +75,6 @@ def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, tex
     tensors = {f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
                for module, pair in modules.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    check_adapter(out, base.path)
     carry_text_files(text.path, out)
     return adapter_facts(out, base.key, text)

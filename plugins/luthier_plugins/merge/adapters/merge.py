@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
-from luthier.artifacts.models import TensorHeader, tensor_headers
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS
+from luthier.artifacts.models import TensorHeader, carry_licences, read_json, tensor_headers
 from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge.adapters.config import MergeAdaptersConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.layout import depth_of, layers_of
-from luthier_plugins.merge.reader import LowRank, Unfoldable, content_of
+from luthier_plugins.merge.lowrank import LowRank, Unfoldable
+from luthier_plugins.merge.reader import FROM_TRAINING, NOT_FINITE, content_of, label_of
 from torch import Tensor
 
 
@@ -26,39 +29,55 @@ class MergeAdapters:
         artifacts = context.inputs("models")
         base = artifacts[0].base
         headers = tensor_headers(base.path)
-        adapters = [_opened(artifact, headers) for artifact in artifacts]
         contents = [content_of(artifact) for artifact in artifacts]
         method: Merge = context.component(self.config.method)
-        names = [name for name in headers if any(name in adapter.targets for adapter in adapters)]
         counts = layers_of(list(headers))
         factors: dict[str, Factors] = {}
         kept: list[float] = []
-        for done, name in enumerate(names):
-            context.progress(done, len(names), "matrices")
-            pairs = [_factors(adapter, name, headers[name].shape) for adapter in adapters]
-            merge = _Merge(self.config, method, name, depth_of(name, counts), Noise(context.seed, contents, name))
-            factors[name], share = merge.of(pairs)
-            kept.append(share)
+        with ExitStack() as stack:
+            adapters = [_opened(artifact, headers, stack) for artifact in artifacts]
+            names = [name for name in headers if any(name in adapter.targets for adapter, _ in adapters)]
+            for done, name in enumerate(names):
+                context.progress(done, len(names), "matrices")
+                pairs = [_factors(adapter, name, headers[name].shape, label) for adapter, label in adapters]
+                merge = _Merge(self.config, method, name, depth_of(name, counts), Noise(context.seed, contents, name))
+                factors[name], share = merge.of(pairs)
+                kept.append(share)
         facts = write_adapter(context.out, factors, base, artifacts[0])
+        for artifact in artifacts[1:]:
+            carry_licences(artifact.path, context.out, label_of(artifact))
         return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
 
 
-def _opened(artifact: Artifact, headers: Mapping[str, TensorHeader]) -> LowRank:
+def _opened(artifact: Artifact, headers: Mapping[str, TensorHeader], stack: ExitStack) -> tuple[LowRank, str]:
+    """An adapter, and what to call its file."""
+    adapter, reason = None, ""
     try:
-        return LowRank(artifact.path, headers)
-    except Unfoldable as reason:
+        adapter = LowRank(artifact.path, headers, read_json(artifact.base.path / "config.json"))
+        stack.callback(adapter.close)
+        reason = adapter.beyond
+    except Unfoldable as unfoldable:
+        reason = str(unfoldable)
+    if adapter is None or reason:
         raise ModelError(
             f"an adapter changes more than linear layers: {reason}",
             where=str(artifact.path),
             hint="merge it as a model, in the stage `merge`",
-        ) from reason
+        )
+    return adapter, f"{artifact.path / ADAPTER_WEIGHTS} ({label_of(artifact)})"
 
 
-def _factors(adapter: LowRank, name: str, shape: Sequence[int]) -> Factors:
-    """An adapter's factors for a weight; of rank 0 where it has none."""
+def _factors(adapter: LowRank, name: str, shape: Sequence[int], label: str) -> Factors:
+    """An adapter's factors for a weight; of rank 0 where it has none.
+
+    Raises:
+        ModelError: an entry is NaN or infinite.
+    """
     if name not in adapter.targets:
         return torch.zeros(shape[0], 0), torch.zeros(0, shape[1])
     b, a, _ = adapter.factors(name)
+    if not all(bool(torch.isfinite(factor).all()) for factor in (b, a)):
+        raise ModelError(NOT_FINITE, where=f"{label}: {name}", hint=FROM_TRAINING)
     return b, a
 
 

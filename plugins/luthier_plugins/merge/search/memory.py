@@ -9,7 +9,8 @@ import psutil
 import torch
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.models import TensorHeader
-from luthier_plugins.merge.reader import DTYPES, Scratch, Source, whole
+from luthier_plugins.merge.files import DTYPES, Scratch
+from luthier_plugins.merge.reader import Source, whole
 from luthier_plugins.merge.writer import Described
 from torch import Tensor
 

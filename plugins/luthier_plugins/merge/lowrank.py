@@ -1,0 +1,166 @@
+"""Adapters added to the weights they sit on, part by part: W + s B A."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from luthier.artifacts.models import TensorHeader, read_json, safetensors_header
+from luthier_plugins.merge.files import DTYPES, Files, Scratch
+from torch import Tensor
+
+WRAPPED = "base_model.model."
+TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
+"""Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
+HEADS = ("lm_head.weight", "embed_out.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One weight's low-rank update.
+
+    Attributes:
+        a: The name of A, of shape (r, in), in the adapter's file.
+        b: The name of B, of shape (out, r).
+        scale: What to multiply B A with.
+        magnitude: The name of DoRA's magnitudes.
+        transposed: Whether the weight is stored as (in, out).
+    """
+
+    a: str
+    b: str
+    scale: float
+    magnitude: str | None = None
+    transposed: bool = False
+
+
+class LowRank:
+    """A LoRA or DoRA adapter, added to the rows of its base's weights.
+
+    Args:
+        folder: The adapter's folder, as PEFT writes it.
+        headers: The tensors of its base.
+        config: The base's ``config.json``.
+
+    Attributes:
+        targets: The weights that get an update.
+        replaced: The weights that the adapter brings whole, by their names in its file.
+        beyond: What it changes besides linear layers, for messages; empty when nothing.
+
+    Raises:
+        Unfoldable: it does what only PEFT knows how to fold.
+    """
+
+    def __init__(self, folder: Path, headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> None:
+        self.settings: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
+        self.headers = safetensors_header(folder / ADAPTER_WEIGHTS)
+        self.targets: dict[str, _Target] = {}
+        self.replaced: dict[str, str] = {}
+        if self.settings["peft_type"] != "LORA":
+            raise Unfoldable(f"a {self.settings['peft_type']} adapter")
+        for name in self.headers:
+            self._sort_in(name, headers, str(config.get("model_type")))
+        tied = not any(name.endswith(HEADS) for name in headers)
+        shared = [name for name in (*self.targets, *self.replaced) if tied and _is_embedding(name)]
+        if shared:
+            raise Unfoldable(f"a change to {shared[0]}, which is the output head too")
+        odd = [name for name, target in self.targets.items() if target.transposed]
+        self.beyond = next(iter([*self.replaced, *odd]), "")
+        self.files = Files(folder, self.headers)
+        self.factors = lru_cache(maxsize=8)(self._factors)
+
+    def close(self) -> None:
+        """Close the adapter's file."""
+        self.files.close()
+
+    def _sort_in(self, name: str, headers: Mapping[str, TensorHeader], architecture: str) -> None:
+        """Find out what one tensor of the adapter is for."""
+        module, _, rest = name.partition(".lora_")
+        weight = f"{module.removeprefix(WRAPPED)}.weight"
+        if rest == "A.weight" and len(_shape(weight, headers)) == 2:
+            partner, magnitude = f"{module}.lora_B.weight", f"{module}.lora_magnitude_vector"
+            inside, outside = self.headers[name].shape[1], self.headers[partner].shape[0]
+            turned = architecture in TRANSPOSED if inside == outside else _shape(weight, headers) == (inside, outside)
+            has_magnitude = magnitude in self.headers
+            if turned and has_magnitude:
+                raise Unfoldable(f"DoRA on {weight}, which is stored transposed")
+            self.targets[weight] = _Target(
+                name, partner, self._scale(weight, self.headers[name].shape[0]), magnitude if has_magnitude else None,
+                turned,
+            )  # fmt: skip
+        elif rest == "embedding_A" and weight in headers and f"{module}.lora_magnitude_vector" not in self.headers:
+            # (r, tokens): the embedding is a linear layer from tokens, stored transposed.
+            r = self.headers[name].shape[0]
+            self.targets[weight] = _Target(name, f"{module}.lora_embedding_B", self._scale(weight, r), transposed=True)
+        elif not rest and self._replaces(name, headers):
+            self.replaced[self._plain(name)] = name
+        elif rest not in ("B.weight", "embedding_B", "magnitude_vector"):
+            raise Unfoldable(f"the tensor {name}")
+
+    @staticmethod
+    def _plain(name: str) -> str:
+        return name.removeprefix(WRAPPED).replace(".base_layer.", ".")
+
+    def _replaces(self, name: str, headers: Mapping[str, TensorHeader]) -> bool:
+        plain, header = self._plain(name), self.headers[name]
+        return plain in headers and headers[plain].shape == header.shape and header.dtype in DTYPES
+
+    def _scale(self, weight: str, r: int) -> float:
+        module = weight.removesuffix(".weight")
+        alphas: dict[str, float] = self.settings.get("alpha_pattern") or {}
+        # PEFT's keys are regular expressions for the end of a module's name; the first that fits counts.
+        alpha = next((value for key, value in alphas.items() if re.match(rf"(.*\.)?({key})$", module)),
+                     self.settings["lora_alpha"])  # fmt: skip
+        return alpha / (math.sqrt(r) if self.settings.get("use_rslora") else r)
+
+    def _factors(self, weight: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """B * scale, A and, for DoRA, the magnitudes."""
+        target = self.targets[weight]
+        magnitude = None if target.magnitude is None else self.files.whole(target.magnitude).flatten()
+        return self.files.whole(target.b) * target.scale, self.files.whole(target.a), magnitude
+
+    def changes(self, weight: str) -> bool:
+        """Whether the weight is another than the base's."""
+        return weight in self.targets or weight in self.replaced
+
+    def read(self, weight: str, start: int, out: Tensor, scratch: Scratch) -> bool:
+        """Fill `out` with what stands in the place of the base's weight, if the adapter brings it whole."""
+        if weight not in self.replaced:
+            return False
+        self.files.floats(self.replaced[weight], start, out.view(-1), scratch)
+        return True
+
+    def add(self, weight: str, first: int, rows: Tensor) -> None:
+        """Add the update to `rows`, the weight's rows from the row `first` on, in place.
+
+        DoRA gives each row the length it has learned (Liu et al. 2024, arXiv:2402.09353, equation 5).
+        """
+        if weight not in self.targets:
+            return
+        b, a, magnitude = self.factors(weight)
+        behind = first + rows.shape[0]
+        if self.targets[weight].transposed:
+            rows.addmm_(a.T[first:behind], b.T)
+            return
+        rows.addmm_(b[first:behind], a)
+        if magnitude is not None:
+            lengths = rows.norm(dim=1)
+            rows.mul_((magnitude[first:behind] / lengths)[:, None])
+
+
+class Unfoldable(Exception):
+    """An adapter that is more than updates and whole tensors."""
+
+
+def _shape(weight: str, headers: Mapping[str, TensorHeader]) -> tuple[int, ...]:
+    return headers[weight].shape if weight in headers else ()
+
+
+def _is_embedding(name: str) -> bool:
+    return name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"))
