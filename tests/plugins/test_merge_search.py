@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from luthier import Recipe, run
-from luthier.api import Interrupted, RecipeError
+from luthier.api import Interrupted, ModelError, RecipeError
 from luthier.artifacts.datasets import read_split
 from luthier.testing import run_stage
 from luthier.train.loading import load_model, load_tokenizer
@@ -99,6 +101,53 @@ def test_what_a_method_learns_from_data_counts_in_every_trial(folder: Path) -> N
         found = run_stage(folder / "learned", "search", {"method": method, "trials": 1}, inputs=given, seed=3)
         scores[name] = found.facts["search"]["best"]["score"]
     assert scores["fisher"] != scores["linear"]
+
+
+def test_a_merge_that_does_not_compute_is_no_best_merge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats")}
+    scores = [math.nan, 7.0, math.inf, 5.0]
+    measured = searching._Judge.score
+    monkeypatch.setattr(searching._Judge, "score", lambda self: scores.pop(0) if scores else measured(self))
+    found = run_stage(folder / "broken", "search", {"trials": 4}, inputs=inputs, seed=3).facts["search"]
+    assert found["curve"] == [None, 7.0, None, 5.0]
+    assert found["best"]["score"] == 5.0
+
+
+def test_scales_beyond_numbers_are_told_and_no_crash(folder: Path) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats"),
+              "base": result.artifact("blank")}  # fmt: skip
+    method = {"method": "task_arithmetic", "weights": None, "trials": 3}
+    # Losses so large that their exponential is no number any more.
+    large = run_stage(folder / "l", "search", {**method, "over": {"scale": [1e5, 1e6]}}, inputs=inputs).facts["search"]
+    assert all(score is not None and math.isfinite(score) for score in large["curve"])
+    assert not any(item["beyond_noise"] for item in large["against"])
+    with pytest.raises(ModelError, match="none of 3 merges has a score"):
+        run_stage(folder / "n", "search", {**method, "over": {"scale": [1e42, 1e43]}}, inputs=inputs)
+
+
+def test_the_best_of_many_equal_merges_is_seldom_called_better() -> None:
+    random = np.random.default_rng(0)
+    called = 0
+    for _ in range(200):
+        tokens = random.integers(1, 40, 60)
+        other = [(float(-loss), float(count)) for loss, count in zip(random.gamma(2, tokens), tokens, strict=True)]
+        tried = [[(sum_ + float(random.normal(0, 3)), count) for sum_, count in other] for _ in range(30)]
+        best = max(tried, key=lambda rows: sum(row[0] for row in rows))
+        called += searching.compared(best, other, 30)["beyond_noise"]
+    assert called <= 10, "at a level of 0.025, 5 of 200"
+
+
+def test_the_difference_is_that_of_the_log_perplexities() -> None:
+    best, other = [(-10.0, 5.0), (-2.0, 1.0), (-30.0, 10.0)], [(-11.0, 5.0), (-4.0, 1.0), (-36.0, 10.0)]
+    found = searching.compared(best, other, 1)
+    assert found["difference"] == pytest.approx(51 / 16 - 42 / 16)
+    # The sum of squared residuals of the ratio, by hand: differences 1, 2, 6 for 5, 1, 10 tokens.
+    ratio = 9 / 16
+    spread = ((1 - 5 * ratio) ** 2 + (2 - ratio) ** 2 + (6 - 10 * ratio) ** 2) * 3 / 2
+    assert found["standard_error"] == pytest.approx(math.sqrt(spread) / 16)
+    assert searching.compared(best[:1], other[:1], 1)["beyond_noise"] is False
 
 
 def test_the_order_of_the_ranges_is_no_matter_of_the_result() -> None:

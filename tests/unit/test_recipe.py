@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from luthier import Recipe
 from luthier.api import RecipeError
+from luthier.api.merging import cancel
 from luthier.recipe.document import parse
 
 
@@ -37,6 +38,14 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], method: slerp}\n", "takes 2 models, not 3"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c}\n", "does not look at a base"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1]}\n", "weights sum to zero"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], weights: [0.1, 0.2, -0.3]}\n",
+         "weights sum to zero"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, weights: [1, -1], "
+         "method: {uses: dare_linear, normalize: true}}\n", "weights sum to zero"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1], method: nuslerp}\n",
+         "weights sum to zero"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], base: c, weights: [1, 3, -1], method: ties}\n",
+         "some of the weights cancel"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
          "slerp does not look at weights"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, method: {uses: ties, "
@@ -113,3 +122,22 @@ def test_merge_keys_bring_in_what_an_anchor_holds() -> None:
     assert value["c"] == {"x": 1, "y": 2, "z": 4}
     with pytest.raises(RecipeError, match=r"x\.yaml:2: b: '<<' takes a mapping"):
         parse("b:\n  <<: 3\n", "x.yaml")
+
+
+@pytest.mark.parametrize(
+    ("weights", "divisor", "expected"),
+    [
+        ([1, -1], "nothing", False),
+        ([], "all weights", False),
+        ([0, 0], "all weights", True),
+        ([0, 0], "some weights", False),
+        ([1, -1, 1], "all weights", False),
+        ([1, -1, 1], "some weights", True),
+        ([1, 0.5, -0.7], "some weights", False),
+        ([0.7, 0.1, 0.2, -0.3], "some weights", True),
+        ([-1, -2], "some weights", False),
+        ([1e-9, 1e-9], "all weights", False),
+    ],
+)
+def test_weights_cancel_where_a_method_divides_by_them(weights: list, divisor: str, expected: bool) -> None:
+    assert cancel(weights, divisor) is expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
@@ -18,6 +19,26 @@ if TYPE_CHECKING:
 
 Granularity = Literal["elementwise", "statistics", "matrix"]
 BaseUse = Literal["required", "optional", "unused"]
+Divisor = Literal["nothing", "all weights", "some weights"]
+"""What a method divides by: the sum of all weights, or entry by entry the sum of those that take part."""
+NO_SUM = 1e-6
+"""The share of the weights' sizes up to which their sum counts as zero: float32 could not tell it from rounding."""
+MOST_MODELS = 12
+"""Models up to which every choice of weights is looked at."""
+
+
+def cancel(weights: Sequence[float], divisor: Divisor) -> bool:
+    """Whether weights sum to zero where a method divides by their sum."""
+    if divisor == "nothing" or not weights:
+        return False
+    given = [weight for weight in weights if weight]
+    chosen = [tuple(given)]
+    mixed = min(given, default=0.0) < 0 < max(given, default=0.0)
+    if divisor == "some weights":
+        # Weights of one sign cannot cancel; a model of weight 0 takes no part.
+        few = mixed and len(given) <= MOST_MODELS
+        chosen = [some for size in range(2, len(given) + 1) for some in combinations(given, size)] if few else []
+    return any(abs(sum(some)) <= NO_SUM * sum(map(abs, some)) for some in chosen)
 
 
 class MergeMethodConfig(Config):
@@ -33,9 +54,9 @@ class MergeMethodConfig(Config):
     """Whether it learns something of each model first, see `Preparing`."""
 
     @property
-    def divides(self) -> bool:
-        """Whether it divides by the sum of the weights, which must not be zero then."""
-        return False
+    def divides(self) -> Divisor:
+        """Which sums of weights it divides by: they must not be zero then."""
+        return "nothing"
 
     def of_other_length(self, count: int) -> list[str]:
         """The settings that are given `per_model`, but not for so many models."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.api import ModelError
+from luthier.api.merging import Divisor, cancel
 from luthier.artifacts.models import tokenizer_digest
-from luthier_plugins.merge.config import SMALL, MergeConfig
+from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
@@ -211,13 +212,18 @@ def _differences(
             yield f"{name} is {shapes[0]} in {one} and {shapes[1]} in {two}"
 
 
-def check_weights(method: str, tasks: Sequence[Task]) -> None:
+def check_weights(method: str, divisor: Divisor, tasks: Sequence[Task]) -> None:
     """Refuse weights that sum to zero for some parameter, where the method divides by their sum.
+
+    Args:
+        method: Its name.
+        divisor: What it divides by.
+        tasks: The parameters with their weights.
 
     Raises:
         ModelError: names such parameters.
     """
-    odd = [task.place.name for task in tasks if task.numbers and abs(sum(task.numbers)) < SMALL]
+    odd = [task.place.name for task in tasks if cancel(task.numbers, divisor)]
     if odd:
         raise ModelError(
             f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum: "

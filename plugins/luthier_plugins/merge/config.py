@@ -7,12 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import Config, Field, Input, MergeMethodConfig, MergeUse, ModelInput, NotIdentity, Setting, StageConfig
 from luthier.api.artifact import ArtifactKind
+from luthier.api.merging import cancel
 from luthier_plugins.merge.mergekit_yaml import as_config
 from pydantic import ConfigDict, ValidationInfo, model_validator
 
 SAME = ("architecture", "tensors")
-SMALL = 1e-8
-"""A sum of weights that counts as zero."""
 ModelDtype = Literal["float32", "float16", "bfloat16"]
 TokenizerChoice = Annotated[str, Input(("model", "adapter"), words=("base", "union"))]
 
@@ -153,8 +152,12 @@ def settings_problems(method: MergeMethodConfig, name: str, weights: Sequence[An
         found += [f"`{field}` of {name} is given `per_model`, but not for {count} models"
                   for field in method.of_other_length(count)]  # fmt: skip
     plain = [weight for weight in weights if not isinstance(weight, list)]
-    if method.divides and weights and len(plain) == len(weights) and abs(sum(plain)) < SMALL:
-        found.append(f"the weights sum to zero, and {name} divides by their sum")
+    if len(plain) == len(weights) and cancel(plain, method.divides):
+        found.append(
+            f"the weights sum to zero, and {name} divides by their sum"
+            if method.divides == "all weights"
+            else f"some of the weights cancel each other out, and {name} divides by the sum of those that agree"
+        )
     return found
 
 

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from luthier.api import Merge, MergePart, MergePlace, ModelError, Scan
-from luthier.artifacts.models import TensorHeader, safetensors_header
+from luthier.artifacts.models import safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
 from luthier_plugins.merge.files import SIZES, Files, Scratch
 from luthier_plugins.merge.reader import Source
@@ -357,20 +357,30 @@ def _ahead(
             future.cancel()
 
 
-def extras_of(prepared: Sequence[Mapping[str, Path]]) -> Callable[[str], list[tuple[Files, str]]]:
-    """Finds what a method has prepared for a parameter: from every model, or nothing."""
-    opened: dict[Path, Files] = {}
+class Extras:
+    """Finds what a method has prepared for a parameter: from every model, or nothing.
 
-    def find(name: str) -> list[tuple[Files, str]]:
-        if not prepared or not all(name in files for files in prepared):
+    Args:
+        prepared: For each model, the file of each parameter.
+    """
+
+    def __init__(self, prepared: Sequence[Mapping[str, Path]]) -> None:
+        self._prepared = prepared
+        self._opened: dict[Path, Files] = {}
+
+    def of(self, name: str) -> list[tuple[Files, str]]:
+        """The files of a parameter, opened, and its name in them."""
+        if not self._prepared or not all(name in files for files in self._prepared):
             return []
-        found: list[tuple[Files, str]] = []
-        for files in prepared:
-            path = files[name]
-            if path not in opened:
-                headers: dict[str, TensorHeader] = safetensors_header(path)
-                opened[path] = Files(path.parent, headers)
-            found.append((opened[path], name))
-        return found
+        return [(self._open(files[name]), name) for files in self._prepared]
 
-    return find
+    def close(self) -> None:
+        """Close the files."""
+        for files in self._opened.values():
+            files.close()
+        self._opened.clear()
+
+    def _open(self, path: Path) -> Files:
+        if path not in self._opened:
+            self._opened[path] = Files(path.parent, safetensors_header(path))
+        return self._opened[path]

@@ -19,7 +19,7 @@ from luthier.artifacts.models import carry_licences, carry_text_files, model_fac
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check, check_weights
 from luthier_plugins.merge.config import MergeConfig
-from luthier_plugins.merge.engine import Engine, Settings, extras_of
+from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
 from luthier_plugins.merge.reader import Weights, dump_json, label_of
@@ -46,13 +46,12 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         if vocabulary is not None:
             inputs = respell(inputs, vocabulary)
         layout = lay_out(config, inputs, context.seed, config.dtype)
-        if getattr(config.method.config, "divides", False):
-            check_weights(config.method.name, layout.tasks)
+        check_weights(config.method.name, _method_config(config).divides, layout.tasks)
         check_room(context.out, size_of(layout.tensors), "the merged model")
-        prepared = extras_of(prepared_by(method, context, artifacts))
-        tasks = [replace(task, extras=prepared(task.place.name)) for task in layout.tasks]
+        prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
+        tasks = [replace(task, extras=prepared.of(task.place.name)) for task in layout.tasks]
         bare = [task.place.name for task in tasks if not task.extras and not task.copied]
-        if getattr(config.method.config, "prepares", False) and bare:
+        if _method_config(config).prepares and bare:
             context.log(f"{len(bare)} of {len(tasks)} parameters are averaged: {config.method.name} finds nothing "
                         f"about them in the data: {', '.join(bare[:5])}")  # fmt: skip
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
@@ -121,9 +120,13 @@ def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
 
 
 def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
+    return context.input("base") if config.base and _method_config(config).base != "unused" else None
+
+
+def _method_config(config: MergeConfig) -> MergeMethodConfig:
     uses = config.method.config
-    assert isinstance(uses, MergeMethodConfig)
-    return context.input("base") if config.base and uses.base != "unused" else None
+    assert isinstance(uses, MergeMethodConfig), "checked when the config was read"
+    return uses
 
 
 def open_inputs(

@@ -14,11 +14,11 @@ METHODS = (
     (
         "breadcrumbs_ties",
         "Breadcrumbs with the sign election of TIES",
-        "BreadcrumbsConfig",
+        "BreadcrumbsTiesConfig",
         "task_vectors:BreadcrumbsTies",
     ),
     ("dare_linear", "Add up task vectors with entries dropped at random", "DareConfig", "task_vectors:DareLinear"),
-    ("dare_ties", "DARE with the sign election of TIES", "DareConfig", "task_vectors:DareTies"),
+    ("dare_ties", "DARE with the sign election of TIES", "DareTiesConfig", "task_vectors:DareTies"),
     ("della", "Drop small entries more likely, elect signs", "DellaConfig", "task_vectors:Della"),
     ("della_linear", "Drop small entries more likely, add up", "DellaLinearConfig", "task_vectors:DellaLinear"),
     ("fisher", "Average weighted by the Fisher information on data", "FisherConfig", "data_driven:Fisher"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 from luthier.api import DatasetInput, Field, MergeMethodConfig, ModelSetting, Setting, Share, within
-from luthier.api.merging import BaseUse
+from luthier.api.merging import BaseUse, Divisor
 from pydantic import model_validator
 
 Fraction = Annotated[Setting, within(0.0, 1.0)]
@@ -18,8 +18,8 @@ class LinearConfig(MergeMethodConfig):
     """Divide by the sum of the weights."""
 
     @property
-    def divides(self) -> bool:
-        return self.normalize
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
 
 
 class SlerpConfig(MergeMethodConfig):
@@ -41,6 +41,10 @@ class NuslerpConfig(MergeMethodConfig):
     flatten: bool = True
     """Take the angle between whole parameters; else row by row."""
 
+    @property
+    def divides(self) -> Divisor:
+        return "all weights"
+
 
 class MultislerpConfig(MergeMethodConfig):
     """Interpolation of any number of models on a sphere, in the tangent space at their mean."""
@@ -51,8 +55,8 @@ class MultislerpConfig(MergeMethodConfig):
     """Divide the weights by their sum."""
 
     @property
-    def divides(self) -> bool:
-        return self.normalize
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
 
 
 class KarcherConfig(MergeMethodConfig):
@@ -64,8 +68,8 @@ class KarcherConfig(MergeMethodConfig):
     """Stop when the mean moves by less, in radians."""
 
     @property
-    def divides(self) -> bool:
-        return True
+    def divides(self) -> Divisor:
+        return "all weights"
 
 
 class TaskVectorConfig(MergeMethodConfig):
@@ -83,6 +87,10 @@ class TaskArithmeticConfig(TaskVectorConfig):
     normalize: bool = False
     """Divide by the sum of the weights."""
 
+    @property
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
+
 
 class TiesConfig(TaskVectorConfig):
     """TIES merging."""
@@ -91,6 +99,10 @@ class TiesConfig(TaskVectorConfig):
     """The share of each task vector's entries that is kept, the largest by magnitude."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "some weights" if self.normalize else "nothing"
 
 
 class DareConfig(TaskVectorConfig):
@@ -102,6 +114,21 @@ class DareConfig(TaskVectorConfig):
     """Divide what is kept by the density, so that the expectation stays."""
     normalize: bool = False
     """Divide by the sum of the weights."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
+
+
+class DareTiesConfig(DareConfig):
+    """DARE with the sign election of TIES."""
+
+    normalize: bool = False
+    """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "some weights" if self.normalize else "nothing"
 
 
 class DellaConfig(TaskVectorConfig):
@@ -115,6 +142,10 @@ class DellaConfig(TaskVectorConfig):
     """Divide what is kept by its probability, so that the expectation stays."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "some weights" if self.normalize else "nothing"
 
     @model_validator(mode="after")
     def _probabilities(self) -> DellaConfig:
@@ -137,6 +168,10 @@ class DellaLinearConfig(DellaConfig):
     normalize: bool = False
     """Divide by the sum of the weights."""
 
+    @property
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
+
 
 class BreadcrumbsConfig(TaskVectorConfig):
     """Model breadcrumbs: drop the largest entries and the smallest."""
@@ -147,6 +182,21 @@ class BreadcrumbsConfig(TaskVectorConfig):
     """The share of largest entries that is dropped."""
     normalize: bool = False
     """Divide by the sum of the weights."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "all weights" if self.normalize else "nothing"
+
+
+class BreadcrumbsTiesConfig(BreadcrumbsConfig):
+    """Model breadcrumbs with the sign election of TIES."""
+
+    normalize: bool = False
+    """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
+
+    @property
+    def divides(self) -> Divisor:
+        return "some weights" if self.normalize else "nothing"
 
 
 class ModelStockConfig(MergeMethodConfig):
@@ -217,8 +267,8 @@ class IsoCConfig(TaskVectorConfig):
     """Isotropic merging in the common subspace."""
 
     @property
-    def divides(self) -> bool:
-        return True
+    def divides(self) -> Divisor:
+        return "all weights"
 
 
 class TsvMConfig(TaskVectorConfig):
@@ -243,8 +293,8 @@ class DataMethodConfig(MergeMethodConfig):
     """Tokens of a row that are looked at."""
 
     @property
-    def divides(self) -> bool:
-        return True
+    def divides(self) -> Divisor:
+        return "all weights"
 
 
 class FisherConfig(DataMethodConfig):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from luthier.api import Granularity, MergePart, Scan
@@ -81,6 +82,5 @@ class Nuslerp:
         return merged if part.base is None else merged.add_(part.base)
 
 
-def _t(weights: Any) -> float:
-    total = sum(weights)
-    return weights[1] / total if abs(total) > 1e-6 else 0.5
+def _t(weights: Sequence[float]) -> float:
+    return weights[1] / sum(weights)

@@ -128,6 +128,5 @@ def combine(
             # Where nothing agrees, 0 / 1.
             total.div_(mass.clamp_(min=SMALLEST) if min(weights) > 0 else mass.add_(mass.clone().eq_(0)))
     elif normalize:
-        whole = sum(weights)
-        total.div_(whole if abs(whole) > 1e-8 else 1.0)
+        total.div_(sum(weights))
     return (total if scale == 1 else total.mul_(scale)).add_(part.base)

@@ -9,6 +9,9 @@ from typing import Literal
 from luthier.api import TokenLoss
 from luthier_plugins.metrics.config import PerplexityConfig
 
+LARGEST = 700.0
+"""The mean beyond which exp would overflow."""
+
 
 class Perplexity:
     """exp(sum of -log p over all target tokens / their number)."""
@@ -19,4 +22,5 @@ class Perplexity:
         self.config = config
 
     def score(self, items: Sequence[TokenLoss]) -> float:
-        return math.exp(sum(item.nll for item in items) / sum(item.tokens for item in items))
+        mean = sum(item.nll for item in items) / sum(item.tokens for item in items)
+        return math.exp(min(mean, LARGEST)) if not math.isnan(mean) else math.nan

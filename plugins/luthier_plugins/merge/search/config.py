@@ -17,8 +17,11 @@ from luthier.api import (
     other_formats,
 )
 from luthier.api.artifact import ArtifactKind
-from luthier_plugins.merge.config import SMALL, MergeConfig, ModelDtype
+from luthier_plugins.merge.config import MergeConfig, ModelDtype
 from pydantic import AfterValidator, model_validator
+
+NEARLY_ZERO = 1e-8
+"""Where the lower ends of ranges are looked at: weights that are all zero make no merge."""
 
 
 def _range(value: tuple[float, float]) -> tuple[float, float]:
@@ -78,7 +81,7 @@ class SearchConfig(StageConfig):
             raise ValueError("the weights of a search begin at 0: their sum must not become zero")
         # The ends of every range, and a point inside, have to make a config.
         for share in (0.0, 1.0, 0.37):
-            self.merge(self.values_at([low + max(share, SMALL) * (high - low) for low, high in self.bounds]))
+            self.merge(self.values_at([low + max(share, NEARLY_ZERO) * (high - low) for low, high in self.bounds]))
         return self
 
     @property

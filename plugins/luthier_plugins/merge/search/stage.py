@@ -6,28 +6,32 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import cmaes
 import numpy as np
-from luthier.api import Artifact, Facts, Metric, Row, StageContext
+from luthier.api import Artifact, Facts, Metric, ModelError, Row, StageContext
 from luthier.artifacts.datasets import require_split
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier_plugins.merge.check import check
-from luthier_plugins.merge.engine import Engine, Settings, extras_of
+from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.merging import merge_into, open_inputs, prepared_by
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
 from luthier_plugins.merge.verify import Verifier
+from pydantic import ValidationError
 
-NOISE = 2.0
-"""How many standard errors a difference has to be to count."""
+CHANCE = 0.025
+"""How likely a merge that is no better may be called better."""
 Trial = dict[str, Any]
+Rows = Sequence[tuple[float, float]]
+"""For each row how good it is, larger is better, and what it counts: summed losses and tokens, or a score and 1."""
 
 
 class Search:
@@ -39,10 +43,10 @@ class Search:
     def run(self, context: StageContext) -> Facts:
         with Verifier(context.out) as verifier:
             with ExitStack() as stack:
-                judge = _Judge(self.config, context)
+                judge = stack.enter_context(closing(_Judge(self.config, context)))
                 alone = [judge.of_model(artifact) for artifact in context.inputs("models")]
                 trials = self._trials(judge, context, stack)
-                best = max(trials, key=lambda trial: trial["merit"])
+                best = _best(trials)
                 judge.merge(best["values"])
                 final = judge.rows()
             facts = merge_into(self.config.merge(best["values"]), context, verifier)
@@ -63,13 +67,14 @@ class Search:
                 values = self.config.values_at(point)
                 trial: Trial | None = known[len(trials)] if len(trials) < len(known) else None
                 if trial is None or trial["values"] != values:
-                    judge.merge(values)
-                    score = judge.score()
-                    trial = {"values": values, "score": score, "merit": score if judge.highest else -score}
+                    trial = _tried(judge, values)
                     file.write(json.dumps(trial) + "\n")
                     file.flush()
                 trials.append(trial)
-                context.metrics({"score": trial["score"]}, len(trials))
+                if trial["score"] is not None:
+                    context.metrics({"score": trial["score"]}, len(trials))
+                else:
+                    context.log(f"trial {len(trials)} has no score: {trial['problem']}")
         return trials
 
     def _points(self, trials: list[Trial], seed: int) -> Any:
@@ -92,15 +97,15 @@ class Search:
                 asked.append(optimizer.ask())
                 yield [float(value) for value in bounds[:, 0] + asked[-1][: len(bounds)] * width]
             optimizer.tell(
-                [(point, -trial["merit"]) for point, trial in zip(asked, trials[-len(asked) :], strict=True)]
+                [(point, _badness(trial)) for point, trial in zip(asked, trials[-len(asked) :], strict=True)]
             )
 
     def _report(
-        self, trials: list[Trial], best: Trial, alone: list[Trial], final: list[float], judge: _Judge,
+        self, trials: list[Trial], best: Trial, alone: list[Trial], final: Rows, judge: _Judge,
         context: StageContext,
     ) -> Facts:  # fmt: skip
         labels = [str(artifact.manifest.get("stage")) for artifact in context.inputs("models")]
-        against = [{"model": label, "score": found["score"], **_compared(final, found["rows"])}
+        against = [{"model": label, "score": found["score"], **compared(final, found["rows"], len(trials))}
                    for label, found in zip(labels, alone, strict=True)]  # fmt: skip
         for item in against:
             if not item["beyond_noise"]:
@@ -121,13 +126,58 @@ def _known(path: Path) -> list[Trial]:
     return [json.loads(line) for line in lines]
 
 
-def _compared(best: Sequence[float], other: Sequence[float]) -> Facts:
-    """The mean difference row by row, larger is better, and whether it is more than noise."""
-    differences = np.array(best) - np.array(other)
-    error = float(differences.std(ddof=1) / math.sqrt(len(differences))) if len(differences) > 1 else math.inf
-    mean = float(differences.mean())
-    told = None if math.isinf(error) else error
-    return {"difference": mean, "standard_error": told, "beyond_noise": mean > NOISE * error}
+def _tried(judge: _Judge, values: dict[str, float]) -> Trial:
+    """One trial; what cannot be merged or computed with has no score, and the search goes on."""
+    score, problem = math.nan, "the metric is no finite number"
+    try:
+        judge.merge(values)
+        score = judge.score()
+    except (ModelError, ValidationError) as error:
+        problem = str(error)
+    if not math.isfinite(score):
+        return {"values": values, "score": None, "merit": None, "problem": problem}
+    return {"values": values, "score": score, "merit": score if judge.highest else -score}
+
+
+def _badness(trial: Trial) -> float:
+    return math.inf if trial["merit"] is None else -trial["merit"]
+
+
+def _best(trials: Sequence[Trial]) -> Trial:
+    """The first of the best trials.
+
+    Raises:
+        ModelError: none has a score.
+    """
+    best = min(trials, key=_badness)
+    if best["merit"] is None:
+        raise ModelError(f"none of {len(trials)} merges has a score: {best['problem']}",
+                         hint="do the models themselves compute? try other ranges")  # fmt: skip
+    return best
+
+
+def compared(best: Rows, other: Rows, trials: int) -> Facts:
+    """By how much a merge is better than a model, by row and token, and whether that is more than noise.
+
+    The difference is that of the two means over all tokens (or rows), its error that of a ratio of sums over rows
+    (Cochran 1977, "Sampling Techniques", section 2.11). The best of many trials is better by luck alone: it has to be
+    better at a level of `CHANCE` / trials (Bonferroni).
+
+    Args:
+        best: The merge's rows.
+        other: The model's, the same ones.
+        trials: How many merges the best one was chosen from.
+    """
+    weights = np.array([row[1] for row in best], dtype=np.float64)
+    differences = np.array([mine[0] - theirs[0] for mine, theirs in zip(best, other, strict=True)], dtype=np.float64)
+    total, count = float(weights.sum()), len(weights)
+    mean = float(differences.sum()) / total
+    needed = NormalDist().inv_cdf(1 - CHANCE / max(1, trials))
+    if count < 2 or not math.isfinite(mean):
+        return {"difference": mean if math.isfinite(mean) else None, "standard_error": None, "beyond_noise": False}
+    spread = float(np.square(differences - mean * weights).sum()) * count / (count - 1)
+    error = math.sqrt(spread) / total
+    return {"difference": mean, "standard_error": error, "beyond_noise": mean > needed * error}
 
 
 class _Judge:
@@ -142,6 +192,12 @@ class _Judge:
         self._lead = context.input("base") if config.base else context.inputs("models")[0]
         self._tokenizer = load_tokenizer(self._lead)
         self._model: Any = fold(load_model(self._lead))
+        self._extras: Extras | None = None
+
+    def close(self) -> None:
+        """Close what the method has prepared."""
+        if self._extras is not None:
+            self._extras.close()
 
     def hold(self, context: StageContext, stack: ExitStack) -> None:
         """Open the inputs, in memory where they fit."""
@@ -152,13 +208,14 @@ class _Judge:
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
         method = context.component(self.config.method)
-        self._extras = extras_of(prepared_by(method, context, context.inputs("models")))
+        self._extras = Extras(prepared_by(method, context, context.inputs("models")))
 
     def merge(self, values: dict[str, float]) -> None:
         """Put the merge with these values into the model."""
         config = self.config.merge(values)
         layout = lay_out(config, self._inputs, self._context.seed, config.dtype)
-        tasks = [replace(task, extras=self._extras(task.place.name)) for task in layout.tasks]
+        assert self._extras is not None, "the inputs are held before they are merged"
+        tasks = [replace(task, extras=self._extras.of(task.place.name)) for task in layout.tasks]
         target: Any = IntoModel(self._model, layout.tensors)
         workers = Settings(len(os.sched_getaffinity(0)))
         Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(tasks)
@@ -167,8 +224,8 @@ class _Judge:
         """The metric of the model as it is."""
         return self.metric.score(self._items(self._model))
 
-    def rows(self) -> list[float]:
-        """How good each row is: its loss per token with the sign turned, or its own score."""
+    def rows(self) -> Rows:
+        """How good each row is."""
         return self._by_row(self._items(self._model))
 
     def of_model(self, artifact: Artifact) -> Trial:
@@ -183,7 +240,7 @@ class _Judge:
         )  # fmt: skip
         return found[self.metric.needs]
 
-    def _by_row(self, items: Sequence[Any]) -> list[float]:
+    def _by_row(self, items: Sequence[Any]) -> Rows:
         if self.highest:
-            return [self.metric.score([item]) for item in items]
-        return [-item.nll / max(1, item.tokens) for item in items]
+            return [(self.metric.score([item]), 1.0) for item in items]
+        return [(-item.nll, item.tokens) for item in items]
