@@ -549,3 +549,31 @@ def test_alpha_patterns_are_the_regular_expressions_that_peft_takes_them_for(tmp
     folded = fold(load_model(odd)).state_dict()
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, folded[name], rtol=1e-4, atol=1e-5)
+
+
+def test_an_output_head_that_repeats_its_embedding_is_no_other_tensor(
+    store: Path, models: list[Artifact], tmp_path: Path
+) -> None:
+    embedding = "model.embed_tokens.weight"
+
+    def stored_twice(tensors: dict, config: dict) -> None:
+        assert config["tie_word_embeddings"]
+        tensors["lm_head.weight"] = tensors[embedding].clone()
+
+    def own_head(tensors: dict, config: dict) -> None:
+        tensors["lm_head.weight"] = tensors[embedding] * 2
+
+    twice = changed(models[0], tmp_path / "twice" / models[0].key, stored_twice)
+    taken = run_stage(store, "base", {"source": str(twice.path)})
+    for name in ("tensors", "parameters"):
+        assert taken.facts[name] == models[0].facts[name]
+    config = MergeConfig.model_validate({"models": ["a", "b"]}, context={"components": default_registry()})
+    assert config.problems({"models": [taken.facts, models[1].facts]}) == []
+    merged = run_stage(store, "merge", inputs={"models": [taken, models[1]]})
+    plain = run_stage(store, "merge", inputs={"models": models[:2]})
+    found, expected = weights(merged), weights(plain)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    odd = changed(models[0], tmp_path / "odd" / models[0].key, own_head)
+    with pytest.raises(ModelError, match=r"lacks the tensors lm_head\.weight"):
+        run_stage(store, "merge", inputs={"models": [odd, models[1]]})

@@ -18,6 +18,10 @@ CARRIED = (*TOKENIZER_FILES, "generation_config.json")
 """What describes text and generation, and has to survive every stage byte for byte."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Under what conditions a model may be used: they hold for what is made of it, too."""
+HEAD = "lm_head.weight"
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+PIECE = 1 << 22
+"""Bytes that are compared at a time."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -30,12 +34,14 @@ class TensorHeader:
         shape: The shape.
         file: The name of the file.
         start: The place of its first byte in the file.
+        size: Its bytes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     file: str
     start: int = 0
+    size: int = 0
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -76,10 +82,13 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
         raise ModelError(
             f"has {size} bytes where its header says {8 + length + end}", where=str(path), hint="copy it again"
         )
-    return {
-        name: TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
+    found: dict[str, TensorHeader] = {}
+    for name, entry in header.items():
+        first, behind = entry["data_offsets"]
+        found[name] = TensorHeader(
+            entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + first, behind - first
+        )  # fmt: skip
+    return found
 
 
 def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
@@ -106,6 +115,36 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
             raise ModelError(f"lacks the shards {', '.join(missing)}", where=str(folder), hint="download them again")
         files = [path for path in files if path.name in shards]
     return {name: header for path in files for name, header in safetensors_header(path).items()}
+
+
+def own_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorHeader]:
+    """All tensors of a model folder but an output head that repeats the embedding it is tied to.
+
+    Some files have it, those that transformers writes of the same model do not. A head with other values is one of
+    its own: transformers does not tie it either.
+
+    Args:
+        folder: The model's folder.
+        config: Its ``config.json``, which leaves the tie out only where it is the architecture's own way.
+
+    Raises:
+        ModelError: see `tensor_headers`.
+    """
+    headers = tensor_headers(folder)
+    head = headers.get(HEAD)
+    shared = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
+    if head is None or shared is None or config.get("tie_word_embeddings") is False:
+        return headers
+    alike = (head.shape, head.dtype) == (shared.shape, shared.dtype) and _same_bytes(folder, head, shared)
+    return {name: header for name, header in headers.items() if name != HEAD} if alike else headers
+
+
+def _same_bytes(folder: Path, one: TensorHeader, other: TensorHeader) -> bool:
+    with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        return all(left.read(min(PIECE, one.size - done)) == right.read(min(PIECE, one.size - done))
+                   for done in range(0, one.size, PIECE))  # fmt: skip
 
 
 def vocabulary_size(folder: Path) -> int | None:
@@ -211,17 +250,18 @@ def model_facts(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: see `check_model_folder`.
     """
-    headers = check_model_folder(folder)
+    check_model_folder(folder)
     config = read_json(folder / "config.json")
+    own = own_tensors(folder, config)
     template = chat_template(folder)
     sizes: dict[str, int] = {}
-    for header in headers.values():
+    for header in own.values():
         sizes[header.dtype] = sizes.get(header.dtype, 0) + math.prod(header.shape)
     return {
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "dtype": max(sizes, key=lambda dtype: sizes[dtype]),
         "parameters": sum(sizes.values()),
-        "tensors": len(headers),
+        "tensors": len(own),
         "vocab_size": config.get("vocab_size"),
         "tokenizer": tokenizer_digest(folder),
         "chat_template": digest_value(template) if template is not None else None,

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from luthier.artifacts.models import TensorHeader, read_json, safetensors_header
+from luthier.artifacts.models import EMBEDDINGS, HEAD, TensorHeader, read_json, safetensors_header
 from luthier_plugins.merge.files import DTYPES, Files, Scratch
 from torch import Tensor
 
 WRAPPED = "base_model.model."
 TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
 """Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
-HEADS = ("lm_head.weight", "embed_out.weight")
+UNTIED = (HEAD, "embed_out.weight")
+"""Output heads that are parameters of their own, where they are among the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +67,8 @@ class LowRank:
             raise Unfoldable(f"a {self.settings['peft_type']} adapter")
         for name in self.headers:
             self._sort_in(name, headers, str(config.get("model_type")))
-        tied = not any(name.endswith(HEADS) for name in headers)
-        shared = [name for name in (*self.targets, *self.replaced) if tied and _is_embedding(name)]
+        tied = not any(name.endswith(UNTIED) for name in headers)
+        shared = [name for name in (*self.targets, *self.replaced) if tied and name.endswith(EMBEDDINGS)]
         if shared:
             raise Unfoldable(f"a change to {shared[0]}, which is the output head too")
         odd = [name for name, target in self.targets.items() if target.transposed]
@@ -160,7 +161,3 @@ class Unfoldable(Exception):
 
 def _shape(weight: str, headers: Mapping[str, TensorHeader]) -> tuple[int, ...]:
     return headers[weight].shape if weight in headers else ()
-
-
-def _is_embedding(name: str) -> bool:
-    return name.endswith(("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"))
