@@ -176,7 +176,6 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
         ({"merge_method": None}, "it has no merge_method"),
         ({"modules": {}}, "`modules` of mergekit files are not supported"),
         ({"colour": "red"}, "has 'colour', which is not supported"),
-        ({"models": [{"model": "a+lora"}]}, "name an adapter's own folder"),
         ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),
         ({"models": ["./a"]}, "no list of entries that have `model`"),
         ({"dtype": "float64"}, "the dtype float64"),

@@ -13,6 +13,7 @@ from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
 from luthier_plugins.merge.reader import Source
+from luthier_plugins.merge.stacking import kinds_by
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
@@ -175,6 +176,7 @@ def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     (head,) = stacks
     outside = _outside(lead)
     placed = iter(inputs.models)
+    kinds = kinds_by(inputs.all)
     for part in config.slices:
         sources = [(next(placed), source) for source in part.sources]
         short = False
@@ -191,8 +193,13 @@ def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
             sources.append((inputs.base, sources[0][1]))
         for step in range(part.sources[0].layers[1] - part.sources[0].layers[0]):
             first, *others = [(model, _layer(model, f"{head}{source.layers[0] + step}.")) for model, source in sources]
-            for model, layer in others:
+            kind = kinds(first[0]).at(sources[0][1].layers[0] + step)
+            for (model, layer), (_, source) in zip(others, sources[1:], strict=True):
                 yield from _differences(first[1], layer, first[0].label, model.label)
+                other = kinds(model).at(source.layers[0] + step)
+                for key in (key for key in kind if other.get(key) != kind[key]):
+                    yield (f"{key} is {kind[key]} in layer {sources[0][1].layers[0] + step} of {first[0].label}, and "
+                           f"{other.get(key)} in layer {source.layers[0] + step} of {model.label}")  # fmt: skip
 
 
 def _outside(model: Source) -> dict[str, tuple[int, ...]]:

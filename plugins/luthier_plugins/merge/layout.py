@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.api import MergePlace, Setting
+from luthier.api import MergePlace
 from luthier.train.merging import Noise
 from luthier_plugins.merge.config import MergeConfig, SliceSource
 from luthier_plugins.merge.engine import Role, Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.reader import Source
+from luthier_plugins.merge.stacking import kinds_by, restacked
 from luthier_plugins.merge.writer import Described
 
 LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")
@@ -111,17 +112,18 @@ class _Maker:
         for name in order["first"]:
             self._outside(name, slices[0])
         number = 0
-        sources: list[tuple[int, int]] = []
+        kinds = kinds_by(self.inputs.all)
+        layers: list[dict[str, Any]] = []
         for part in slices:
             count = part[0][1].layers[1] - part[0][1].layers[0]
             for step in range(count):
                 depth = step / (count - 1) if count > 1 else 1.0
                 self._layer(head, number, step, part, depth)
-                sources.append((part[0][1].layers[0] + step, number))
+                layers.append(kinds(part[0][0]).at(part[0][1].layers[0] + step))
                 number += 1
         for name in order["last"]:
             self._outside(name, slices[-1])
-        return self._layout(_restacked(lead.config, [source for source, _ in sources]))
+        return self._layout(restacked(lead.config, layers))
 
     def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]]) -> None:
         roles = [self._role(model, name, name, source, 0.0) for model, source in part]
@@ -158,7 +160,7 @@ class _Maker:
             self.copied.append(name)
             return
         place = MergePlace(name, shape, depth, len(roles))
-        numbers = [place.value(_setting(weight)) for weight in weights]
+        numbers = [place.value(weight) for weight in weights]
         base = Role(self.inputs.base, base_name or name) if self.inputs.base else None
         noise = Noise(self.seed, [role.weights.content for role in roles], name)
         self.tensors[name] = Described(self.dtype or header.dtype, shape)
@@ -169,18 +171,3 @@ class _Maker:
             long = next(key for key, value in NAMES.items() if value == self.dtype)
             config = {**config, **{key: long for key in ("dtype", "torch_dtype") if key in config}}
         return Layout(self.tensors, self.tasks, config, self.copied)
-
-
-def _setting(value: Setting) -> Any:
-    return value
-
-
-def _restacked(config: Mapping[str, Any], sources: Sequence[int]) -> dict[str, Any]:
-    """A config for a new stack of layers: their number, and every list that has an entry a layer."""
-    count = next(key for key in ("num_hidden_layers", "n_layer", "num_layers") if key in config)
-    before = config[count]
-    result = {**config, count: len(sources)}
-    for key, value in config.items():
-        if isinstance(value, list) and len(value) == before and key.startswith(("layer", "no_rope", "mlp_layer")):
-            result[key] = [value[source] for source in sources]
-    return result

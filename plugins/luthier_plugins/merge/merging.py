@@ -22,7 +22,7 @@ from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
-from luthier_plugins.merge.reader import Weights, dump_json, label_of
+from luthier_plugins.merge.reader import Weights, dump_json, full_of, label_of
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
 from luthier_plugins.merge.writer import INDEX, Output, size_of
@@ -169,11 +169,6 @@ def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Setting
     # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
     niceness = STAND_BACK if verifier.apart else 0
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
-
-
-def full_of(model: Artifact) -> Artifact:
-    """The model, or what an adapter sits on."""
-    return model.base if model.kind == "adapter" else model
 
 
 def carry(model: Artifact, out: Path) -> None:

@@ -63,7 +63,7 @@ class Weights:
     """
 
     def __init__(self, artifact: Artifact, like: Mapping[str, TensorHeader] | None = None) -> None:
-        full = artifact.base if artifact.kind == "adapter" else artifact
+        full = full_of(artifact)
         self.artifact = artifact
         self.label = label_of(artifact)
         self.content = content_of(artifact)
@@ -110,6 +110,11 @@ def whole(source: Source, name: str) -> Tensor:
     if out.numel():
         source.read(name, 0, out.view(-1, shape[-1] if shape else 1), Scratch())
     return out
+
+
+def full_of(model: Artifact) -> Artifact:
+    """The model, or what an adapter sits on."""
+    return model.base if model.kind == "adapter" else model
 
 
 def label_of(artifact: Artifact) -> str:

@@ -1,0 +1,107 @@
+"""Stacks of layers: every layer keeps the kind it had, wherever it is put."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf_models import make_model
+from luthier.api import Artifact, ModelError
+from luthier.testing import run_stage
+from luthier.train.loading import load_model
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+IDS = torch.arange(40, 100)[None]
+
+
+def taken(folder: Path, name: str, lost: tuple[str, ...] = (), **more: Any) -> Artifact:
+    """A model in the store; `lost` are keys that its config does not have, as transformers 4 wrote it."""
+    place = make_model(folder / f"{name}-{len(list(folder.iterdir()))}", name, **more)
+    config = json.loads((place / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in lost}
+    (place / "config.json").write_text(json.dumps(config))
+    return run_stage(folder / "s", "base", {"source": str(place)})
+
+
+def stacked(folder: Path, parts: list[tuple[Artifact, list[int]]]) -> Artifact:
+    """A stack of slices of one source each."""
+    slices = [{"sources": [{"layers": layers}]} for _, layers in parts]
+    inputs = {f"slices.{place}.sources.0.model": model for place, (model, _) in enumerate(parts)}
+    return run_stage(folder / "s", "merge", {"method": "passthrough", "slices": slices}, inputs=inputs)
+
+
+def by_hand(parts: list[tuple[Artifact, list[int]]], **settings: Any) -> torch.Tensor:
+    """The logits of the same stack, put together from loaded models."""
+    models = [(load_model(model), layers) for model, layers in parts]
+    whole, last = models[0][0], models[-1][0]
+    layers = [layer for model, (first, behind) in models for layer in model.model.layers[first:behind]]
+    for number, layer in enumerate(layers):
+        layer.self_attn.layer_idx = number
+    whole.model.layers = torch.nn.ModuleList(layers)
+    whole.model.norm = last.model.norm
+    # It is made for the kinds of layers that there are.
+    whole.model.rotary_emb = last.model.rotary_emb
+    for key, value in {"num_hidden_layers": len(layers), **settings}.items():
+        setattr(whole.config, key, value)
+        setattr(whole.model.config, key, value)
+    with torch.no_grad():
+        return whole(input_ids=IDS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("lost", [(), ("layer_types",)], ids=["named", "by rule"])
+def test_windows_stay_with_their_layers(tmp_path: Path, lost: tuple[str, ...]) -> None:
+    model = taken(tmp_path, "gemma2", lost)
+    parts = [(model, [0, 2]), (model, [1, 3])]
+    merged = stacked(tmp_path, parts)
+    kinds = [SLIDING, FULL, FULL, SLIDING]
+    assert json.loads((merged.path / "config.json").read_text())["layer_types"] == kinds
+    expected = by_hand(parts, layer_types=kinds)
+    with torch.no_grad():
+        found = load_model(merged)(input_ids=IDS, use_cache=False).logits
+        alternating = load_model(merged)
+        alternating.model.config.layer_types = [SLIDING, FULL, SLIDING, FULL]
+        other = alternating(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(other, expected, rtol=1e-3, atol=1e-3), "the windows matter here"
+
+
+def test_layers_of_a_deeper_model_keep_their_kind(tmp_path: Path) -> None:
+    shallow = taken(tmp_path, "gemma3", num_hidden_layers=3)
+    deep = taken(tmp_path, "gemma3", ("layer_types",), num_hidden_layers=8)
+    parts = [(shallow, [0, 2]), (deep, [4, 8])]
+    merged = stacked(tmp_path, parts)
+    kinds = [SLIDING, SLIDING, SLIDING, FULL, SLIDING, SLIDING]
+    assert json.loads((merged.path / "config.json").read_text())["layer_types"] == kinds
+    with torch.no_grad():
+        found = load_model(merged)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(found, by_hand(parts, layer_types=kinds), rtol=1e-4, atol=1e-4)
+
+
+def test_layers_of_other_kinds_are_not_merged(tmp_path: Path) -> None:
+    model = taken(tmp_path, "gemma2")
+    config = {"method": "linear", "slices": [{"sources": [{"layers": [0, 1]}, {"layers": [1, 2]}]}]}
+    inputs = {f"slices.0.sources.{place}.model": model for place in range(2)}
+    with pytest.raises(ModelError, match=r"layer_types is sliding_attention in layer 0 .* full_attention in layer 1"):
+        run_stage(tmp_path / "s", "merge", config, inputs=inputs)
+
+
+def test_layers_without_experts_stay_without(tmp_path: Path) -> None:
+    mixed = taken(tmp_path, "qwen3-moe", num_hidden_layers=4, decoder_sparse_step=2)
+    merged = stacked(tmp_path, [(mixed, [1, 3]), (mixed, [0, 2])])
+    config = json.loads((merged.path / "config.json").read_text())
+    assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1, 2], 1)
+    first = taken(tmp_path, "deepseek-v2", num_hidden_layers=4)
+    merged = stacked(tmp_path, [(first, [0, 1]), (first, [0, 3])])
+    assert json.loads((merged.path / "config.json").read_text())["first_k_dense_replace"] == 2
+    with pytest.raises(ModelError, match="the dense layers of this architecture come first"):
+        stacked(tmp_path, [(first, [0, 3]), (first, [0, 1])])
+
+
+def test_a_plain_model_gets_no_lists(tmp_path: Path) -> None:
+    plain = taken(tmp_path, "llama")
+    before = json.loads((plain.path / "config.json").read_text())
+    merged = stacked(tmp_path, [(plain, [0, 2]), (plain, [0, 3])])
+    assert json.loads((merged.path / "config.json").read_text()) == {**before, "num_hidden_layers": 5}
