@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
+from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
          for n in range(8)]  # fmt: skip
@@ -218,13 +220,83 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     a, b = one[name] - plain[name], two[name] - plain[name]
     row = list(content["tensors"][name].values())
     assert row[0] == pytest.approx(float(torch.cosine_similarity(a.flatten(), b.flatten(), dim=0)), abs=1e-4)
-    assert row[1] == pytest.approx(float((a.sign() == b.sign()).float().mean()), abs=1e-4)
+    both = (a != 0) & (b != 0)
+    assert row[1] == pytest.approx(float((a.sign() == b.sign())[both].float().mean()), abs=1e-4)
     assert row[2] == pytest.approx(float(a.norm() / plain[name].norm()), rel=1e-4)
     assert {"whole", "layers", "tensors"} <= set(content)
     html = (report.path / "report.html").read_text()
     assert name in html
     assert "layer 1" in html
+    light = run_stage(store, "sft", {"adapter": {"uses": "lora", "target_modules": ["q_proj"]}, "steps": 2,
+                      "learning_rate": 0.05}, inputs={"model": base, "data": [data]})  # fmt: skip
+    partly = run_stage(store, "diff", inputs={"models": [light, tuned[0]], "base": base})
+    content = json.loads((partly.path / "report.json").read_text())
+    assert list(content["tensors"][name].values())[:3] == [None, None, 0], "what one has not changed tells nothing"
+    query = content["tensors"]["model.layers.0.self_attn.q_proj.weight"]
+    assert all(value is not None for value in query.values())
+    assert "<td>-</td>" in (partly.path / "report.html").read_text()
     same = run_stage(store, "diff", inputs={"models": [base, base]})
     content = json.loads((same.path / "report.json").read_text())
     assert next(iter(content["whole"].values())) == pytest.approx(1)
     assert content["models"] == ["init", "init 2"]
+
+
+def test_layers_of_several_stacks_are_told_apart() -> None:
+    sums = {f"{stack}.layers.{layer}.w": torch.full((3, 2, 3), float(layer + 1)) for stack in ("vision", "text")
+            for layer in range(2)}  # fmt: skip
+    found = _by_layer(sums)
+    assert {name: float(value[0, 0, 0]) for name, value in found.items()} == {
+        "vision.layers layer 0": 1, "vision.layers layer 1": 2, "text.layers layer 0": 1, "text.layers layer 1": 2,
+    }  # fmt: skip
+
+
+def test_methods_of_mergekit_merge_adapters(store: Path, adapters: list[Artifact]) -> None:
+    def merged(method: dict) -> Artifact:
+        return run_stage(store, "merge_adapters", {"space": "delta", "method": method}, inputs={"models": adapters})
+
+    for name, parameters in (("linear", {"normalize": True}), ("task_arithmetic", {"lambda": 1.0})):
+        theirs = {"uses": "mergekit", "name": name, "parameters": parameters}
+        one, two = full(merged({"uses": name})), full(merged(theirs))
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_an_adapter_cannot_hold_is_not_extracted(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    base = run_stage(store, "base", {"source": str(make_model(tmp_path / "mixed", "mixtral"))})
+    data = tiny_dataset(store, CHATS)
+    tuned = run_stage(store, "sft", {"steps": 2, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+    made = run_stage(store, "extract_lora", {"r": 4}, inputs={"model": tuned, "base": base})
+    assert any("experts.1.w2" in name for name in made.facts["left_out"])
+    assert any(".gate." in name for name in made.facts["left_out"])
+    positions = make_opt(tmp_path / "opt")
+    base = run_stage(store, "base", {"source": str(positions)})
+    tuned = run_stage(store, "sft", {"steps": 2, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+    made = run_stage(store, "extract_lora", {"r": 4}, inputs={"model": tuned, "base": base})
+    assert "model.decoder.embed_positions.weight" in made.facts["left_out"]
+    assert json.loads((made.path / "adapter_config.json").read_text())["target_modules"]
+
+
+def make_opt(folder: Path) -> Path:
+    """A model with a table of positions."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    OPTForCausalLM(OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
+                             word_embed_proj_dim=32, max_position_embeddings=512)).save_pretrained(folder)  # fmt: skip
+    for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / text).write_text((tiny_model(folder.parent / "t").path / text).read_text())
+    return folder
+
+
+def test_the_whole_numbers_of_a_dense_model_are_carried(store: Path, base: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / base.key
+    shutil.copytree(base.path, folder)
+    steps = torch.tensor([3, 2**40 + 1])
+    save_file({**load_file(base.path / "model.safetensors"), "model.steps": steps}, folder / "model.safetensors")
+    odd = Artifact.load(folder)
+    config = {"router": "uniform", "experts": [{}, {}], "experts_per_token": 1, "dtype": "bfloat16"}
+    inputs = {"base": odd, "experts.0.model": odd, "experts.1.model": odd}
+    # transformers has no place for it, which is told; but it was written as it is.
+    with pytest.raises(ModelError, match=r"unexpected keys: .'model.steps'") as told:
+        run_stage(store, "moe", config, inputs=inputs)
+    assert torch.equal(load_file(Path(str(told.value.where)) / "model.safetensors")["model.steps"], steps)

@@ -16,11 +16,13 @@ from luthier_plugins.merge.check import check
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.mergekit_yaml import as_config
+from luthier_plugins.merge.mergekit_yaml import IGNORED, MORE, WEIGHTED, as_config
+from luthier_plugins.merge.mergekit_yaml import OURS as OURS_THERE
 from luthier_plugins.merge.reader import Weights
 from luthier_plugins.merge.writer import Output
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
+from mergekit.merge_methods import registered_methods
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
@@ -189,3 +191,31 @@ def test_what_cannot_be_done_is_said(models: Path, tmp_path: Path, change: dict,
     recipe = {"luthier": 1, "stages": {"x": {"uses": "merge", "config": "odd.yml"}}}
     with pytest.raises(RecipeError, match=message.replace("+", r"\+")):
         Recipe.from_mapping(recipe, folder=models)
+
+
+def test_what_mergekit_does_not_look_at_is_left_out_and_told(models: Path, tmp_path: Path, cli) -> None:
+    file = tmp_path / "odd.yml"
+    file.write_text(
+        f"models: [{{model: {models}/a}}, {{model: {models}/b}}]\nmerge_method: slerp\nbase_model: {models}/a\n"
+        "parameters: {t: 0.25, normalize: true, weight: 3, int8_mask: true}\ndtype: float32\n"
+    )
+    config = as_config({"config": str(file)}, None)
+    assert config["method"] == {"uses": "slerp", "t": 0.25}
+    assert config["unused"] == ["normalize", "weight"]
+    done = cli("do", "merge", f"config={file}", "--out", "made")
+    assert done.returncode == 0, done.stderr
+    assert "slerp does not look at normalize, weight" in done.stdout + done.stderr
+    found, expected = load_file(tmp_path / "made" / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
+    for key, tensor in found.items():
+        assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5), key
+
+
+def test_the_parameters_of_mergekits_methods_are_known() -> None:
+    theirs = {method.spec.name: {item.name for item in method.spec.parameters} for method in registered_methods()}
+    # Adding up task vectors that are not made sparse, it has these and does not use them.
+    idle = {"task_arithmetic": {"density", "rescale"}}
+    for name, parameters in OURS_THERE.items():
+        weight = {"weight"} if name in WEIGHTED else set()
+        known = set(parameters) | MORE.get(name, set()) | set(IGNORED) | weight | idle.get(name, set())
+        assert theirs[name] - known == set(), name
+        assert (set(parameters) | MORE.get(name, set())) <= theirs[name], name

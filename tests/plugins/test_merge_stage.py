@@ -577,3 +577,25 @@ def test_an_output_head_that_repeats_its_embedding_is_no_other_tensor(
     odd = changed(models[0], tmp_path / "odd" / models[0].key, own_head)
     with pytest.raises(ModelError, match=r"lacks the tensors lm_head\.weight"):
         run_stage(store, "merge", inputs={"models": [odd, models[1]]})
+
+
+def test_buffers_that_programs_compute_are_no_parameters(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    def as_before(tensors: dict, config: dict) -> None:
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.arange(8, dtype=torch.float32)
+
+    old = changed(models[0], tmp_path / models[0].key, as_before)
+    taken = run_stage(store, "base", {"source": str(old.path)})
+    assert taken.facts["tensors"] == models[0].facts["tensors"]
+    merged = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": [models[1]], "base": taken})
+    assert merged.facts["left_out"] == [f"model.layers.{layer}.self_attn.rotary_emb.inv_freq" for layer in range(2)]
+    assert weights(merged).keys() == weights(models[0]).keys()
+
+
+def test_a_number_is_not_merged_with_a_whole_number(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    def whole(tensors: dict, config: dict) -> None:
+        tensors[NAME] = tensors[NAME].to(torch.int64)
+
+    odd = changed(models[1], tmp_path / models[1].key, whole)
+    with pytest.raises(ModelError, match=f"{NAME} is stored as BF16 in .* as I64"):
+        run_stage(store, "merge", inputs={"models": [models[0], odd]})

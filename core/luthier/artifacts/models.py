@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Under what conditions a model may be used: they hold for what is made of it, too."""
 HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|\.masked_bias$")
+"""Buffers in old files: rotary frequencies, causal masks."""
 PIECE = 1 << 22
 """Bytes that are compared at a time."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -118,9 +121,10 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def own_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorHeader]:
-    """All tensors of a model folder but an output head that repeats the embedding it is tied to.
+    """The parameters of a model folder: all tensors but an output head that repeats the embedding it is tied to, and
+    but buffers that every program computes itself.
 
-    Some files have it, those that transformers writes of the same model do not. A head with other values is one of
+    Some files have them, those that transformers writes of the same model do not. A head with other values is one of
     its own: transformers does not tie it either.
 
     Args:
@@ -130,7 +134,7 @@ def own_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorHeader]
     Raises:
         ModelError: see `tensor_headers`.
     """
-    headers = tensor_headers(folder)
+    headers = {name: header for name, header in tensor_headers(folder).items() if not COMPUTED.search(name)}
     head = headers.get(HEAD)
     shared = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     if head is None or shared is None or config.get("tie_word_embeddings") is False:

@@ -136,6 +136,8 @@ def describe(artifact: Artifact) -> str:
 
 def _number(value: Any, form: str) -> str:
     """A number in a format; what a plugin gives instead of one, as it is."""
+    if value is None:
+        return "-"
     return format(value, form) if isinstance(value, (int, float)) else str(value)
 
 

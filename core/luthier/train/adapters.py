@@ -46,6 +46,17 @@ def check_adapter(folder: Path, base: Path) -> None:
         raise _misfit(folder, wrong)
 
 
+def linear_weights(folder: Path) -> set[str]:
+    """The names of the weights of a model's linear layers, found without reading a weight.
+
+    Args:
+        folder: The model's folder.
+    """
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+
 def _mismatches(error: Exception) -> list[tuple[str, str, str]]:
     return [(name.replace(".default", ""), made, here) for name, made, here in MISMATCH.findall(str(error))]
 

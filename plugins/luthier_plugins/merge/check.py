@@ -145,6 +145,11 @@ def _other_tensors(lead: Source, other: Source, *, ignore_rows: bool) -> Iterato
     shared = [name for name in lead.headers if name in other.headers]
     odd = [name for name in shared
            if not _fits(name, lead.headers[name].shape, other.headers[name].shape, ignore_rows)]  # fmt: skip
+    kinds = [name for name in shared
+             if (lead.headers[name].dtype in DTYPES) != (other.headers[name].dtype in DTYPES)]  # fmt: skip
+    for name in kinds[:SHOWN]:
+        yield (f"{name} is stored as {lead.headers[name].dtype} in {lead.label}, "
+               f"as {other.headers[name].dtype} in {other.label}")  # fmt: skip
     for name in odd[:SHOWN]:
         yield (f"the shape of {name} differs: {list(lead.headers[name].shape)} in {lead.label}, "
                f"{list(other.headers[name].shape)} in {other.label}")  # fmt: skip

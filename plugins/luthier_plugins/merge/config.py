@@ -89,6 +89,9 @@ class MergeConfig(StageConfig):
     memory: Annotated[int, NotIdentity()] = Field(default=2 << 30, gt=0)
     """Bytes that methods on whole matrices may hold at once."""
 
+    unused: Annotated[list[str], NotIdentity()] = []
+    """Parameters of a mergekit file that its method does not look at; a warning tells of them."""
+
     @model_validator(mode="before")
     @classmethod
     def _from_mergekit(cls, values: Any, info: ValidationInfo) -> Any:
@@ -109,8 +112,9 @@ class MergeConfig(StageConfig):
         if not isinstance(method, MergeMethodConfig):
             raise ValueError(f"the config of {self.method.name} is no MergeMethodConfig")
         counts = [len(part.sources) for part in self.slices] or [len(self.models)]
-        for problem in self._of_method(method, counts):
-            raise ValueError(problem)
+        problems = self._of_method(method, counts)
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     def _of_method(self, method: MergeMethodConfig, counts: list[int]) -> list[str]:

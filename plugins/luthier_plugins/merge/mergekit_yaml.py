@@ -51,6 +51,13 @@ WEIGHTED = ("linear", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_
             "della_linear", "breadcrumbs", "breadcrumbs_ties")  # fmt: skip
 IGNORED = ("int8_mask",)
 """Only saves memory there."""
+MORE: dict[str, set[str]] = {
+    "multislerp": {"eps"},
+    "nuslerp": {"nuslerp_row_wise"},
+    **{name: {"rescale"} for name in ("ties", "breadcrumbs", "breadcrumbs_ties")},
+}
+"""Parameters that mergekit's methods have and ours do not: with one of them, mergekit's own code is used. Any other
+parameter is one that mergekit does not look at either: it is left out, and told."""
 DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -78,7 +85,9 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     odd = sorted(set(found) - KNOWN)
     if odd:
         raise ValueError(f"the mergekit file has '{odd[0]}', which is not supported")
-    return {**_Reader(found, path.parent).config(), **own}
+    reader = _Reader(found, path.parent)
+    translated = reader.config()
+    return {**translated, **({"unused": reader.unused} if reader.unused else {}), **own}
 
 
 def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
@@ -96,6 +105,7 @@ class _Reader:
         self.content = content
         self.folder = folder
         self.method = str(content["merge_method"])
+        self.unused: list[str] = []
         self.shared: Values = {key: item for key, item in (content.get("parameters") or {}).items()
                                if key not in IGNORED}  # fmt: skip
 
@@ -180,9 +190,10 @@ class _Reader:
     def _method(self, parameters: Sequence[Values]) -> Values:
         names = OURS.get(self.method)
         given = {key for values in parameters for key in values} | set(self.shared)
-        extra = sorted(given - set(names or {}) - set(IGNORED) - ({"weight"} if self.method in WEIGHTED else set()))
-        if names is None or extra:
+        if names is None or given & MORE.get(self.method, set()):
             return self._foreign(parameters, given)
+        weight = {"weight"} if self.method in WEIGHTED else set[str]()
+        self.unused = sorted(given - set(names) - set(IGNORED) - weight)
         result: Values = {"uses": RENAMED.get(self.method, self.method), **DEFAULTS.get(self.method, {})}
         for theirs, ours in names.items():
             if theirs in given:

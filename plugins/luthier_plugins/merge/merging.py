@@ -42,6 +42,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         inputs = open_inputs(artifacts, _base(config, context), context, stack)
         check(config, inputs)
         _tell_other_ancestors(inputs, context)
+        if config.unused:
+            context.warn(f"{config.method.name} does not look at {', '.join(config.unused)}: left out")
         vocabulary = _vocabulary(config, context, inputs)
         if vocabulary is not None:
             inputs = respell(inputs, vocabulary)
@@ -68,10 +70,15 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
     if layout.copied:
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
+    left_out = sorted({name for model in inputs.all for name in getattr(model, "left_out", [])})
+    if left_out:
+        context.log(f"{len(left_out)} tensors are no parameters and left out (transformers computes or ties them): "
+                    f"{', '.join(left_out[:5])}")  # fmt: skip
     return {
         **model_facts(context.out),
         "merged": len(layout.tensors) - len(layout.copied),
         "copied": layout.copied,
+        "left_out": left_out,
         "method": config.method.name,
         "proof": proof,
         **({} if vocabulary is None else {"tokens_from": dict(Counter(vocabulary.sources.values()))}),

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
-from luthier.artifacts.models import TensorHeader, own_tensors, read_json
+from luthier.artifacts.models import TensorHeader, own_tensors, read_json, tensor_headers
 from luthier_plugins.merge.files import Files, Scratch
 from luthier_plugins.merge.lowrank import LowRank
 from torch import Tensor
@@ -69,6 +69,7 @@ class Weights:
         self.content = content_of(artifact)
         self.config = read_json(full.path / "config.json")
         self.headers = own_tensors(full.path, self.config)
+        self.left_out = sorted(set(tensor_headers(full.path)) - set(self.headers))
         self.adapter = LowRank(artifact.path, self.headers, self.config) if artifact.kind == "adapter" else None
         self.files = Files(full.path, self.headers)
         if like is not None:

@@ -44,9 +44,14 @@ class Mergekit:
         self.config = config
         self._lock = threading.Lock()
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether mergekit's method requires a base."""
+        return self._base == "required"
+
     def merge(self, part: MergePart) -> Tensor:
         models = [f"model-{place}" for place in range(len(part.tensors))]
-        if self._base == "required" and part.base is None:
+        if self.needs_base and part.base is None:
             raise ModelError(f"mergekit's {self.config.name} needs a base", hint="name the models' ancestor as `base`")
         if self._base == "ignored" and part.base is not None:
             raise ModelError(f"mergekit's {self.config.name} does not look at a base", hint="leave `base` out")

@@ -135,12 +135,12 @@ def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], en
         given = [value.flatten().numpy() for value in values(part)]
         held = [given[kind][(given[kind] >= low) & (given[kind] <= high)] for kind, low, high in brackets]
         room -= sum(map(len, held))
-        # Several threads may pass the limit at once, by a part each: it bounds memory, no result hangs on it.
+        # Threads may miss each other's subtractions: it bounds memory about, and no result hangs on it.
         inside[part.start] = held if room > 0 else []
         return torch.tensor([np.count_nonzero(given[kind] > high) for kind, _, high in brackets])
 
     over = scan(look).tolist()
-    if room <= 0:
+    if not all(inside.values()):
         return None
     starts = sorted(inside)
     found: list[Cut] = []

@@ -40,24 +40,26 @@ class MergeAdaptersConfig(RankConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> MergeAdaptersConfig:
-        if self.weights is not None and len(self.weights) != len(self.models):
-            raise ValueError(f"{len(self.weights)} weights for {len(self.models)} adapters")
-        if self.space == "cat" and self.method.name != "linear":
-            raise ValueError(f"`space: cat` is exact for linear only; use `core` or `delta` for {self.method.name}")
-        if self.space == "cat" and (self.r is not None or self.energy is not None):
-            raise ValueError("`space: cat` keeps everything: choose `core` or `delta` for a smaller rank")
         method, name, count = self.method.config, self.method.name, len(self.models)
         if not isinstance(method, MergeMethodConfig):
             raise ValueError(f"the config of {name} is no MergeMethodConfig")
+        problems: list[str] = []
+        if self.weights is not None and len(self.weights) != count:
+            problems.append(f"{len(self.weights)} weights for {count} adapters")
+        if self.space == "cat" and name != "linear":
+            problems.append(f"`space: cat` is exact for linear only; use `core` or `delta` for {name}")
+        if self.space == "cat" and (self.r is not None or self.energy is not None):
+            problems.append("`space: cat` keeps everything: choose `core` or `delta` for a smaller rank")
         least, most = method.models
         if count < least or (most is not None and count > most):
-            raise ValueError(f"{name} cannot merge {count} adapters")
+            problems.append(f"{name} cannot merge {count} adapters")
         if method.prepares:
-            raise ValueError(f"{name} looks at what whole models do with data: use it in the stage `merge`")
+            problems.append(f"{name} looks at what whole models do with data: use it in the stage `merge`")
         if not method.weighted and self.weights is not None:
-            raise ValueError(f"{name} does not look at weights: leave them out")
-        for problem in settings_problems(method, name, self.weights or [], [count]):
-            raise ValueError(problem)
+            problems.append(f"{name} does not look at weights: leave them out")
+        problems += settings_problems(method, name, self.weights or [], [count])
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

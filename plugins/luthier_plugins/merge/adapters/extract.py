@@ -5,13 +5,14 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from luthier.api import Facts, ModelError, StageContext
+from luthier.train.adapters import linear_weights
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.check import check_stored, is_vocabulary
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.lowrank import TRANSPOSED
 from luthier_plugins.merge.merging import open_inputs
-from luthier_plugins.merge.reader import whole
+from luthier_plugins.merge.reader import full_of, whole
 
 
 class ExtractLora:
@@ -34,6 +35,7 @@ class ExtractLora:
             if base.config.get("model_type") in TRANSPOSED:
                 raise ModelError(f"{base.label} keeps its weights transposed, which this stage does not handle",
                                  hint="extract from Llama-like models")  # fmt: skip
+            linear = linear_weights(full_of(context.input("base")).path)
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []
@@ -44,7 +46,7 @@ class ExtractLora:
                 delta = whole(tuned, name) - whole(base, name)
                 if not bool(delta.any()):
                     continue
-                if len(header.shape) != 2 or is_vocabulary(name):
+                if name not in linear or is_vocabulary(name):
                     left_out.append(name)
                     continue
                 factors[name], kept[name] = low_rank(delta, self.config.r, self.config.energy)

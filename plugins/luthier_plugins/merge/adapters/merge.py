@@ -118,8 +118,9 @@ class _Merge:
     def _merged(self, updates: Sequence[Tensor]) -> Tensor:
         settings = self.config.method.config
         assert isinstance(settings, MergeMethodConfig), "checked when the config was read"
-        # The updates are task vectors already: their base is zero.
-        base = None if settings.base == "unused" else torch.zeros_like(updates[0])
+        # The updates are task vectors already: where a method wants a base, it is zero.
+        required = settings.base == "required" or getattr(self.method, "needs_base", False)
+        base = torch.zeros_like(updates[0]) if required else None
         return merge_tensors(
             self.method, updates, self.weights, base, name=self.name, depth=self.depth, noise=self.noise
         )  # fmt: skip

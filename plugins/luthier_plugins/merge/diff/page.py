@@ -24,8 +24,8 @@ def page(report: Mapping[str, Any]) -> str:
     sections = [
         f"<h1>{html.escape(title)}</h1>",
         f"<p class=note>Compared are {html.escape(what)}. Cosine: 1 is the same direction, 0 unrelated, -1 opposite. "
-        "Same sign: the share of entries whose signs agree. Norm: the length, relative to that of "
-        f"{html.escape(base or report['models'][0])}.</p>",
+        "Same sign: of the entries that neither has at zero, the share whose signs agree. Norm: the length, relative "
+        f"to that of {html.escape(base or report['models'][0])}.</p>",
         "<h2>Layers</h2>", _table({"whole model": report["whole"], **report["layers"]}),
         "<h2>Parameters</h2>", _table(report["tensors"]),
     ]  # fmt: skip
@@ -33,9 +33,9 @@ def page(report: Mapping[str, Any]) -> str:
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(sections)}</body></html>\n"
 
 
-def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def _table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     columns = list(next(iter(rows.values())))
-    largest = {column: max((row[column] for row in rows.values()), default=1.0) or 1.0 for column in columns}
+    largest = {column: max((row[column] or 0.0 for row in rows.values()), default=1.0) or 1.0 for column in columns}
     head = "".join(f"<th>{html.escape(column)}</th>" for column in ["", *columns])
     body = "".join(
         f"<tr><td>{html.escape(name)}</td>{''.join(_cell(column, row[column], largest) for column in columns)}</tr>"
@@ -44,8 +44,10 @@ def _table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _cell(column: str, value: float, largest: Mapping[str, float]) -> str:
+def _cell(column: str, value: float | None, largest: Mapping[str, float]) -> str:
     """A number on the colour that it stands for: red below the middle, blue above it; norms in greys."""
+    if value is None:
+        return "<td>-</td>"
     if column.startswith("norm"):
         colour = f"rgba(60, 60, 60, {0.45 * max(0.0, value / largest[column]):.3f})"
     else:

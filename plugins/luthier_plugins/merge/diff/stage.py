@@ -59,10 +59,11 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _sums(inputs: Inputs, name: str) -> Tensor:
-    """What all numbers are made of, added up over a tensor: float64, shape (models + 1, models, 2).
+    """What all numbers are made of, added up over a tensor: float64, shape (models + 1, models, 3).
 
     [i, j, 0] is the inner product of vectors i and j, [i, j, 1] the number of entries in which both have the same sign,
-    and the last row has the squared norm of the base (or of the first model) and the number of entries.
+    [i, j, 2] that of entries in which neither is zero, and the last row has the squared norm of the base (or of the
+    first model).
     """
     shape = inputs.lead.headers[name].shape
     count = len(inputs.models)
@@ -73,18 +74,19 @@ def _sums(inputs: Inputs, name: str) -> Tensor:
 
     def look(part: MergePart) -> Tensor:
         vectors = list(part.tensors) if part.base is None else part.deltas
-        found = torch.zeros(count + 1, count, 2, dtype=torch.float64)
+        found = torch.zeros(count + 1, count, 3, dtype=torch.float64)
         signs = [vector.sign() for vector in vectors]
         for one in range(count):
             for two in range(one + 1):
                 found[one, two, 0] = found[two, one, 0] = float((vectors[one] * vectors[two]).sum())
-                found[one, two, 1] = found[two, one, 1] = float(signs[one].eq(signs[two]).sum())
+                both = signs[one] * signs[two]
+                found[one, two, 1] = found[two, one, 1] = float(both.gt(0).sum())
+                found[one, two, 2] = found[two, one, 2] = float(both.count_nonzero())
         anchor = part.tensors[0] if part.base is None else part.base
         found[count, 0, 0] = float(anchor.square().sum())
-        found[count, 0, 1] = anchor.numel()
         return found
 
-    return scan_of(task)(look) if math.prod(shape) else torch.zeros(count + 1, count, 2, dtype=torch.float64)
+    return scan_of(task)(look) if math.prod(shape) else torch.zeros(count + 1, count, 3, dtype=torch.float64)
 
 
 def _by_layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -92,22 +94,25 @@ def _by_layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name in sorted(sums, key=lambda name: (LAYER.match(name) is not None, depth_of(name, counts))):
         match = LAYER.match(name)
-        key = f"layer {match['number']}" if match else name.removesuffix(".weight")
+        stack = f"{match['head'].removesuffix('.')} " if match and len(counts) > 1 else ""
+        key = f"{stack}layer {match['number']}" if match else name.removesuffix(".weight")
         found[key] = found[key] + sums[name] if key in found else sums[name].clone()
     return found
 
 
 def _numbers(sums: Tensor, labels: list[str]) -> dict[str, Any]:
-    """The numbers that are shown, by column."""
+    """The numbers that are shown, by column; None where there is none."""
     count = len(labels)
-    anchor, entries = float(sums[count, 0, 0]), float(sums[count, 0, 1])
+    anchor = float(sums[count, 0, 0])
     norms = [math.sqrt(float(sums[place, place, 0])) for place in range(count)]
     found: dict[str, Any] = {}
     for one, two in combinations(range(count), 2):
         size = norms[one] * norms[two]
         pair = f"{labels[one]}, {labels[two]}"
-        found[f"cosine {pair}"] = float(sums[one, two, 0]) / size if size > 0 else 1.0
-        found[f"same sign {pair}"] = float(sums[one, two, 1]) / entries if entries else 1.0
+        both = float(sums[one, two, 2])
+        # Where one of them has not changed, there is nothing to compare.
+        found[f"cosine {pair}"] = float(sums[one, two, 0]) / size if size > 0 else None
+        found[f"same sign {pair}"] = float(sums[one, two, 1]) / both if both else None
     for place, label in enumerate(labels):
         found[f"norm {label}"] = norms[place] / math.sqrt(anchor) if anchor > 0 else 0.0
     return found

@@ -12,7 +12,7 @@ from luthier.api import Facts, ModelError, StageContext
 from luthier.artifacts.models import carry_licences, model_facts
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check_stored
-from luthier_plugins.merge.files import Scratch
+from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import NAMES, Inputs
 from luthier_plugins.merge.merging import carry, full_of, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
@@ -44,6 +44,8 @@ class Moe:
             check_stored(inputs, "experts")
             base = inputs.lead
             family = FAMILIES[str(base.config["architectures"][0])]
+            if self.config.router == "uniform" and self.config.experts_per_token < len(experts):
+                context.warn("routers without preference send every token to the first experts until they are trained")
             _check(inputs, family)
             tensors = self._tensors(base, family)
             check_room(context.out, size_of(tensors), "the model of experts")
@@ -61,7 +63,7 @@ class Moe:
         count, hidden = len(self.config.experts), int(base.config["hidden_size"])
         silent = family.silent(int(base.config["intermediate_size"]))
         for name, header in base.headers.items():
-            dtype = NAMES[self.config.dtype] if self.config.dtype else header.dtype
+            dtype = NAMES[self.config.dtype] if self.config.dtype and header.dtype in DTYPES else header.dtype
             match = FEED_FORWARD.match(name)
             if match is None:
                 found[name] = Described(dtype, header.shape)
@@ -107,7 +109,12 @@ class Moe:
                 sources = {f"{block}.experts.{place}.{family.names[match[2]]}.weight": model
                            for place, model in enumerate(inputs.models)}  # fmt: skip
             for target, source in sources.items():
-                output.write(target, 0, whole(source, name).reshape(-1), scratch)
+                if base.headers[name].dtype in DTYPES:
+                    output.write(target, 0, whole(source, name).reshape(-1), scratch)
+                else:
+                    raw = scratch.raw(base.headers[name].size)
+                    base.raw(name, 0, raw)
+                    output.raw(target, 0, raw)
 
     def _config(self, base: Mapping[str, Any], family: Family) -> dict[str, Any]:
         made = family.config(base, len(self.config.experts), self.config.experts_per_token)
