@@ -45,3 +45,19 @@ def test_a_merge_has_the_licences_of_all_models(tmp_path: Path) -> None:
     found = {path.read_text() for path in merged.path.glob("LICENSE*")}
     assert found == {"do no harm", "do as you like"}
     assert len(list(merged.path.glob("NOTICE*"))) == 1
+
+
+def test_experts_and_adapters_bring_their_licences(tmp_path: Path) -> None:
+    models = [with_licence(tmp_path, "one", "do no harm", 1), with_licence(tmp_path, "two", "do as you like", 2)]
+    config = {"router": "uniform", "experts": [{}, {}], "experts_per_token": 2}
+    inputs = {"base": models[0], "experts.0.model": models[0], "experts.1.model": models[1]}
+    experts = run_stage(tmp_path, "moe", config, inputs=inputs)
+    assert {path.read_text() for path in experts.path.glob("LICENSE*")} == {"do no harm", "do as you like"}
+    turns = [{"role": "user", "content": TEXT[0]}, {"role": "assistant", "content": TEXT[1]}]
+    data = tiny_dataset(tmp_path, [{"messages": turns}] * 4)
+    options = {"adapter": {"uses": "lora", "r": 4}, "learning_rate": 1e-3}
+    light = [run_stage(tmp_path, "sft", options | {"steps": steps}, inputs={"model": models[0], "data": [data]})
+             for steps in (1, 2)]  # fmt: skip
+    (light[1].path / "LICENSE").write_text("mine")
+    both = run_stage(tmp_path, "merge_adapters", inputs={"models": light})
+    assert {path.read_text() for path in both.path.glob("LICENSE*")} == {"do no harm", "mine"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -308,3 +310,52 @@ def test_configs_that_cannot_work_are_refused(name: str, values: dict, message: 
 def test_multislerp_of_models_that_did_not_change_is_their_base(count: int) -> None:
     (base,) = tensors(3, 1, 4, 6)
     assert torch.equal(merge_tensors(method("multislerp"), [base.clone() for _ in range(count)], base=base), base)
+
+
+@given(st.integers(0, 1000))
+def test_iso_c_gives_all_directions_of_the_sum_one_length(seed: int) -> None:
+    base, models = near(seed, 3, 9, 6)
+    found = merge_tensors(method("iso_c", scale=0.7), models, [1.0, 2.0, 0.5], base=base) - base
+    total = sum(weight * (model - base) for weight, model in zip([1.0, 2.0, 0.5], models, strict=True))
+    sizes = torch.linalg.svdvals(total)
+    torch.testing.assert_close(found.T @ found, (0.7 * sizes.mean()).square() * torch.eye(6), rtol=1e-3, atol=1e-4)
+    # Of all matrices with equal singular values, none points more along the sum.
+    assert float((found * total).sum()) == pytest.approx(float(0.7 * sizes.mean() * sizes.sum()), rel=1e-3)
+
+
+@given(st.integers(0, 1000))
+def test_tsv_m_keeps_the_singular_values_of_every_task(seed: int) -> None:
+    base, models = near(seed, 2, 9, 6)
+    found = merge_tensors(method("tsv_m", scale=0.5), models, base=base) - base
+    kept = torch.cat([torch.linalg.svdvals(model - base)[:3] for model in models])
+    torch.testing.assert_close(torch.linalg.svdvals(found), 0.5 * kept.sort(descending=True).values,
+                               rtol=1e-3, atol=1e-4)  # fmt: skip
+
+
+def test_tsv_m_of_tasks_that_do_not_meet_is_their_sum() -> None:
+    base, _ = near(0, 1, 8, 6)
+    (left, right), sizes = (torch.linalg.qr(tensor)[0] for tensor in (*tensors(1, 1, 8, 6), *tensors(2, 1, 6, 6))), 2.0
+    tasks = [sizes * left[:, first : first + 3] @ right[:, first : first + 3].T for first in (0, 3)]
+    found = merge_tensors(method("tsv_m"), [base + task for task in tasks], base=base)
+    torch.testing.assert_close(found, base + sum(tasks), rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 1000))
+def test_fisher_is_the_formula(seed: int) -> None:
+    models, extras = tensors(seed, 3, 4, 5), [extra.square() for extra in tensors(seed + 1, 3, 4, 5)]
+    given_weights = [1.0, 0.5, 2.0]
+    found = merge_tensors(method("fisher", floor=1e-3), models, given_weights, extras=extras)
+    shares = [weight * (extra.double() + 1e-3) for weight, extra in zip(given_weights, extras, strict=True)]
+    expected = sum(share * model for share, model in zip(shares, models, strict=True)) / sum(shares)
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(0, 1000))
+def test_regmean_is_the_least_squares_solution(seed: int) -> None:
+    models, inputs = tensors(seed, 2, 4, 3), tensors(seed + 1, 2, 20, 3)
+    found = merge_tensors(method("regmean", alpha=1), models, [1.0, 3.0], extras=[x.T @ x for x in inputs])
+    rows = torch.cat([math.sqrt(weight) * x for weight, x in zip([1.0, 3.0], inputs, strict=True)])
+    wanted = torch.cat([math.sqrt(weight) * x @ model.T
+                        for weight, x, model in zip([1.0, 3.0], inputs, models, strict=True)])  # fmt: skip
+    expected = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)

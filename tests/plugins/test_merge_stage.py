@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from luthier import Recipe, plan, run
 from luthier.api import Artifact, MergePart, ModelError, StoreError
 from luthier.artifacts.datasets import read_split
 from luthier.registry import default_registry
@@ -24,12 +25,14 @@ from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
+from luthier.train.text import encode_text
 from luthier_plugins.merge.check import rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.reader import Weights
+from luthier_plugins.merge.verify import check_index
 from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
@@ -398,18 +401,29 @@ def test_an_adapter_that_does_not_sit_on_the_base_is_told(
     assert "not on the base" in other.manifest["warnings"][0]
 
 
-def test_nothing_of_an_earlier_merge_is_left_behind(store: Path, models: list[Artifact]) -> None:
-    before = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
-    # A merge that was killed left shards in its scratch folder; the next one begins with an empty one.
-    again = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
-    assert {path.name for path in again.path.iterdir()} == {path.name for path in before.path.iterdir()}
-    stray = store / "stray"
-    shutil.copytree(before.path, stray)
-    shutil.copyfile(models[0].path / "model.safetensors", stray / "model.safetensors")
-    from luthier_plugins.merge.verify import check_index
+def test_nothing_of_an_earlier_merge_is_left_behind(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    stages = {"soup": {"uses": "merge", "models": [str(model.path) for model in models[:2]], "shard_size": 50_000}}
+    recipe = Recipe.from_mapping({"luthier": 1, "stages": stages}, folder=tmp_path)
+    key = plan(recipe, tmp_path / "s").nodes["soup"].key
+    # A merge that was killed left its shards in the scratch folder.
+    left = tmp_path / "s" / "work" / key / "out"
+    left.mkdir(parents=True)
+    for name in ("model.safetensors", "model-00001-of-00009.safetensors", "old.json"):
+        shutil.copyfile(models[2].path / "model.safetensors", left / name)
+    made = run(recipe, store=tmp_path / "s").artifact("soup")
+    names = {path.name for path in made.path.iterdir()}
+    assert not names & {"model.safetensors", "model-00001-of-00009.safetensors", "old.json"}
+    index = json.loads((made.path / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name for name in names if name.endswith(".safetensors")} == set(index.values())
 
+
+def test_a_file_that_the_index_does_not_name_is_an_error(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    merged = run_stage(store, "merge", {"shard_size": 50_000}, inputs={"models": models[:2]})
+    shutil.copytree(merged.path, tmp_path / "stray")
+    check_index(tmp_path / "stray")
+    shutil.copyfile(models[0].path / "model.safetensors", tmp_path / "stray" / "model.safetensors")
     with pytest.raises(ModelError, match="do not fit the index"):
-        check_index(stray)
+        check_index(tmp_path / "stray")
 
 
 def test_what_the_disk_cannot_hold_is_refused_before_a_tensor_is_read(
@@ -437,6 +451,75 @@ def test_the_other_process_tells_what_it_finds(tmp_path: Path, models: list[Arti
     bad = subprocess.run([sys.executable, "-c", code, str(spoiled.path)], capture_output=True, text=True, check=False)
     assert "missing keys" in bad.stderr
     assert NAME in bad.stderr
+
+
+def test_a_process_that_is_killed_is_told_as_such(tmp_path: Path, models: list[Artifact]) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
+        "with Verifier(Path(sys.argv[1])) as verifier:\n"
+        "    os.kill(verifier._process.pid, signal.SIGKILL)\n"
+        "    print(verifier.verdict())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(models[0].path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "signal 9 ended the process that looked at it" in done.stderr
+
+
+def test_models_of_other_dtypes_are_merged_in_float32(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    def to(dtype: torch.dtype) -> Callable:
+        def change(tensors: dict, config: dict) -> None:
+            tensors.update({name: tensor.to(dtype) for name, tensor in tensors.items()})
+
+        return change
+
+    dtypes = [torch.float16, torch.float64, torch.float32]
+    several = [changed(model, tmp_path / model.key, to(dtype)) for model, dtype in zip(models, dtypes, strict=True)]
+    merged = run_stage(store, "merge", {"weights": [1, 2, 3]}, inputs={"models": several})
+    assert merged.facts["dtype"] == "F16"
+    wide = run_stage(store, "merge", {"weights": [1, 2, 3], "dtype": "float32"}, inputs={"models": several})
+    parts = [weights(model) for model in several]
+    for name, tensor in weights(wide).items():
+        expected = sum(share * part[name].double() for share, part in zip((1 / 6, 2 / 6, 3 / 6), parts, strict=True))
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-5, atol=1e-7)
+        assert torch.equal(weights(merged)[name], tensor.to(torch.float16))
+
+
+def test_what_fisher_and_regmean_learn_is_what_the_models_do(store: Path) -> None:
+    texts = [{"text": "the letter is in the drawer"}, {"text": "count to seven"}]
+    data = tiny_dataset(store, texts)
+    pair = [tiny_model(store, seed=seed, dtype="float32", tied=False) for seed in (5, 6)]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    shares, inputs = [], []
+    for artifact in pair:
+        model, tokenizer = load_model(artifact), load_tokenizer(artifact)
+        squares, seen = 0, []
+        model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+            lambda module, given, seen=seen: seen.append(given[0].detach()[0])
+        )
+        for row in texts:
+            ids = torch.tensor([encode_text(tokenizer, row["text"]).input_ids])
+            logits = model(input_ids=ids).logits
+            loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+            squares = squares + torch.autograd.grad(loss, model.get_parameter(name))[0].square()
+        shares.append(squares / len(texts))
+        inputs.append(torch.cat(seen))
+    plain = [weights(artifact)[name] for artifact in pair]
+
+    def merged(method: dict) -> torch.Tensor:
+        config = {"method": {"data": "d", **method}}
+        return weights(run_stage(store, "merge", config, inputs={"models": pair, "method.data": data}))[name]
+
+    floor = 1e-8
+    expected = sum((share + floor) * tensor for share, tensor in zip(shares, plain, strict=True))
+    expected = expected / sum(share + floor for share in shares)
+    torch.testing.assert_close(merged({"uses": "fisher", "floor": floor}), expected, rtol=1e-3, atol=1e-5)
+    found = merged({"uses": "regmean", "alpha": 0.5})
+    half = 0.5 + 0.5 * torch.eye(found.shape[1], dtype=torch.float64)
+    grams = [(x.double().T @ x.double()) * half for x in inputs]
+    right = sum(gram @ tensor.double().T for gram, tensor in zip(grams, plain, strict=True))
+    torch.testing.assert_close(sum(grams) @ found.double().T, right, rtol=1e-3, atol=1e-3)
 
 
 def test_fisher_and_regmean_follow_the_data(store: Path) -> None:

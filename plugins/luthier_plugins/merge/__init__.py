@@ -4,15 +4,15 @@ from luthier.api import Component, hookimpl
 
 PACKAGE = "luthier_plugins.merge"
 STAGES = (
-    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 2),
+    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 3),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
      "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
-     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
+     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 2),
     ("moe", "A mixture of experts out of dense models", "moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
-     "search.config:SearchConfig", "search.stage:Search", 1),
-    ("diff", "Compare models parameter by parameter", "diff.config:DiffConfig", "diff.stage:Diff", 1),
+     "search.config:SearchConfig", "search.stage:Search", 2),
+    ("diff", "Compare models parameter by parameter", "diff.config:DiffConfig", "diff.stage:Diff", 2),
 )  # fmt: skip
 """Name, summary, config class, the module and class that do the work, and their revision."""
 

@@ -10,7 +10,7 @@ from luthier.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import IsoCConfig, TsvMConfig
 from torch import Tensor
 
-EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "embed_in", "embed_out")
+EMBEDDINGS = ("embed_", "embeddings", "lm_head", "wte", "wpe")
 
 
 def _is_map(part: MergePart) -> bool:
