@@ -120,7 +120,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     return {name: header for path in files for name, header in safetensors_header(path).items()}
 
 
-def own_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorHeader]:
+def own_tensors(folder: Path, config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
     """The parameters of a model folder: all tensors but an output head that repeats the embedding it is tied to, and
     but buffers that every program computes itself.
 
@@ -130,11 +130,9 @@ def own_tensors(folder: Path, config: dict[str, Any]) -> dict[str, TensorHeader]
     Args:
         folder: The model's folder.
         config: Its ``config.json``, which leaves the tie out only where it is the architecture's own way.
-
-    Raises:
-        ModelError: see `tensor_headers`.
+        headers: All its tensors, see `tensor_headers`.
     """
-    headers = {name: header for name, header in tensor_headers(folder).items() if not COMPUTED.search(name)}
+    headers = {name: header for name, header in headers.items() if not COMPUTED.search(name)}
     head = headers.get(HEAD)
     shared = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     if head is None or shared is None or config.get("tie_word_embeddings") is False:
@@ -254,9 +252,9 @@ def model_facts(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: see `check_model_folder`.
     """
-    check_model_folder(folder)
+    headers = check_model_folder(folder)
     config = read_json(folder / "config.json")
-    own = own_tensors(folder, config)
+    own = own_tensors(folder, config, headers)
     template = chat_template(folder)
     sizes: dict[str, int] = {}
     for header in own.values():

@@ -40,6 +40,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
     with ExitStack() as stack:
         artifacts = _artifacts(config, context)
         inputs = open_inputs(artifacts, _base(config, context), context, stack)
+        left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
         check(config, inputs)
         _tell_other_ancestors(inputs, context)
         if config.unused:
@@ -70,7 +71,6 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
     if layout.copied:
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
-    left_out = sorted({name for model in inputs.all for name in getattr(model, "left_out", [])})
     if left_out:
         context.log(f"{len(left_out)} tensors are no parameters and left out (transformers computes or ties them): "
                     f"{', '.join(left_out[:5])}")  # fmt: skip

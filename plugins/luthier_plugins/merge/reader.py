@@ -58,6 +58,9 @@ class Weights:
         artifact: The model or adapter.
         like: The tensors of the model that `artifact` was computed from, whose dtypes count as its own.
 
+    Attributes:
+        left_out: The tensors in its files that are no parameters.
+
     Raises:
         Unfoldable: only PEFT can fold the adapter.
     """
@@ -68,8 +71,9 @@ class Weights:
         self.label = label_of(artifact)
         self.content = content_of(artifact)
         self.config = read_json(full.path / "config.json")
-        self.headers = own_tensors(full.path, self.config)
-        self.left_out = sorted(set(tensor_headers(full.path)) - set(self.headers))
+        stored = tensor_headers(full.path)
+        self.headers = own_tensors(full.path, self.config, stored)
+        self.left_out = sorted(set(stored) - set(self.headers))
         self.adapter = LowRank(artifact.path, self.headers, self.config) if artifact.kind == "adapter" else None
         self.files = Files(full.path, self.headers)
         if like is not None:
