@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf_models import make_model
 from luthier import Recipe, plan, run
-from luthier.api import ModelError, RecipeError
+from luthier.api import Artifact, ModelError, RecipeError
 from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import fold, load_model
 from luthier_plugins.merge.mergekit_yaml import as_config
@@ -23,8 +23,19 @@ def outside(folder: Path, model: Path, **settings: object) -> Path:
     """An adapter as PEFT writes it, with updates that are not zero."""
     torch.manual_seed(5)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    values = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
-    peft.get_peft_model(plain, peft.LoraConfig(**{**values, **settings})).save_pretrained(folder)
+    values = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, **settings}
+    kind = values.pop("peft_type", "LORA")
+    if kind == "IA3":
+        values = {key: value for key, value in values.items() if key in ("target_modules", "feedforward_modules")}
+    config = {"LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "IA3": peft.IA3Config}[kind](**values)
+    wrapped = peft.get_peft_model(plain, config)
+    if values.get("init_lora_weights") is not False:
+        with torch.no_grad():
+            # As if it had been trained.
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+    wrapped.save_pretrained(folder)
     return folder
 
 
@@ -107,7 +118,7 @@ def test_an_adapter_is_refused_on_another_model(place: Path, tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"no place for .*layers\.2\.mlp\.up_proj\.lora_A"):
         run_stage(store, "adapter", {"source": str(deep)}, inputs={"model": shallow})
     tensors = load_file(deep / "adapter_model.safetensors")
-    lost = next(key for key in tensors if "layers.1." in key)
+    lost = next(key for key in tensors if "layers.1." in key and "lora_B" in key)
     save_file({key: tensor for key, tensor in tensors.items() if key != lost}, deep / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"the adapter has no .*layers\.1\."):
         run_stage(store, "adapter", {"source": str(deep)}, inputs={"model": wide})
@@ -158,6 +169,14 @@ def test_a_folder_that_does_not_know_its_model_is_told_when_planning(place: Path
     assert "does not say which model it sits on" in told(None)
     assert "the adapter sits on '/gone/model', which is not here" in told("/gone/model")
     assert "the adapter sits on './lost', which is not here" in told("./lost")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0)
+    try:
+        assert "which is not here" in told(f"{locked}/inside/model")
+    finally:
+        locked.chmod(0o700)
+    assert "'gpt2' is at" in told("gpt2"), "a hub id without an owner"
 
 
 def test_adapters_in_mergekit_files(place: Path, tmp_path: Path, cli) -> None:
@@ -190,16 +209,28 @@ ODD: dict[str, tuple[str, dict[str, object], bool]] = {
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}, False),
     "dora transposed": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, True),
     "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}, True),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}, True),
+    "olora": ("llama", {"init_lora_weights": "olora"}, True),
+    "tokens": ("qwen2", {"trainable_token_indices": [3, 5]}, True),
+    "some layers": ("llama", {"layers_to_transform": [1], "rank_pattern": {"up_proj": 2}}, False),
+    "without its prefix": ("gpt2-short", {"target_modules": ["c_attn", "c_proj"]}, False),
+    "without its prefix, folded": ("gpt2-short", {"target_modules": ["c_attn"], "use_dora": True}, True),
+    "adalora": ("llama", {"peft_type": "ADALORA", "target_r": 4, "init_r": 4, "total_step": 10}, True),
+    "ia3": ("llama", {"peft_type": "IA3", "feedforward_modules": ["up_proj"]}, True),
     "experts": ("mixtral", {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}, True),
 }
 
 
 def odd_model(folder: Path, name: str, tied: bool) -> Path:
     """A model stored in bfloat16."""
-    if name == "gpt2":
+    if name.startswith("gpt2"):
         config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128)
         torch.manual_seed(0)
         GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+        if name == "gpt2-short":
+            tensors = load_file(folder / "model.safetensors")
+            short = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+            save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
         for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
         return folder
@@ -249,3 +280,90 @@ def test_entries_that_are_no_numbers_are_found_where_they_are(place: Path, tmp_p
         with pytest.raises(ModelError, match="NaN or infinite") as told:
             run_stage(tmp_path / "s", stage, inputs={"models": [adapter, adapter]})
         assert "adapter_model.safetensors (adapter): model.layers.0.self_attn.q_proj.weight" in str(told.value.where)
+
+
+def test_an_adapter_that_only_works_beside_its_model_is_not_folded(place: Path, tmp_path: Path) -> None:
+    light = outside(tmp_path / "light", place / "model", alora_invocation_tokens=[5, 6], task_type="CAUSAL_LM")
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    with pytest.raises(ModelError, match="PEFT cannot fold this adapter"):
+        run_stage(tmp_path / "s", "merge", inputs={"models": [adapter]})
+    with pytest.raises(ModelError, match="the setting alora_invocation_tokens"):
+        run_stage(tmp_path / "s", "merge_adapters", inputs={"models": [adapter, adapter]})
+
+
+def test_an_adapter_of_prompts_is_refused_by_name(place: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(place / "model")
+    config = peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    peft.get_peft_model(plain, config).save_pretrained(tmp_path / "prompts")
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    with pytest.raises(ModelError, match="a PROMPT_TUNING adapter changes prompts and no weights"):
+        run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "prompts")}, inputs={"model": base})
+
+
+def test_modules_without_an_update_are_told_and_halves_refused(place: Path, tmp_path: Path) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    weights = load_file(place / "light" / "adapter_model.safetensors")
+
+    def taken(name: str, lost: str, begun: bool = True) -> Artifact:
+        shutil.copytree(place / "light", tmp_path / name)
+        kept = {key: tensor for key, tensor in weights.items() if lost not in key}
+        save_file(kept, tmp_path / name / "adapter_model.safetensors", metadata={"format": "pt"})
+        path = tmp_path / name / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": begun}))
+        return run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / name)}, inputs={"model": base})
+
+    partly = taken("partly", "layers.1.mlp")
+    assert "brings nothing for 1 modules" in partly.manifest["warnings"][0]
+    merged = run_stage(tmp_path / "s", "merge", {"dtype": "float32"}, inputs={"models": [partly]})
+    expected = by_peft(place / "model", tmp_path / "partly")
+    for name, tensor in load_file(merged.path / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ModelError, match=r"the adapter has no .*layers\.1\.mlp\.up_proj\.lora_B"):
+        taken("half", "layers.1.mlp.up_proj.lora_B")
+    # PEFT would begin what is missing with numbers at random, and compute with them.
+    with pytest.raises(ModelError, match=r"the adapter has no .*layers\.1\.mlp"):
+        taken("random", "layers.1.mlp", begun=False)
+
+
+def test_templates_are_kept_wherever_they_stand(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    template = (tmp_path / "model" / "chat_template.jinja").read_text()
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    config = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    base = run_stage(tmp_path / "s", "base", {"source": str(tmp_path / "model")})
+    shutil.copytree(place / "light", tmp_path / "own")
+    shutil.copyfile(place / "model" / "tokenizer.json", tmp_path / "own" / "tokenizer.json")
+    (tmp_path / "own" / "tokenizer_config.json").write_text(json.dumps(config))
+    kept = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "own")}, inputs={"model": base})
+    assert kept.facts["chat_template"] == base.facts["chat_template"]
+    shutil.copytree(place / "light", tmp_path / "bare")
+    (tmp_path / "bare" / "chat_template.jinja").write_text("{{ 2 }}")
+    own = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "bare")}, inputs={"model": base})
+    assert (own.path / "chat_template.jinja").read_text() == "{{ 2 }}"
+    assert own.facts["chat_template"] != base.facts["chat_template"]
+
+
+def test_an_adapter_on_quantized_weights_says_how_to_go_on(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    base = run_stage(tmp_path / "s", "base", {"source": str(tmp_path / "model")})
+    light = outside(tmp_path / "light", place / "model", init_lora_weights="pissa")
+    for folder in (place / "light", light):
+        adapter = run_stage(tmp_path / "s", "adapter", {"source": str(folder)}, inputs={"model": base})
+        with pytest.raises(ModelError, match="quantized") as told:
+            run_stage(tmp_path / "s", "merge", inputs={"models": [adapter]})
+        assert "full-precision model" in f"{told.value.message} {told.value.hint}"
+
+
+def test_a_folded_adapter_on_another_model_than_the_base_is_told(place: Path, tmp_path: Path) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    other = tiny_model(tmp_path / "s", seed=8, dtype="float32", tied=False)
+    light = outside(tmp_path / "light", place / "model", init_lora_weights="pissa")
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    inputs = {"models": [adapter], "base": other}
+    merged = run_stage(tmp_path / "s", "merge", {"method": "task_arithmetic"}, inputs=inputs)
+    assert "not on the base" in merged.manifest["warnings"][0]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gguf_models import make_model
 from luthier import Recipe, run
 from luthier.api import Interrupted, ModelError, RecipeError
 from luthier.artifacts.datasets import read_split
-from luthier.testing import run_stage
+from luthier.testing import run_stage, tiny_dataset
 from luthier.train.loading import load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier_plugins.merge.search import stage as searching
@@ -103,6 +104,15 @@ def test_what_a_method_learns_from_data_counts_in_every_trial(folder: Path) -> N
     assert scores["fisher"] != scores["linear"]
 
 
+def test_experts_are_refused_before_anything_is_tried(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    mixed = run_stage(store, "base", {"source": str(make_model(tmp_path / "m", "mixtral"))})
+    rows = [{"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "no"}]}] * 4
+    inputs = {"models": [mixed, mixed], "data": tiny_dataset(store, rows, split="validation")}
+    with pytest.raises(ModelError, match="in another form than the file does"):
+        run_stage(store, "search", {"trials": 50}, inputs=inputs)
+
+
 def test_a_merge_that_does_not_compute_is_no_best_merge(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(folder / "searched.yaml", store=folder / "s")
     inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats")}
@@ -127,14 +137,15 @@ def test_scales_beyond_numbers_are_told_and_no_crash(folder: Path) -> None:
         run_stage(folder / "n", "search", {**method, "over": {"scale": [1e42, 1e43]}}, inputs=inputs)
 
 
-def test_the_best_of_many_equal_merges_is_seldom_called_better() -> None:
+@pytest.mark.parametrize("rows", [3, 8, 60])
+def test_the_best_of_many_equal_merges_is_seldom_called_better(rows: int) -> None:
     random = np.random.default_rng(0)
     called = 0
     for _ in range(200):
-        tokens = random.integers(1, 40, 60)
+        tokens = random.integers(1, 40, rows)
         other = [(float(-loss), float(count)) for loss, count in zip(random.gamma(2, tokens), tokens, strict=True)]
         tried = [[(sum_ + float(random.normal(0, 3)), count) for sum_, count in other] for _ in range(30)]
-        best = max(tried, key=lambda rows: sum(row[0] for row in rows))
+        best = max(tried, key=lambda trial: sum(row[0] for row in trial))
         called += searching.compared(best, other, 30)["beyond_noise"]
     assert called <= 10, "at a level of 0.025, 5 of 200"
 
@@ -148,6 +159,11 @@ def test_the_difference_is_that_of_the_log_perplexities() -> None:
     spread = ((1 - 5 * ratio) ** 2 + (2 - ratio) ** 2 + (6 - 10 * ratio) ** 2) * 3 / 2
     assert found["standard_error"] == pytest.approx(math.sqrt(spread) / 16)
     assert searching.compared(best[:1], other[:1], 1)["beyond_noise"] is False
+    # Right where the other is wrong, on every row: two rows could be luck, twenty are none.
+    right, wrong = [(1.0, 1.0)], [(0.0, 1.0)]
+    assert searching.compared(right * 2, wrong * 2, 60)["beyond_noise"] is False
+    assert searching.compared(right * 20, wrong * 20, 60)["beyond_noise"] is True
+    assert searching.compared(right * 20, right * 20, 60)["beyond_noise"] is False
 
 
 def test_the_order_of_the_ranges_is_no_matter_of_the_result() -> None:

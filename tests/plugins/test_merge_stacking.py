@@ -68,6 +68,17 @@ def test_windows_stay_with_their_layers(tmp_path: Path, lost: tuple[str, ...]) -
     assert not torch.allclose(other, expected, rtol=1e-3, atol=1e-3), "the windows matter here"
 
 
+def test_layers_of_one_kind_stay_of_that_kind(tmp_path: Path) -> None:
+    model = taken(tmp_path, "gemma2", ("layer_types",))
+    parts = [(model, [0, 1]), (model, [2, 3]), (model, [0, 1])]
+    merged = stacked(tmp_path, parts)
+    assert json.loads((merged.path / "config.json").read_text())["layer_types"] == [SLIDING] * 3
+    with torch.no_grad():
+        found = load_model(merged)(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(found, by_hand(parts, layer_types=[SLIDING] * 3),
+                               rtol=1e-4, atol=1e-4)  # fmt: skip
+
+
 def test_layers_of_a_deeper_model_keep_their_kind(tmp_path: Path) -> None:
     shallow = taken(tmp_path, "gemma3", num_hidden_layers=3)
     deep = taken(tmp_path, "gemma3", ("layer_types",), num_hidden_layers=8)
@@ -94,6 +105,8 @@ def test_layers_without_experts_stay_without(tmp_path: Path) -> None:
     config = json.loads((merged.path / "config.json").read_text())
     assert (config["mlp_only_layers"], config["decoder_sparse_step"]) == ([1, 2], 1)
     first = taken(tmp_path, "deepseek-v2", num_hidden_layers=4)
+    none = stacked(tmp_path, [(first, [1, 3])])
+    assert json.loads((none.path / "config.json").read_text())["first_k_dense_replace"] == 0
     merged = stacked(tmp_path, [(first, [0, 1]), (first, [0, 3])])
     assert json.loads((merged.path / "config.json").read_text())["first_k_dense_replace"] == 2
     with pytest.raises(ModelError, match="the dense layers of this architecture come first"):

@@ -37,6 +37,7 @@ from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3)
 CHATS = [{"messages": [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}]}] * 8
@@ -682,3 +683,42 @@ def test_a_number_is_not_merged_with_a_whole_number(store: Path, models: list[Ar
     odd = changed(models[1], tmp_path / models[1].key, whole)
     with pytest.raises(ModelError, match=f"{NAME} is stored as BF16 in .* as I64"):
         run_stage(store, "merge", inputs={"models": [models[0], odd]})
+
+
+def test_where_all_weights_are_zero_a_method_with_a_base_changes_nothing(store: Path, models: list[Artifact]) -> None:
+    inputs = {"models": models[:2], "base": models[2]}
+    for name in ("task_arithmetic", "dare_linear", "ties", "iso_c"):
+        method = {"uses": name, **({} if name == "iso_c" else {"normalize": True})}
+        config = {"method": method, "weights": [[0.0, 1.0], [0.0, 1.0]], "dtype": "float32"}
+        merged = weights(run_stage(store, "merge", config, inputs=inputs))
+        first, last = NAME, NAME.replace("layers.0", "layers.1")
+        torch.testing.assert_close(merged[first], weights(models[2])[first].float())
+        assert not torch.equal(merged[last], weights(models[2])[last].float())
+
+
+def test_tokenizers_are_told_apart_by_their_tokens_and_not_by_their_bytes(
+    store: Path, models: list[Artifact], tmp_path: Path
+) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(models[1].path, again, ignore=shutil.ignore_patterns("manifest.json"))
+    tokenizer = AutoTokenizer.from_pretrained(again)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=5)
+    tokenizer.save_pretrained(again)
+    content = json.loads((again / "tokenizer.json").read_text())
+    assert content["padding"]
+    assert content["truncation"]
+    content["model"]["merges"] = [" ".join(merge) if isinstance(merge, list) else merge.split(" ")
+                                  for merge in content["model"]["merges"]]  # fmt: skip
+    (again / "tokenizer.json").write_text(json.dumps(content))
+    taken = run_stage(store, "base", {"source": str(again)})
+    assert taken.facts["tokenizer"] == models[1].facts["tokenizer"]
+    run_stage(store, "merge", inputs={"models": [models[0], taken]})
+    vocabulary = content["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (again / "tokenizer.json").write_text(json.dumps(content))
+    other = run_stage(store, "base", {"source": str(again)})
+    assert other.facts["tokenizer"] != taken.facts["tokenizer"]
+    with pytest.raises(ModelError, match="different tokenizers"):
+        run_stage(store, "merge", inputs={"models": [models[0], other]})

@@ -66,7 +66,7 @@ def test_unknown_stages_and_missing_files_come_with_line_and_remedy(recipe: Path
 
 def test_a_dataset_is_no_model(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(recipe.read_text() + "  m: {uses: merge, models: [chats, more]}\n")
-    with pytest.raises(RecipeError, match="'chats' makes a dataset, but here a model or adapter is needed"):
+    with pytest.raises(RecipeError, match="'chats' makes a dataset, but here a model or an adapter is needed"):
         plan(Recipe.load(recipe), tmp_path / "s")
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 Granularity = Literal["elementwise", "statistics", "matrix"]
 BaseUse = Literal["required", "optional", "unused"]
-Divisor = Literal["nothing", "all weights", "some weights"]
-"""What a method divides by: the sum of all weights, or entry by entry the sum of those that take part."""
+Divisor = Literal["nothing", "weights", "weights of changes", "agreeing weights"]
+"""What a method divides by: the sum of all weights; that of the weights of changes to a base, where all may be 0 and
+nothing changes; or, entry by entry, the sum of the weights of those changes that agree."""
 NO_SUM = 1e-6
 """The share of the weights' sizes up to which their sum counts as zero: float32 could not tell it from rounding."""
 MOST_MODELS = 12
@@ -29,14 +30,15 @@ MOST_MODELS = 12
 
 def cancel(weights: Sequence[float], divisor: Divisor) -> bool:
     """Whether weights sum to zero where a method divides by their sum."""
+    given = [weight for weight in weights if weight]
     if divisor == "nothing" or not weights:
         return False
-    given = [weight for weight in weights if weight]
+    if not given:
+        return divisor == "weights"
     chosen = [tuple(given)]
-    mixed = min(given, default=0.0) < 0 < max(given, default=0.0)
-    if divisor == "some weights":
+    if divisor == "agreeing weights":
         # Weights of one sign cannot cancel; a model of weight 0 takes no part.
-        few = mixed and len(given) <= MOST_MODELS
+        few = min(given) < 0 < max(given) and len(given) <= MOST_MODELS
         chosen = [some for size in range(2, len(given) + 1) for some in combinations(given, size)] if few else []
     return any(abs(sum(some)) <= NO_SUM * sum(map(abs, some)) for some in chosen)
 

@@ -13,7 +13,7 @@ from luthier.artifacts.models import chat_template, read_json, stop_token_ids, s
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -57,16 +57,26 @@ def told_base(adapter: Path, folder: Path) -> str:
         ModelError: it names none, or one that is not here.
     """
     config = read_json(adapter / ADAPTER_CONFIG)
-    told: Any = config.get("base_model_name_or_path")
+    told = str(config.get("base_model_name_or_path") or "")
     if not told:
-        raise ModelError("the adapter does not say which model it sits on", where=str(adapter),
-                         hint=f"write <model>+{adapter.name}, or a stage {{uses: adapter, source, model}}")  # fmt: skip
+        raise ModelError("the adapter does not say which model it sits on", where=str(adapter), hint=_way_out(adapter))
     for start in (folder, adapter):
-        path = start / Path(str(told)).expanduser()
-        if (path / "config.json").exists():
+        path = start / Path(told).expanduser()
+        if _is_model(path):
             return str(path.absolute())
-    if HUB_ID.fullmatch(str(told)):
+    if HUB_ID.fullmatch(told):
         revision = config.get("revision")
         return f"hf:{told}@{revision}" if revision else f"hf:{told}"
-    raise ModelError(f"the adapter sits on '{told}', which is not here", where=str(adapter),
-                     hint=f"write <model>+{adapter.name}, or a stage {{uses: adapter, source, model}}")  # fmt: skip
+    raise ModelError(f"the adapter sits on '{told}', which is not here", where=str(adapter), hint=_way_out(adapter))
+
+
+def _way_out(adapter: Path) -> str:
+    return f"name its model yourself: write <model>+{adapter.name}, or a stage {{uses: adapter, source, model}}"
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return (folder / "config.json").exists()
+    except OSError:
+        # The path of another machine's user: not for us to look into.
+        return False

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,9 +215,27 @@ def carry_licences(source: Path, out: Path, label: str = "") -> None:
 
 
 def tokenizer_digest(folder: Path) -> str:
-    """One digest over the files that decide how text becomes ids."""
-    names = [name for name in ("tokenizer.json", "tokenizer.model") if (folder / name).exists()]
+    """One digest over which token has which id, and over how tokens are put together.
+
+    Trainers write a tokenizer anew, with the same tokens in other bytes: with settings for padding, or merges as pairs.
+    """
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return _vocabulary_digest(digest_file(path), path)
+    names = [name for name in ("tokenizer.model", "vocab.json", "merges.txt") if (folder / name).exists()]
     return digest_value({name: digest_file(folder / name) for name in names})
+
+
+@lru_cache(maxsize=32)
+def _vocabulary_digest(content: str, path: Path) -> str:
+    """See `tokenizer_digest`; kept by the `content` of the file."""
+    tokenizer = read_json(path)
+    model: dict[str, Any] = tokenizer["model"]
+    vocabulary: dict[str, int] | list[Any] = model.get("vocab", {})
+    ids = vocabulary if isinstance(vocabulary, dict) else {str(token): place for place, token in enumerate(vocabulary)}
+    added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+    return digest_value({"ids": {**ids, **added}, "merges": merges})
 
 
 def check_model_folder(folder: Path) -> dict[str, TensorHeader]:

@@ -16,6 +16,8 @@ from luthier.running.events import Event
 from luthier.running.runner import RunResult
 
 WIDE = 160
+SMALL = 0.01
+"""Numbers below this are shown by their digits."""
 MARKS = {"cached": "=", "done": "+", "failed": "x", "skipped": "-", "interrupted": "!"}
 STYLES = {"cached": "cyan", "done": "green", "failed": "bold red", "skipped": "dim", "interrupted": "yellow"}
 
@@ -164,8 +166,13 @@ def _report(name: str, content: dict[str, Any], labels: list[str]) -> Table:
         if len(labels) == len(rows):
             # A report may say more than the name, such as the file of an export.
             label = f"{labels[place]} {label.partition(' ')[2]}".rstrip()
-        table.add_row(escape(label), *(_number(value, ".3f") for value in values))
+        table.add_row(escape(label), *(_number(value, _form(value)) for value in values))
     return table
+
+
+def _form(value: Any) -> str:
+    """Three decimals, or two digits of what would be nothing but zeros."""
+    return ".2g" if isinstance(value, float) and 0 < abs(value) < SMALL else ".3f"
 
 
 def _files(export: Artifact) -> Table:

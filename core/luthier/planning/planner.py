@@ -257,7 +257,8 @@ class _Planner:
                 kind = self.outside[name].kind if name in self.outside else self.nodes[name].produces
                 kinds[path].append(kind)
                 if kind not in marker.kinds:
-                    self._fail(node, path, f"'{name}' makes a {kind}, but here a {' or '.join(marker.kinds)} is needed")
+                    wanted = " or ".join(map(_a, marker.kinds))
+                    self._fail(node, path, f"'{name}' makes {_a(kind)}, but here {wanted} is needed")
         for message in node.config.misfits(kinds):
             self._fail(node, "", message)
         node.produces = node.config.produces(kinds)
@@ -301,6 +302,10 @@ class _Planner:
         node.status = "resume" if whole else "run"
         node.reason = reason_to_run(node.payload, last, inputs, {name: result.key_of(name) for name in node.needs
                                     if name in result.nodes or name in result.outside})  # fmt: skip
+
+
+def _a(kind: ArtifactKind) -> str:
+    return f"an {kind}" if kind[0] in "ae" else f"a {kind}"
 
 
 def _import_of(value: str, folder: Path, accepted: Sequence[ArtifactKind]) -> tuple[str, dict[str, str]]:

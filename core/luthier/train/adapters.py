@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier.api.errors import ModelError
+from luthier.api.errors import LuthierError, ModelError
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS
+from luthier.artifacts.models import safetensors_header
 
 SHOWN = 3
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\) from checkpoint.*?Size\((\[.*?\])\)")
 
 
-def check_adapter(folder: Path, base: Path) -> None:
+def check_adapter(folder: Path, base: Path) -> list[str]:
     """Let PEFT put an adapter on a model on the meta device: every tensor has to find its place.
 
     PEFT itself only warns of what is missing or left over, and then computes with a part of the adapter.
@@ -24,26 +27,48 @@ def check_adapter(folder: Path, base: Path) -> None:
         folder: The adapter, as PEFT writes it.
         base: The model's folder.
 
+    Returns:
+        The modules that the adapter's config names and for which it brings nothing: they stay as they are.
+
     Raises:
         ModelError: names what does not fit.
     """
     import peft
 
-    config: Any = peft.PeftConfig.from_pretrained(str(folder))
-    written: dict[str, torch.Tensor] = peft.load_peft_weights(str(folder), device="cpu")
     try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base, local_files_only=True))
-        model = peft.PeftModel(model, config, low_cpu_mem_usage=True)
-        found: Any = peft.set_peft_model_state_dict(model, written, low_cpu_mem_usage=True)
-    # PEFT and transformers raise what they like when names or shapes are others.
-    except (ValueError, RuntimeError, KeyError, TypeError, OSError) as error:
+        config: Any = peft.PeftConfig.from_pretrained(str(folder))
+        if config.is_prompt_learning:
+            raise ModelError(f"a {config.peft_type.value} adapter changes prompts and no weights", where=str(folder),
+                             hint="bring a LoRA adapter")  # fmt: skip
+        written = set(safetensors_header(folder / ADAPTER_WEIGHTS))
+        model: Any = peft.PeftModel(_without_weights(base), config, low_cpu_mem_usage=True)
+        with warnings.catch_warnings():
+            # What it warns of is an error or an answer here.
+            warnings.simplefilter("ignore")
+            found: Any = model.load_adapter(str(folder), "default", low_cpu_mem_usage=True, torch_device="cpu")
+    except LuthierError:
+        raise
+    # PEFT and transformers raise what they like when names, shapes or settings are others.
+    except Exception as error:
         wrong = [f"{name} is {here} there, and {made} in the adapter" for name, made, here in _mismatches(error)]
-        raise _misfit(folder, wrong or [str(error).strip().partition("\n")[0]]) from error
+        first = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise _misfit(folder, wrong or [first]) from error
     wrong = [f"the model has no place for {name}" for name in sorted(found.unexpected_keys)]
-    wrong += [f"the adapter has no {name}" for name in sorted(found.missing_keys) if ".default" in name]
+    missing = sorted(name.replace(".default", "") for name in found.missing_keys)
+    modules = {name.rpartition(".lora_")[0] for name in missing}
+    # What is missing begins as no update, unless the config says otherwise.
+    at_random = getattr(config, "init_lora_weights", True) is not True
+    halves = {module for module in modules
+              if at_random or any(name.startswith(f"{module}.lora_") for name in written)}  # fmt: skip
+    wrong += [f"the adapter has no {name}" for name in missing if name.rpartition(".lora_")[0] in {"", *halves}]
     if wrong:
         raise _misfit(folder, wrong)
+    return sorted(modules)
+
+
+def _without_weights(folder: Path) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
 def linear_weights(folder: Path) -> set[str]:
@@ -52,8 +77,7 @@ def linear_weights(folder: Path) -> set[str]:
     Args:
         folder: The model's folder.
     """
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
+    model = _without_weights(folder)
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 

@@ -61,8 +61,17 @@ def load_model(artifact: Artifact, *, trainable: bool = False, options: dict[str
 
 
 def fold(model: Any) -> PreTrainedModel:
-    """Fold an adapter into the full-precision weights it sits on; other models come back as they are."""
-    return model.merge_and_unload(safe_merge=True) if hasattr(model, "merge_and_unload") else model
+    """Fold an adapter into the full-precision weights it sits on; other models come back as they are.
+
+    Raises:
+        ModelError: PEFT cannot fold adapters of this kind.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except NotImplementedError as error:
+        raise ModelError(f"PEFT cannot fold this adapter: {error}", hint="it works beside its model only") from error
 
 
 def on_fastest(model: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 from luthier.api import Facts, ModelError, StageContext
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import (
+    CARRIED,
     PICKLES,
     TOKENIZER_FILES,
     carry_licences,
@@ -22,6 +23,7 @@ from luthier.artifacts.models import (
 from luthier.train.adapters import check_adapter
 from luthier_plugins.base.config import AdapterConfig
 
+TEMPLATE = "chat_template.jinja"
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -36,9 +38,11 @@ class BaseAdapter:
         _check_folder(folder)
         _check_rows(folder, model.path)
         try:
-            check_adapter(folder, model.path)
+            idle = check_adapter(folder, model.path)
         except ModelError as error:
             raise ModelError(error.message, where=error.where, hint=_hint(folder)) from error
+        if idle:
+            context.warn(f"the adapter brings nothing for {len(idle)} modules that its config names: {idle[0]}, ...")
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
             shutil.copyfile(folder / name, context.out / name)
         _carry_text(model.path, folder, context.out)
@@ -82,10 +86,10 @@ def _carry_text(model: Path, adapter: Path, out: Path) -> None:
     carry_text_files(model, out)
     if any((adapter / name).exists() for name in OWN_TOKENIZER):
         for name in TOKENIZER_FILES:
-            keeps = name == "chat_template.jinja" and chat_template(adapter) is None
-            if not keeps:
-                (out / name).unlink(missing_ok=True)
-        carry_text_files(adapter, out)
-    elif (adapter / "generation_config.json").exists():
-        shutil.copyfile(adapter / "generation_config.json", out / "generation_config.json")
+            (out / name).unlink(missing_ok=True)
+    for name in (name for name in CARRIED if (adapter / name).exists()):
+        shutil.copyfile(adapter / name, out / name)
+    template = chat_template(adapter) or chat_template(model)
+    if template is not None and chat_template(out) != template:
+        (out / TEMPLATE).write_text(template, encoding="utf-8")
     carry_licences(adapter, out, "adapter")

@@ -145,7 +145,8 @@ class MergeConfig(StageConfig):
             if len(values) > 1:
                 short = " and ".join(value[:24] for value in values)
                 hint = "; `tokenizer: union` joins them" if name == "tokenizer" else ""
-                found.append(f"the models cannot be merged, their {name} differs: {short}{hint}")
+                what = "numbers of tensors differ" if name == "tensors" else f"{name} differs"
+                found.append(f"the models cannot be merged, their {what}: {short}{hint}")
         return found
 
 
@@ -159,7 +160,7 @@ def settings_problems(method: MergeMethodConfig, name: str, weights: Sequence[An
     if len(plain) == len(weights) and cancel(plain, method.divides):
         found.append(
             f"the weights sum to zero, and {name} divides by their sum"
-            if method.divides == "all weights"
+            if method.divides != "agreeing weights"
             else f"some of the weights cancel each other out, and {name} divides by the sum of those that agree"
         )
     return found

@@ -123,7 +123,7 @@ class _Maker:
                 number += 1
         for name in order["last"]:
             self._outside(name, slices[-1])
-        return self._layout(restacked(lead.config, layers))
+        return self._layout(restacked(lead.config, layers, kinds(lead)))
 
     def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]]) -> None:
         roles = [self._role(model, name, name, source, 0.0) for model, source in part]

@@ -18,6 +18,11 @@ from torch import Tensor
 WRAPPED = "base_model.model."
 TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
 """Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
+ADDS_ONLY = ("gaussian", "orthogonal", "eva")
+"""Ways to begin that leave the base as it is; the others take the beginning away from it."""
+VARIANTS = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+            "monteclora_config", "layer_replication", "lora_bias")  # fmt: skip
+"""Settings of PEFT with which an adapter is more than W + s B A."""
 UNTIED = (HEAD, "embed_out.weight")
 """Output heads that are parameters of their own, where they are among the tensors."""
 
@@ -65,14 +70,20 @@ class LowRank:
         self.replaced: dict[str, str] = {}
         if self.settings["peft_type"] != "LORA":
             raise Unfoldable(f"a {self.settings['peft_type']} adapter")
+        begun = self.settings.get("init_lora_weights", True)
+        if isinstance(begun, str) and begun not in ADDS_ONLY:
+            raise Unfoldable(f"weights that begin by {begun}, which changes the base as well")
+        odd = [name for name in VARIANTS if self.settings.get(name)]
+        if odd:
+            raise Unfoldable(f"the setting {odd[0]}")
         for name in self.headers:
             self._sort_in(name, headers, str(config.get("model_type")))
         tied = not any(name.endswith(UNTIED) for name in headers)
         shared = [name for name in (*self.targets, *self.replaced) if tied and name.endswith(EMBEDDINGS)]
         if shared:
             raise Unfoldable(f"a change to {shared[0]}, which is the output head too")
-        odd = [name for name, target in self.targets.items() if target.transposed]
-        self.beyond = next(iter([*self.replaced, *odd]), "")
+        turned = [name for name, target in self.targets.items() if target.transposed]
+        self.beyond = next(iter([*self.replaced, *turned]), "")
         self.files = Files(folder, self.headers)
         self.factors = lru_cache(maxsize=8)(self._factors)
 
@@ -83,7 +94,7 @@ class LowRank:
     def _sort_in(self, name: str, headers: Mapping[str, TensorHeader], architecture: str) -> None:
         """Find out what one tensor of the adapter is for."""
         module, _, rest = name.partition(".lora_")
-        weight = f"{module.removeprefix(WRAPPED)}.weight"
+        weight = in_file(f"{module.removeprefix(WRAPPED)}.weight", headers)
         if rest == "A.weight" and len(_shape(weight, headers)) == 2:
             partner, magnitude = f"{module}.lora_B.weight", f"{module}.lora_magnitude_vector"
             inside, outside = self.headers[name].shape[1], self.headers[partner].shape[0]
@@ -100,16 +111,12 @@ class LowRank:
             r = self.headers[name].shape[0]
             self.targets[weight] = _Target(name, f"{module}.lora_embedding_B", self._scale(weight, r), transposed=True)
         elif not rest and self._replaces(name, headers):
-            self.replaced[self._plain(name)] = name
+            self.replaced[_plain(name, headers)] = name
         elif rest not in ("B.weight", "embedding_B", "magnitude_vector"):
             raise Unfoldable(f"the tensor {name}")
 
-    @staticmethod
-    def _plain(name: str) -> str:
-        return name.removeprefix(WRAPPED).replace(".base_layer.", ".")
-
     def _replaces(self, name: str, headers: Mapping[str, TensorHeader]) -> bool:
-        plain, header = self._plain(name), self.headers[name]
+        plain, header = _plain(name, headers), self.headers[name]
         return plain in headers and headers[plain].shape == header.shape and header.dtype in DTYPES
 
     def _scale(self, weight: str, r: int) -> float:
@@ -157,6 +164,16 @@ class LowRank:
 
 class Unfoldable(Exception):
     """An adapter that is more than updates and whole tensors."""
+
+
+def in_file(name: str, headers: Mapping[str, TensorHeader]) -> str:
+    """What a parameter is called in a file: some leave out the name of the model inside the model."""
+    short = name.partition(".")[2]
+    return short if name not in headers and short in headers else name
+
+
+def _plain(name: str, headers: Mapping[str, TensorHeader]) -> str:
+    return in_file(name.removeprefix(WRAPPED).replace(".base_layer.", "."), headers)
 
 
 def _shape(weight: str, headers: Mapping[str, TensorHeader]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
-from luthier.artifacts.models import carry_licences, carry_text_files, model_facts, tensor_headers
+from luthier.artifacts.models import carry_licences, carry_text_files, model_facts, read_json
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check, check_weights
 from luthier_plugins.merge.config import MergeConfig
@@ -147,9 +147,7 @@ def open_inputs(
             try:
                 opened[artifact.key] = Weights(artifact)
             except Unfoldable as reason:
-                context.log(f"folding {artifact.manifest.get('stage')} with PEFT: it has {reason}")
-                folded = _folded(artifact, context.work / f"folded-{artifact.key[:16]}")
-                opened[artifact.key] = Weights(folded, like=tensor_headers(artifact.base.path))
+                opened[artifact.key] = Weights(artifact, _folded(artifact, str(reason), context))
             stack.callback(opened[artifact.key].close)
         return opened[artifact.key]
 
@@ -157,11 +155,15 @@ def open_inputs(
     return Inputs(models, open_one(base) if base else None)
 
 
-def _folded(artifact: Artifact, scratch: Path) -> Artifact:
+def _folded(artifact: Artifact, reason: str, context: StageContext) -> Path:
+    """A folder with an adapter folded by PEFT, for a `reason`."""
     from luthier.train.loading import full_weights
 
-    folder = full_weights(artifact, scratch)
-    return replace(artifact, kind="model", path=folder)
+    if "quantization_config" in read_json(artifact.base.path / "config.json"):
+        raise ModelError(f"the adapter {label_of(artifact)} sits on quantized weights", where=str(artifact.base.path),
+                         hint="name the full-precision model: <model>+<adapter>")  # fmt: skip
+    context.log(f"folding {label_of(artifact)} with PEFT: it has {reason}")
+    return full_weights(artifact, context.work / f"folded-{artifact.key[:16]}")
 
 
 def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) -> Any:

@@ -14,7 +14,7 @@ from luthier.api import Artifact, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.artifacts.models import TensorHeader, own_tensors, read_json, tensor_headers
 from luthier_plugins.merge.files import Files, Scratch
-from luthier_plugins.merge.lowrank import LowRank
+from luthier_plugins.merge.lowrank import LowRank, in_file
 from torch import Tensor
 
 NOT_FINITE = "the tensor has NaN or infinite values"
@@ -56,7 +56,7 @@ class Weights:
 
     Args:
         artifact: The model or adapter.
-        like: The tensors of the model that `artifact` was computed from, whose dtypes count as its own.
+        folded: Where the adapter was folded into its base, in float32, when that is not done here.
 
     Attributes:
         left_out: The tensors in its files that are no parameters.
@@ -65,20 +65,30 @@ class Weights:
         Unfoldable: only PEFT can fold the adapter.
     """
 
-    def __init__(self, artifact: Artifact, like: Mapping[str, TensorHeader] | None = None) -> None:
-        full = full_of(artifact)
+    def __init__(self, artifact: Artifact, folded: Path | None = None) -> None:
+        folder = folded or full_of(artifact).path
         self.artifact = artifact
         self.label = label_of(artifact)
         self.content = content_of(artifact)
-        self.config = read_json(full.path / "config.json")
-        stored = tensor_headers(full.path)
-        self.headers = own_tensors(full.path, self.config, stored)
+        self.config = read_json(folder / "config.json")
+        stored = tensor_headers(folder)
+        self.headers = own_tensors(folder, self.config, stored)
         self.left_out = sorted(set(stored) - set(self.headers))
-        self.adapter = LowRank(artifact.path, self.headers, self.config) if artifact.kind == "adapter" else None
-        self.files = Files(full.path, self.headers)
-        if like is not None:
-            self.headers = {name: replace(header, dtype=like[name].dtype if name in like else header.dtype)
-                            for name, header in self.headers.items()}  # fmt: skip
+        adds = artifact.kind == "adapter" and folded is None
+        self.adapter = LowRank(artifact.path, self.headers, self.config) if adds else None
+        self.files = Files(folder, self.headers)
+        if folded is not None:
+            self._store_like(full_of(artifact).path)
+
+    def _store_like(self, base: Path) -> None:
+        """Let what was computed in float32 count as stored in the base's dtypes."""
+        theirs, config = tensor_headers(base), read_json(base / "config.json")
+        names = {name: in_file(name, theirs) for name in self.headers}
+        self.headers = {name: replace(header, dtype=theirs[names[name]].dtype) if names[name] in theirs else header
+                        for name, header in self.headers.items()}  # fmt: skip
+        dtypes = ("dtype", "torch_dtype")
+        self.config = {key: value for key, value in self.config.items() if key not in dtypes}
+        self.config |= {key: config[key] for key in dtypes if key in config}
 
     def close(self) -> None:
         """Close the files."""

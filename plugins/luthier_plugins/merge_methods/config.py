@@ -19,7 +19,7 @@ class LinearConfig(MergeMethodConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights" if self.normalize else "nothing"
 
 
 class SlerpConfig(MergeMethodConfig):
@@ -43,7 +43,7 @@ class NuslerpConfig(MergeMethodConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights"
+        return "weights"
 
 
 class MultislerpConfig(MergeMethodConfig):
@@ -56,7 +56,7 @@ class MultislerpConfig(MergeMethodConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights" if self.normalize else "nothing"
 
 
 class KarcherConfig(MergeMethodConfig):
@@ -69,7 +69,7 @@ class KarcherConfig(MergeMethodConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights"
+        return "weights"
 
 
 class TaskVectorConfig(MergeMethodConfig):
@@ -89,7 +89,7 @@ class TaskArithmeticConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights of changes" if self.normalize else "nothing"
 
 
 class TiesConfig(TaskVectorConfig):
@@ -102,7 +102,7 @@ class TiesConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "some weights" if self.normalize else "nothing"
+        return "agreeing weights" if self.normalize else "nothing"
 
 
 class DareConfig(TaskVectorConfig):
@@ -117,7 +117,7 @@ class DareConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights of changes" if self.normalize else "nothing"
 
 
 class DareTiesConfig(DareConfig):
@@ -128,7 +128,7 @@ class DareTiesConfig(DareConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "some weights" if self.normalize else "nothing"
+        return "agreeing weights" if self.normalize else "nothing"
 
 
 class DellaConfig(TaskVectorConfig):
@@ -145,7 +145,7 @@ class DellaConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "some weights" if self.normalize else "nothing"
+        return "agreeing weights" if self.normalize else "nothing"
 
     @model_validator(mode="after")
     def _probabilities(self) -> DellaConfig:
@@ -170,7 +170,7 @@ class DellaLinearConfig(DellaConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights of changes" if self.normalize else "nothing"
 
 
 class BreadcrumbsConfig(TaskVectorConfig):
@@ -185,7 +185,7 @@ class BreadcrumbsConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights" if self.normalize else "nothing"
+        return "weights of changes" if self.normalize else "nothing"
 
 
 class BreadcrumbsTiesConfig(BreadcrumbsConfig):
@@ -196,7 +196,7 @@ class BreadcrumbsTiesConfig(BreadcrumbsConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "some weights" if self.normalize else "nothing"
+        return "agreeing weights" if self.normalize else "nothing"
 
 
 class ModelStockConfig(MergeMethodConfig):
@@ -268,7 +268,7 @@ class IsoCConfig(TaskVectorConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights"
+        return "weights of changes"
 
 
 class TsvMConfig(TaskVectorConfig):
@@ -294,7 +294,7 @@ class DataMethodConfig(MergeMethodConfig):
 
     @property
     def divides(self) -> Divisor:
-        return "all weights"
+        return "weights"
 
 
 class FisherConfig(DataMethodConfig):

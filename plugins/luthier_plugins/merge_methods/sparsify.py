@@ -128,5 +128,6 @@ def combine(
             # Where nothing agrees, 0 / 1.
             total.div_(mass.clamp_(min=SMALLEST) if min(weights) > 0 else mass.add_(mass.clone().eq_(0)))
     elif normalize:
-        total.div_(sum(weights))
+        # All of them 0: nothing changes.
+        total.div_(sum(weights) or 1.0)
     return (total if scale == 1 else total.mul_(scale)).add_(part.base)

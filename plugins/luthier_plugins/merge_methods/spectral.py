@@ -20,7 +20,8 @@ def _is_map(part: MergePart) -> bool:
 
 
 def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    total = sum(weights)
+    # All of them 0: nothing changes.
+    total = sum(weights) or 1.0
     return sum((delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True)),
                torch.zeros_like(deltas[0]))  # fmt: skip
 

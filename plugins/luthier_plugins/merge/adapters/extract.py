@@ -10,7 +10,7 @@ from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.check import check_stored, is_vocabulary
 from luthier_plugins.merge.files import DTYPES
-from luthier_plugins.merge.lowrank import TRANSPOSED
+from luthier_plugins.merge.lowrank import TRANSPOSED, in_file
 from luthier_plugins.merge.merging import open_inputs
 from luthier_plugins.merge.reader import full_of, whole
 
@@ -35,7 +35,7 @@ class ExtractLora:
             if base.config.get("model_type") in TRANSPOSED:
                 raise ModelError(f"{base.label} keeps its weights transposed, which this stage does not handle",
                                  hint="extract from Llama-like models")  # fmt: skip
-            linear = linear_weights(full_of(context.input("base")).path)
+            linear = {in_file(name, base.headers) for name in linear_weights(full_of(context.input("base")).path)}
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []

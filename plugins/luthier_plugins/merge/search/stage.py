@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import cmaes
@@ -26,6 +25,7 @@ from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
 from luthier_plugins.merge.verify import Verifier
 from pydantic import ValidationError
+from scipy.stats import t as student
 
 CHANCE = 0.025
 """How likely a merge that is no better may be called better."""
@@ -161,7 +161,7 @@ def compared(best: Rows, other: Rows, trials: int) -> Facts:
 
     The difference is that of the two means over all tokens (or rows), its error that of a ratio of sums over rows
     (Cochran 1977, "Sampling Techniques", section 2.11). The best of many trials is better by luck alone: it has to be
-    better at a level of `CHANCE` / trials (Bonferroni).
+    better at a level of `CHANCE` / trials (Bonferroni), by Student's t.
 
     Args:
         best: The merge's rows.
@@ -172,12 +172,15 @@ def compared(best: Rows, other: Rows, trials: int) -> Facts:
     differences = np.array([mine[0] - theirs[0] for mine, theirs in zip(best, other, strict=True)], dtype=np.float64)
     total, count = float(weights.sum()), len(weights)
     mean = float(differences.sum()) / total
-    needed = NormalDist().inv_cdf(1 - CHANCE / max(1, trials))
     if count < 2 or not math.isfinite(mean):
         return {"difference": mean if math.isfinite(mean) else None, "standard_error": None, "beyond_noise": False}
     spread = float(np.square(differences - mean * weights).sum()) * count / (count - 1)
     error = math.sqrt(spread) / total
-    return {"difference": mean, "standard_error": error, "beyond_noise": mean > needed * error}
+    level = CHANCE / max(1, trials)
+    # Where all rows differ by the same there is no spread to judge by: each could as well be better as worse.
+    alike = error == 0 and mean > 0 and 0.5**count <= level
+    beyond = alike or (error > 0 and mean > float(student.ppf(1 - level, count - 1)) * error)
+    return {"difference": mean, "standard_error": error, "beyond_noise": beyond}
 
 
 class _Judge:
@@ -203,7 +206,10 @@ class _Judge:
         """Open the inputs, in memory where they fit."""
         base = context.input("base") if self.config.base else None
         opened = open_inputs(context.inputs("models"), base, context, stack)
-        check(self.config.merge(self.config.values_at([bound[1] for bound in self.config.bounds])), opened)
+        largest = self.config.merge(self.config.values_at([bound[1] for bound in self.config.bounds]))
+        check(largest, opened)
+        # What the loaded model has no place for is told before anything is tried.
+        IntoModel(self._model, lay_out(largest, opened, context.seed, self.config.dtype).tensors)
         held = held_where_they_fit([*opened.models, *([opened.base] if opened.base else [])])
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
