@@ -226,6 +226,14 @@ def tokenizer_digest(folder: Path) -> str:
     return digest_value({name: digest_file(folder / name) for name in names})
 
 
+def same_tokenizer(one: Path, other: Path) -> bool:
+    """Whether two folders have tokenizers of the same digest; reads no large file for what is the same in bytes."""
+    files = [folder / "tokenizer.json" for folder in (one, other)]
+    if all(path.exists() for path in files) and len({digest_file(path) for path in files}) == 1:
+        return True
+    return tokenizer_digest(one) == tokenizer_digest(other)
+
+
 @lru_cache(maxsize=32)
 def _vocabulary_digest(content: str, path: Path) -> str:
     """See `tokenizer_digest`; kept by the `content` of the file."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.api import ModelError
 from luthier.api.merging import Divisor, cancel
-from luthier.artifacts.models import tokenizer_digest
+from luthier.artifacts.models import same_tokenizer
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
@@ -132,7 +132,7 @@ def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str
 
 
 def _other_tokenizer(lead: Source, other: Source) -> Iterator[str]:
-    if tokenizer_digest(lead.artifact.path) != tokenizer_digest(other.artifact.path):
+    if not same_tokenizer(lead.artifact.path, other.artifact.path):
         yield f"{lead.label} and {other.label} have different tokenizers; `tokenizer: union` joins them"
 
 
