@@ -1,10 +1,11 @@
 """Merging beside mergekit, in one run: time, memory, and both as multiples of reading and writing the files.
 
-    python tests/benchmarks/merge.py [--layers 24] [--folder /tmp/luthier-merge-benchmark]
+    python tests/benchmarks/merge.py [--layers 24] [--methods linear slerp] [--times] [--folder ...]
 
 Three models of 374 M parameters in bfloat16 (24 layers). Columns: mergekit's command line; a whole `luthier run` in
 which the models are in the store and the merge is not (start, plan, merge, transformers loading the result, hashing,
-committing); a process that does nothing but merge; and the floor, reading the inputs and writing the output.
+committing); a process that does nothing but merge; and the floor, reading the inputs and writing the output. Then the
+same at twice the size, and with many small tensors; `--times` leaves these out.
 """
 
 from __future__ import annotations
@@ -215,6 +216,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--times", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("/tmp/luthier-merge-benchmark"))
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -222,14 +225,14 @@ def main() -> None:
     options.folder.mkdir(parents=True)
     double = 2 * options.layers + 4
     program = str(Path(sys.executable).parent / "luthier")
-    for layers in (options.layers, double):
+    for layers in (options.layers,) if options.times else (options.layers, double):
         make_models(options.folder / str(layers), layers)
         (options.folder / f"bench{layers}.yaml").write_text(recipe_of(layers))
     only = [word for name in ["base", *NAMES] for word in ("--only", name)]
     timed([program, "run", f"bench{options.layers}.yaml", "--store", "store", *only], options.folder)
     print(f"{'method':<10} {'mergekit':>9} {'luthier run':>12} {'merge alone':>12} {'floor':>7} "
           f"{'run: times as fast':>19} {'alone':>6} {'alone / floor':>14} {'MiB':>5}")  # fmt: skip
-    for name in METHODS:
+    for name in options.methods:
         rounds = [(floor(options.folder, options.layers, name), by_mergekit(options.folder, options.layers, name),
                    by_luthier(options.folder, options.layers, name), by_engine(options.folder, name))
                   for _ in range(options.repeats)]  # fmt: skip
@@ -238,13 +241,14 @@ def main() -> None:
         memory = max(found[3]["memory"] for found in rounds)
         print(f"{name:<10} {theirs:8.1f}s {run_:11.1f}s {alone:11.1f}s {least:6.1f}s {theirs / run_:19.1f} "
               f"{theirs / alone:6.1f} {alone / least:14.1f} {memory:5.0f}", flush=True)  # fmt: skip
-    shutil.rmtree(options.folder / "store")
-    timed([program, "run", f"bench{double}.yaml", "--store", "store", *only], options.folder)
-    for name in METHODS:
-        found = by_engine(options.folder, name)
-        print(f"{name:<10} at {double} layers: {found['seconds']:.1f} s, {found['memory']:.0f} MiB", flush=True)
-    for count, seconds in many_tensors(options.folder).items():
-        print(f"{count:>6} tensors: {seconds:.2f} s, {seconds / count * 1e6:.0f} us each", flush=True)
+    if not options.times:
+        shutil.rmtree(options.folder / "store")
+        timed([program, "run", f"bench{double}.yaml", "--store", "store", *only], options.folder)
+        for name in options.methods:
+            found = by_engine(options.folder, name)
+            print(f"{name:<10} at {double} layers: {found['seconds']:.1f} s, {found['memory']:.0f} MiB", flush=True)
+        for count, seconds in many_tensors(options.folder).items():
+            print(f"{count:>6} tensors: {seconds:.2f} s, {seconds / count * 1e6:.0f} us each", flush=True)
     shutil.rmtree(options.folder)
 
 
