@@ -16,7 +16,9 @@ from luthier.artifacts.digest import digest_file, digest_value
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")  # fmt: skip
-CARRIED = (*TOKENIZER_FILES, "generation_config.json")
+TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+CARRIED = (*TOKENIZER_FILES, GENERATION)
 """What describes text and generation, and has to survive every stage byte for byte."""
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Under what conditions a model may be used: they hold for what is made of it, too."""
@@ -183,7 +185,7 @@ def stop_tokens(folder: Path) -> list[str]:
 
 def chat_template(folder: Path) -> str | None:
     """The chat template of a folder, from its own file or from inside the tokenizer config."""
-    path = folder / "chat_template.jinja"
+    path = folder / TEMPLATE
     if path.exists():
         return path.read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
@@ -255,7 +257,7 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
     """
     config = read_json(folder / "config.json")
     headers = tensor_headers(folder)
-    embedding = next((header for name, header in headers.items() if name.endswith("embed_tokens.weight")), None)
+    embedding = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     vocabulary = vocabulary_size(folder)
     told = config.get("vocab_size")
     if embedding is not None and isinstance(told, int) and told != embedding.shape[0]:

@@ -10,7 +10,9 @@ from luthier.api import Facts, ModelError, StageContext
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import (
     CARRIED,
+    EMBEDDINGS,
     PICKLES,
+    TEMPLATE,
     TOKENIZER_FILES,
     carry_licences,
     carry_text_files,
@@ -23,7 +25,6 @@ from luthier.artifacts.models import (
 from luthier.train.adapters import check_adapter
 from luthier_plugins.base.config import AdapterConfig
 
-TEMPLATE = "chat_template.jinja"
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -67,7 +68,7 @@ def _check_folder(folder: Path) -> None:
 def _check_rows(folder: Path, model: Path) -> None:
     tokens = vocabulary_size(folder)
     rows = next((header.shape[0] for name, header in tensor_headers(model).items()
-                 if name.endswith("embed_tokens.weight")), None)  # fmt: skip
+                 if name.endswith(EMBEDDINGS)), None)  # fmt: skip
     if tokens is not None and rows is not None and tokens > rows:
         raise ModelError(
             f"the adapter's tokenizer has {tokens} tokens, the embedding of its model only {rows} rows",

@@ -5,17 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.digest import files_in
-from luthier.artifacts.models import carry_licences, carry_text_files, model_facts, read_json
+from luthier.artifacts.models import (
+    GENERATION,
+    TEMPLATE,
+    carry_licences,
+    carry_text_files,
+    chat_template,
+    model_facts,
+    read_json,
+)
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check, check_weights
 from luthier_plugins.merge.config import MergeConfig
@@ -39,7 +48,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
     method: Merge = context.component(config.method)
     with ExitStack() as stack:
         artifacts = _artifacts(config, context)
-        inputs = open_inputs(artifacts, _base(config, context), context, stack)
+        inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config))
         left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
         check(config, inputs)
         _tell_other_ancestors(inputs, context)
@@ -62,6 +71,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
+        carry_voice(inputs, context)
         for other in inputs.all:
             carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
@@ -137,22 +147,44 @@ def _method_config(config: MergeConfig) -> MergeMethodConfig:
 
 
 def open_inputs(
-    artifacts: Sequence[Artifact], base: Artifact | None, context: StageContext, stack: ExitStack
+    artifacts: Sequence[Artifact],
+    base: Artifact | None,
+    context: StageContext,
+    stack: ExitStack,
+    look: Callable[[Inputs], None] = lambda inputs: None,
 ) -> Inputs:
-    """Open every model once; an adapter that cannot be added on the way is folded first."""
+    """Open every model once; an adapter that cannot be added on the way is folded by PEFT.
+
+    Args:
+        artifacts: The models and adapters.
+        base: The base, where there is one.
+        context: Where to fold, and whom to tell.
+        stack: Closes them.
+        look: Refuses what does not fit before anything is folded, which takes time and room; adapters that will be
+            count as their bases for it.
+    """
     opened: dict[str, Weights] = {}
+    reasons: dict[str, str] = {}
+    for artifact in [*artifacts, *([base] if base else [])]:
+        if artifact.key in opened:
+            continue
+        try:
+            opened[artifact.key] = Weights(artifact)
+        except Unfoldable as reason:
+            reasons[artifact.key] = str(reason)
+            opened[artifact.key] = Weights(artifact, full_of(artifact).path)
+        stack.callback(opened[artifact.key].close)
 
-    def open_one(artifact: Artifact) -> Weights:
-        if artifact.key not in opened:
-            try:
-                opened[artifact.key] = Weights(artifact)
-            except Unfoldable as reason:
-                opened[artifact.key] = Weights(artifact, _folded(artifact, str(reason), context))
-            stack.callback(opened[artifact.key].close)
-        return opened[artifact.key]
+    def inputs() -> Inputs:
+        return Inputs([opened[artifact.key] for artifact in artifacts], opened[base.key] if base else None)
 
-    models = [open_one(artifact) for artifact in artifacts]
-    return Inputs(models, open_one(base) if base else None)
+    if reasons:
+        look(inputs())
+    for key, reason in reasons.items():
+        artifact = opened[key].artifact
+        opened[key] = Weights(artifact, _folded(artifact, reason, context))
+        stack.callback(opened[key].close)
+    return inputs()
 
 
 def _folded(artifact: Artifact, reason: str, context: StageContext) -> Path:
@@ -178,6 +210,27 @@ def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Setting
     # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
     niceness = STAND_BACK if verifier.apart else 0
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
+
+
+def carry_voice(inputs: Inputs, context: StageContext) -> None:
+    """Where the lead was never taught to talk, as a raw base, take how to from the first model that was.
+
+    A template without the stop tokens that go with it would be a model that never stops: both come from there.
+    """
+    lead, *others = inputs.all
+    speaker = next((model for model in inputs.all if chat_template(model.artifact.path) is not None), lead)
+    if speaker is lead:
+        return
+    template = chat_template(speaker.artifact.path)
+    assert template is not None, "it was chosen for it"
+    (context.out / TEMPLATE).write_text(template, encoding="utf-8")
+    settings = speaker.artifact.path / GENERATION
+    if settings.exists():
+        shutil.copyfile(settings, context.out / GENERATION)
+    context.log(f"{lead.label} has no chat template: it and the generation config are those of {speaker.label}")
+    other = [model.label for model in others if chat_template(model.artifact.path) not in (None, template)]
+    if other:
+        context.warn(f"the chat template of {speaker.label} was taken; {', '.join(other)} have another")
 
 
 def carry(model: Artifact, out: Path) -> None:

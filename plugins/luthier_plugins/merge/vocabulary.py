@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import ModelError
-from luthier.artifacts.models import TensorHeader, carry_text_files, read_json
+from luthier.artifacts.models import EMBEDDINGS, TensorHeader, carry_text_files, read_json
 from luthier_plugins.merge.check import is_vocabulary
 from luthier_plugins.merge.files import Scratch
 from luthier_plugins.merge.layout import Inputs
@@ -77,7 +77,7 @@ def vocabulary_of(choice: str, inputs: Inputs, speaker: Source | None) -> Vocabu
 
 
 def _embedding(model: Source) -> str:
-    name = next((name for name in model.headers if name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    name = next((name for name in model.headers if name.endswith(EMBEDDINGS)), None)
     if name is None:
         raise ModelError("no embedding was found whose rows could be moved", where=model.label)
     return name

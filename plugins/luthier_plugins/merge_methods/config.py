@@ -318,6 +318,8 @@ class MergekitConfig(MergeMethodConfig):
 
     name: str = "linear"
     """Its name there, such as ``dare_ties``."""
+    module: str | None = None
+    """A Python module that registers it with mergekit, for methods of third parties."""
     parameters: dict[str, Any] = {}
     """Its parameters, such as ``{density: 0.5}``; each may be a setting, as for Luthier's own methods."""
     seed: int = Field(default=0, ge=0)

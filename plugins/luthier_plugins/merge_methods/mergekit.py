@@ -30,6 +30,12 @@ class Mergekit:
 
     def __init__(self, config: MergekitConfig) -> None:
         library: Any = import_module("mergekit.merge_methods")
+        if config.module is not None:
+            try:
+                import_module(config.module)
+            except ImportError as error:
+                raise ModelError(f"the module {config.module} cannot be imported: {error}",
+                                 hint="install it where Luthier is installed") from error  # fmt: skip
         self._merge_tensors: Any = library.merge_tensors
         self._method = _method(library, config.name)
         self._base: str = self._method.spec.contract.base.value

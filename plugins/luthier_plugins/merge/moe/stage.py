@@ -14,7 +14,7 @@ from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check_stored
 from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import NAMES, Inputs
-from luthier_plugins.merge.merging import carry, full_of, open_inputs
+from luthier_plugins.merge.merging import carry, carry_voice, full_of, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
@@ -52,6 +52,7 @@ class Moe:
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
+            carry_voice(inputs, context)
             for expert in inputs.models:
                 carry_licences(full_of(expert.artifact).path, context.out, expert.label)
             dump_json(context.out / "config.json", self._config(base.config, family))

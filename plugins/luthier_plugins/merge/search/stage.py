@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import cmaes
 import numpy as np
 from luthier.api import Artifact, Facts, Metric, ModelError, Row, StageContext
 from luthier.artifacts.datasets import require_split
+from luthier.artifacts.room import check_room
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier_plugins.merge.check import check
@@ -24,6 +26,7 @@ from luthier_plugins.merge.merging import merge_into, open_inputs, prepared_by
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
 from luthier_plugins.merge.verify import Verifier
+from luthier_plugins.merge.writer import size_of
 from pydantic import ValidationError
 from scipy.stats import t as student
 
@@ -205,11 +208,13 @@ class _Judge:
     def hold(self, context: StageContext, stack: ExitStack) -> None:
         """Open the inputs, in memory where they fit."""
         base = context.input("base") if self.config.base else None
-        opened = open_inputs(context.inputs("models"), base, context, stack)
         largest = self.config.merge(self.config.values_at([bound[1] for bound in self.config.bounds]))
+        opened = open_inputs(context.inputs("models"), base, context, stack, partial(check, largest))
         check(largest, opened)
-        # What the loaded model has no place for is told before anything is tried.
-        IntoModel(self._model, lay_out(largest, opened, context.seed, self.config.dtype).tensors)
+        # What the loaded model or the disk has no place for is told before anything is tried.
+        tensors = lay_out(largest, opened, context.seed, self.config.dtype).tensors
+        IntoModel(self._model, tensors)
+        check_room(context.out, size_of(tensors), "the merged model")
         held = held_where_they_fit([*opened.models, *([opened.base] if opened.base else [])])
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
