@@ -231,7 +231,8 @@ def main() -> None:
     only = [word for name in ["base", *NAMES] for word in ("--only", name)]
     timed([program, "run", f"bench{options.layers}.yaml", "--store", "store", *only], options.folder)
     print(f"{'method':<10} {'mergekit':>9} {'luthier run':>12} {'merge alone':>12} {'floor':>7} "
-          f"{'run: times as fast':>19} {'alone':>6} {'alone / floor':>14} {'MiB':>5}")  # fmt: skip
+          f"{'run: times as fast':>19} {'alone':>6} {'over the floor: mergekit':>25} {'run':>5} {'alone':>6} "
+          f"{'MiB':>5}")  # fmt: skip
     for name in options.methods:
         rounds = [(floor(options.folder, options.layers, name), by_mergekit(options.folder, options.layers, name),
                    by_luthier(options.folder, options.layers, name), by_engine(options.folder, name))
@@ -240,7 +241,8 @@ def main() -> None:
         alone = statistics.median(found[3]["seconds"] for found in rounds)
         memory = max(found[3]["memory"] for found in rounds)
         print(f"{name:<10} {theirs:8.1f}s {run_:11.1f}s {alone:11.1f}s {least:6.1f}s {theirs / run_:19.1f} "
-              f"{theirs / alone:6.1f} {alone / least:14.1f} {memory:5.0f}", flush=True)  # fmt: skip
+              f"{theirs / alone:6.1f} {theirs / least:25.1f} {run_ / least:5.1f} {alone / least:6.1f} {memory:5.0f}",
+              flush=True)  # fmt: skip
     if not options.times:
         shutil.rmtree(options.folder / "store")
         timed([program, "run", f"bench{double}.yaml", "--store", "store", *only], options.folder)

@@ -12,7 +12,7 @@ import torch
 from gguf_models import make_model
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, ModelError, RecipeError
-from luthier.testing import run_stage, tiny_model
+from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
 from luthier_plugins.merge.mergekit_yaml import as_config
 from safetensors.torch import load_file, save_file
@@ -208,7 +208,6 @@ ODD: dict[str, tuple[str, dict[str, object], bool]] = {
     "biases": ("qwen2", {"target_modules": ["q_proj"], "bias": "all", "tied": False}, False),
     "transposed": ("gpt2", {"target_modules": ["c_attn", "c_proj", "c_fc"]}, False),
     "dora transposed": ("gpt2", {"target_modules": ["c_attn"], "use_dora": True}, True),
-    "tied embedding": ("qwen2", {"target_modules": ["embed_tokens", "q_proj"]}, True),
     "pissa": ("llama", {"init_lora_weights": "pissa"}, True),
     "olora": ("llama", {"init_lora_weights": "olora"}, True),
     "tokens": ("qwen2", {"trainable_token_indices": [3, 5]}, True),
@@ -231,7 +230,7 @@ def odd_model(folder: Path, name: str, tied: bool) -> Path:
             tensors = load_file(folder / "model.safetensors")
             short = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
             save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
-        for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
         return folder
     make_model(folder, name, **({} if tied else {"tie_word_embeddings": False}))
@@ -367,3 +366,29 @@ def test_a_folded_adapter_on_another_model_than_the_base_is_told(place: Path, tm
     inputs = {"models": [adapter], "base": other}
     merged = run_stage(tmp_path / "s", "merge", {"method": "task_arithmetic"}, inputs=inputs)
     assert "not on the base" in merged.manifest["warnings"][0]
+
+
+@pytest.mark.parametrize("stage", ["merge", "export"])
+def test_a_fold_that_is_another_model_is_refused(tmp_path: Path, stage: str) -> None:
+    model = odd_model(tmp_path / "model", "qwen2", True)
+    light = outside(tmp_path / "light", model, target_modules=["embed_tokens", "q_proj"])
+    base = run_stage(tmp_path / "s", "base", {"source": str(model)})
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    inputs = {"models": [adapter]} if stage == "merge" else {"model": adapter}
+    # Folding changes the output head as well, which the adapter beside its model does not.
+    with pytest.raises(ModelError, match="folded into its model, the adapter is another one"):
+        run_stage(tmp_path / "s", stage, {} if stage == "merge" else {"format": "hf"}, inputs=inputs)
+
+
+def test_an_old_file_and_its_own_fine_tune_are_one_architecture(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    base = run_stage(store, "base", {"source": str(odd_model(tmp_path / "model", "gpt2-short", True))})
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 4
+    data = tiny_dataset(store, rows)
+    tuned = run_stage(store, "sft", {"steps": 2, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+    merged = run_stage(store, "merge", {"method": "ties", "dtype": "float32"}, inputs={"models": [tuned], "base": base})
+    found, plain = load_model(merged).state_dict(), load_model(base).state_dict()
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert not torch.equal(found[name], plain[name])
+    report = run_stage(store, "diff", inputs={"models": [base, tuned]})
+    assert name in (report.path / "report.json").read_text()

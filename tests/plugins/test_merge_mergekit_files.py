@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 from luthier import Recipe
-from luthier.api import Artifact, RecipeError
+from luthier.api import Artifact, ModelError, RecipeError
 from luthier.registry import default_registry
-from luthier.testing import tiny_model
+from luthier.testing import run_stage, tiny_model
 from luthier_plugins.merge.check import check
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
@@ -66,6 +66,18 @@ slices:
 merge_method: passthrough
 dtype: float32
 """,
+    "stacked changes": """\
+slices:
+  - sources:
+      - {model: ./base, layer_range: [0, 3]}
+      - {model: ./a, layer_range: [0, 3], parameters: {weight: 1}}
+  - sources:
+      - {model: ./base, layer_range: [1, 4]}
+      - {model: ./a, layer_range: [1, 4], parameters: {weight: 1}}
+merge_method: task_arithmetic
+base_model: ./base
+dtype: float32
+""",
     "doubled": """\
 slices:
   - sources: [{model: ./a, layer_range: [0, 3]}]
@@ -109,7 +121,8 @@ base_model: ./base
 dtype: float32
 """,
 }
-OURS = {"doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp": "slerp", "ties": "ties",
+OURS = {"stacked changes": "task_arithmetic",
+        "doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp": "slerp", "ties": "ties",
         "stack": "passthrough", "stock": "model_stock", "rescaled": "mergekit", "nuslerp": "nuslerp"}  # fmt: skip
 
 
@@ -219,3 +232,61 @@ def test_the_parameters_of_mergekits_methods_are_known() -> None:
         known = set(parameters) | MORE.get(name, set()) | set(IGNORED) | weight | idle.get(name, set())
         assert theirs[name] - known == set(), name
         assert (set(parameters) | MORE.get(name, set())) <= theirs[name], name
+
+
+def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> None:
+    def translated(text: str) -> dict:
+        file = models / "words.yml"
+        file.write_text(text)
+        return as_config({"config": str(file)}, None)
+
+    a, b, base = (str(models / name) for name in ("a", "b", "base"))
+    pair = "models: [{model: ./a, parameters: {weight: 1}}, {model: ./b, parameters: {weight: 1}}]\n"
+    assert translated(pair + "merge_method: linear\ntokenizer_source: base\n")["tokenizer"] == a
+    ties = translated(pair + "merge_method: ties\nbase_model: ./base\ntokenizer_source: base\ndtype: torch.bfloat16\n")
+    assert (ties["tokenizer"], ties["base"], ties["dtype"]) == (base, base, "bfloat16")
+    # Such methods do not look at a base: it is one of the models.
+    karcher = translated("models: [{model: ./a}, {model: ./b}]\nmerge_method: karcher\nbase_model: ./base\n")
+    assert karcher["models"] == [base, a, b]
+    assert "base" not in karcher
+    mapped = translated("models: [{model: {model: {path: ./a}, lora: {path: ./b}}, parameters: {weight: 1}}]\n"
+                        "merge_method: linear\n")  # fmt: skip
+    assert mapped["models"] == [f"{a}+{b}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("models: [{model: ./gone, parameters: {weight: 1}}]\nmerge_method: linear\n", "there is no folder './gone'"),
+        ("models: [{model: /a/b/c, parameters: {weight: 1}}]\nmerge_method: linear\n", "there is no folder '/a/b/c'"),
+        ("slices: []\nmerge_method: linear\n", "is not as mergekit wants it"),
+        ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not as mergekit wants it|dictionary"),
+        ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not as mergekit wants it"),
+        ("slices: [{sources: [{model: ./base, layer_range: [0, 2]}, {model: ./a, layer_range: [2, 4]}]}]\n"
+         "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1}\n", "other layers of the base"),
+        ("slices: [{sources: [{model: ./base, layer_range: [0, 2]}]}]\nmerge_method: ties\nbase_model: ./base\n"
+         "parameters: {weight: 1}\n", "of the base alone"),
+    ],
+)  # fmt: skip
+def test_odd_mergekit_files_are_messages(models: Path, text: str, message: str) -> None:
+    (models / "odd.yml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        as_config({"config": str(models / "odd.yml")}, None)
+
+
+def test_methods_of_third_parties_are_imported(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "somebodys_methods.py").write_text(
+        "import torch\nfrom mergekit.merge_methods import TensorGroup, merge_method, register\n"
+        "@merge_method(name='first_of_all', pretty_name='First')\n"
+        "def first_of_all(group: TensorGroup) -> torch.Tensor:\n"
+        "    return group.non_base[0].tensor * 2\n"
+        "register(first_of_all)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    two = list(artifacts(tmp_path).values())[:2]
+    method = {"uses": "mergekit", "name": "first_of_all", "module": "somebodys_methods"}
+    merged = run_stage(tmp_path / "s", "merge", {"method": method, "dtype": "float32"}, inputs={"models": two})
+    found, first = (load_file(item.path / "model.safetensors") for item in (merged, two[0]))
+    assert all(torch.equal(tensor, 2 * first[name]) for name, tensor in found.items())
+    with pytest.raises(ModelError, match="the module nobodys_methods cannot be imported"):
+        run_stage(tmp_path / "s", "merge", {"method": {**method, "module": "nobodys_methods"}}, inputs={"models": two})

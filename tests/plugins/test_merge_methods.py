@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from luthier.api import MergePlace, ModelError
 from luthier.registry import default_registry
+from luthier.train import merging
 from luthier.train.merging import Grid, Noise, merge_tensors
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.selection import largest
@@ -359,3 +360,35 @@ def test_regmean_is_the_least_squares_solution(seed: int) -> None:
                         for weight, x, model in zip([1.0, 3.0], inputs, models, strict=True)])  # fmt: skip
     expected = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+SETTINGS: dict[str, list[dict]] = {
+    "ties": [{"density": 0.3}, {"density": 0.5}], "sce": [{"density": 0.4}, {}], "ram": [{"threshold": 0.05, "r": 0.1}],
+    "breadcrumbs": [{"density": 0.5, "gamma": 0.1}], "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1}],
+    "model_stock": [{}, {"filter_wise": True}], "nuslerp": [{}, {"flatten": False}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("coarse", [False, True], ids=["any numbers", "many equal numbers"])
+def test_a_parameter_in_many_parts_is_merged_like_one_in_one_part(
+    name: str, coarse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, _ = needs(name)
+    config = config_of(name)
+    for values in SETTINGS.get(name, [{}]):
+        for shape in ((40, 30), (7, 9, 11), (500,)):
+            base, models = near(3, count, *shape)
+            if coarse:
+                base, models = (base * 4).round() / 4, [(model * 4).round() / 4 for model in models]
+            given_weights = [1.0, 2.0, 0.5][:count] if config.weighted else None
+            found = []
+            for block, memory in ((1 << 18, 1 << 22), (50, 1 << 22), (50, 0)):
+                monkeypatch.setattr(merging, "BLOCK", block)
+                monkeypatch.setattr(selection, "IN_MEMORY", memory)
+                found.append(merge_tensors(method(name, **values), models, given_weights,
+                                           None if config.base == "unused" else base,
+                                           name="model.layers.0.mlp.up_proj.weight",
+                                           noise=Noise(1, ["a", "b", "c"], "w")))  # fmt: skip
+            for other in found[1:]:
+                torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)

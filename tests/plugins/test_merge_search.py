@@ -15,6 +15,7 @@ from luthier.artifacts.datasets import read_split
 from luthier.testing import run_stage, tiny_dataset
 from luthier.train.loading import load_model, load_tokenizer
 from luthier.train.measure import items_of
+from luthier_plugins.merge.files import Files
 from luthier_plugins.merge.search import stage as searching
 
 RECIPE = """\
@@ -83,12 +84,43 @@ def test_a_stopped_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(searching._Judge, "merge", stopping)
     with pytest.raises(Interrupted):
         run_stage(folder / "parts", "search", config, inputs=inputs, seed=3)
-    monkeypatch.setattr(searching._Judge, "merge", merge)
+    done = 0
+
+    def counting(self, values) -> None:
+        nonlocal done
+        done += 1
+        merge(self, values)
+
+    monkeypatch.setattr(searching._Judge, "merge", counting)
     (work,) = (folder / "parts" / "work").iterdir()
     assert len((work / "trials.jsonl").read_text().splitlines()) == 4
     resumed = run_stage(folder / "parts", "search", config, inputs=inputs, seed=3)
     assert resumed.facts["search"] == whole.facts["search"]
+    assert done == 9 - 4 + 1, "the trials that were left, and the best one again"
     assert 0 <= resumed.facts["search"]["best"]["values"]["t"] <= 1
+
+
+def test_a_trial_reads_no_file_where_the_models_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(folder / "searched.yaml", store=folder / "s")
+    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats")}
+    reads: list[str] = []
+    during: list[int] = []
+    raw, merge = Files.raw, searching._Judge.merge
+    monkeypatch.setattr(Files, "raw", lambda self, name, *rest: (reads.append(name), raw(self, name, *rest))[1])
+
+    def watched(self, values) -> None:
+        before = len(reads)
+        merge(self, values)
+        during.append(len(reads) - before)
+
+    monkeypatch.setattr(searching._Judge, "merge", watched)
+    held = run_stage(folder / "held", "search", {"trials": 3}, inputs=inputs, seed=3)
+    assert during == [0] * 4
+    monkeypatch.setattr("luthier_plugins.merge.search.memory.SHARE", 0.0)
+    during.clear()
+    read = run_stage(folder / "read", "search", {"trials": 3}, inputs=inputs, seed=3)
+    assert all(during)
+    assert read.facts["search"] == held.facts["search"]
 
 
 def test_what_a_method_learns_from_data_counts_in_every_trial(folder: Path) -> None:

@@ -118,3 +118,9 @@ def test_a_plain_model_gets_no_lists(tmp_path: Path) -> None:
     before = json.loads((plain.path / "config.json").read_text())
     merged = stacked(tmp_path, [(plain, [0, 2]), (plain, [0, 3])])
     assert json.loads((merged.path / "config.json").read_text()) == {**before, "num_hidden_layers": 5}
+
+
+def test_whole_models_with_other_kinds_of_layers_are_refused(tmp_path: Path) -> None:
+    pair = [taken(tmp_path, "gemma2"), taken(tmp_path, "gemma2", layer_types=[FULL, SLIDING, FULL])]
+    with pytest.raises(ModelError, match="differ in layer_types"):
+        run_stage(tmp_path / "s", "merge", inputs={"models": pair})

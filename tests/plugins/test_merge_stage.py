@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,14 @@ from luthier.train import merging
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier.train.text import encode_text
+from luthier_plugins.merge import verify
 from luthier_plugins.merge.check import rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.reader import Weights
-from luthier_plugins.merge.verify import check_index
+from luthier_plugins.merge.verify import Verifier, check_index
 from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
@@ -118,7 +121,8 @@ def merged_by(
 
 @pytest.mark.parametrize("method", [{"uses": "linear"}, {"uses": "ties", "density": 0.3}, {"uses": "dare_ties"},
                                     {"uses": "della"}, {"uses": "sce", "density": 0.4}, {"uses": "tsv_m"},
-                                    {"uses": "multislerp"}], ids=lambda value: value["uses"])  # fmt: skip
+                                    {"uses": "multislerp"}, {"uses": "model_stock"}, {"uses": "ram"},
+                                    {"uses": "breadcrumbs"}], ids=lambda value: value["uses"])  # fmt: skip
 def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
     tmp_path: Path, models: list[Artifact], method: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +266,10 @@ def tied(tensors: dict, config: dict) -> None:
     config["tie_word_embeddings"] = not config["tie_word_embeddings"]
 
 
+def with_other_norms(tensors: dict, config: dict) -> None:
+    config["rms_norm_eps"] = 0.5
+
+
 def deeper(tensors: dict, config: dict) -> None:
     config["num_hidden_layers"] = 7
 
@@ -278,6 +286,7 @@ def deeper(tensors: dict, config: dict) -> None:
         (with_other_rope, ["rope_theta"]),
         (tied, ["tie_word_embeddings"]),
         (deeper, ["num_hidden_layers: 2 and 7"]),
+        (with_other_norms, ["rms_norm_eps: ", " and 0.5"]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -722,3 +731,131 @@ def test_tokenizers_are_told_apart_by_their_tokens_and_not_by_their_bytes(
     assert other.facts["tokenizer"] != taken.facts["tokenizer"]
     with pytest.raises(ModelError, match="different tokenizers"):
         run_stage(store, "merge", inputs={"models": [models[0], other]})
+
+
+def test_masks_are_those_of_the_model_and_of_the_parameter(models: list[Artifact], tmp_path: Path) -> None:
+    dare = {"uses": "dare_linear", "density": 0.5}
+    base = models[2]
+
+    def kept(model: Artifact, name: str) -> torch.Tensor:
+        return merged_by(tmp_path, [model], base, dare)[name] != weights(base)[name].float()
+
+    query, key = (f"model.layers.0.self_attn.{part}_proj.weight" for part in "qo")
+    masks = [kept(models[0], query), kept(models[0], key), kept(models[1], query)]
+    assert torch.equal(masks[0], kept(models[0], query))
+    for left, right in combinations(masks, 2):
+        assert 0.4 < float((left == right).float().mean()) < 0.6, "independent of each other"
+
+
+def test_the_result_is_stored_as_the_base_is(store: Path, models: list[Artifact]) -> None:
+    wide = tiny_model(store, seed=7, dtype="float32")
+    merged = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": [wide], "base": models[0]})
+    assert merged.facts["dtype"] == "BF16"
+    other = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": [models[0]], "base": wide})
+    assert other.facts["dtype"] == "F32"
+
+
+def test_whole_numbers_are_copied_from_the_base_and_listed(
+    store: Path, models: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(steps: int) -> Callable:
+        def change(tensors: dict, config: dict) -> None:
+            tensors["model.steps"] = torch.tensor([steps, 2**40 + 1])
+
+        return change
+
+    pair = [changed(model, tmp_path / model.key, counted(place)) for place, model in enumerate(models[:2])]
+    # transformers has no place for such a tensor: that it is written is looked at here.
+    monkeypatch.setattr("luthier_plugins.merge.verify.look", lambda folder: {})
+    merged = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": pair[:1], "base": pair[1]})
+    assert merged.facts["copied"] == ["model.steps"]
+    assert weights(merged)["model.steps"].tolist() == [1, 2**40 + 1]
+
+
+def test_whole_matrices_wait_for_each_other_where_memory_is_short(models: list[Artifact], tmp_path: Path) -> None:
+    inputs = Inputs([Weights(model) for model in models[:2]], None)
+    config = MergeConfig.model_validate({"models": ["a", "b"]}, context={"components": default_registry()})
+    layout = lay_out(config, inputs, 0, "float32")
+    lock, now, most = threading.Lock(), [0], [0]
+
+    class Slow:
+        granularity = "matrix"
+
+        def merge(self, part: MergePart) -> torch.Tensor:
+            with lock:
+                now[0] += 1
+                most[0] = max(most[0], now[0])
+            time.sleep(0.01)
+            with lock:
+                now[0] -= 1
+            return part.tensors[0]
+
+    for memory, expected in ((1, 1), (1 << 30, 4)):
+        most[0] = 0
+        output = Output(Path(tempfile.mkdtemp(dir=tmp_path)), layout.tensors, 1 << 30)
+        Engine(Slow(), output, Settings(4, memory=memory), lambda done, total: None).run(layout.tasks)
+        output.close()
+        assert most[0] == expected
+
+
+def test_a_merge_on_a_raw_base_talks_as_its_models_do(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    shutil.copytree(models[2].path, raw, ignore=shutil.ignore_patterns("manifest.json", "chat_template.jinja"))
+    (raw / "generation_config.json").write_text('{"eos_token_id": 0}')
+    base = run_stage(store, "base", {"source": str(raw)})
+    assert base.facts["chat_template"] is None
+    config = {"method": "task_arithmetic"}
+    merged = run_stage(store, "merge", config, inputs={"models": models[:2], "base": base})
+    for name in ("chat_template", "stop_token_ids"):
+        assert merged.facts[name] == models[0].facts[name] != base.facts[name]
+    assert not merged.manifest["warnings"]
+    own = tmp_path / "own"
+    shutil.copytree(models[1].path, own, ignore=shutil.ignore_patterns("manifest.json"))
+    (own / "chat_template.jinja").write_text("{{ 3 }}")
+    other = run_stage(store, "base", {"source": str(own)})
+    told = run_stage(store, "merge", config, inputs={"models": [models[0], other], "base": base})
+    assert told.facts["chat_template"] == models[0].facts["chat_template"]
+    assert "have another" in told.manifest["warnings"][0]
+
+
+@pytest.mark.parametrize("name", ["model_type", "architecture"])
+def test_models_of_another_architecture_are_refused(
+    store: Path, models: list[Artifact], tmp_path: Path, name: str
+) -> None:
+    if name == "architecture":
+        config = MergeConfig.model_validate({"models": ["a", "b"]}, context={"components": default_registry()})
+        facts = [model.facts for model in models[:2]]
+        assert config.problems({"models": facts}) == []
+        (told,) = config.problems({"models": [facts[0], {**facts[1], "architecture": "MistralForCausalLM"}]})
+        assert "architecture differs: LlamaForCausalLM and MistralForCausalLM" in told
+        return
+
+    def mistral(tensors: dict, config: dict) -> None:
+        config["model_type"] = "mistral"
+
+    odd = changed(models[1], tmp_path / models[1].key, mistral)
+    with pytest.raises(ModelError, match="differ in model_type: llama and mistral"):
+        run_stage(store, "merge", inputs={"models": [models[0], odd]})
+
+
+def test_what_is_written_is_looked_at(
+    store: Path, models: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(models[0].path, folder)
+    assert Verifier(folder).verdict() == {"loaded": "memory", "forward": "finite"}
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "ROOM", 0.0)
+        assert Verifier(folder).verdict() == {"loaded": "meta device"}
+        lacking = changed(models[1], tmp_path / "lacking", without_one)
+        with pytest.raises(ModelError, match="missing keys"):
+            Verifier(lacking.path).verdict()
+    shutil.copyfile(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ModelError, match="do not fit the index"):
+        Verifier(folder).verdict()
+
+    def endless(tensors: dict, config: dict) -> None:
+        tensors["model.norm.weight"][:] = 3e38
+
+    with pytest.raises(ModelError, match="a forward pass gives NaN or infinite values"):
+        Verifier(changed(models[1], tmp_path / "endless", endless).path).verdict()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from luthier.api import Artifact, ModelError
 from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import load_model, load_tokenizer
@@ -117,3 +119,25 @@ def test_padding_rows_stay_what_they_are(store: Path, pair: list[Artifact]) -> N
     )
     for name, tensor in plain.items():
         assert torch.equal(tensor, joint[name]), name
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "GPTNeoX"])
+def test_embeddings_of_other_names_have_rows_too(tmp_path: Path, kind: str) -> None:
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes = {"GPT2": {"n_embd": 32, "n_layer": 1, "n_head": 2}, "GPTNeoX": small}[kind]
+    tokens = tiny_model(tmp_path / "t")
+
+    def made(name: str, rows: int) -> Path:
+        config = getattr(transformers, f"{kind}Config")(vocab_size=rows, **sizes)
+        getattr(transformers, "GPT2LMHeadModel" if kind == "GPT2" else "GPTNeoXForCausalLM")(config).save_pretrained(
+            tmp_path / name
+        )
+        for text in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copyfile(tokens.path / text, tmp_path / name / text)
+        return tmp_path / name
+
+    with pytest.raises(ModelError, match="tokens, the embedding only 40 rows"):
+        run_stage(tmp_path / "s", "base", {"source": str(made("small", 40))})
+    pair = [run_stage(tmp_path / "s", "base", {"source": str(made(name, 400))}) for name in "ab"]
+    merged = run_stage(tmp_path / "s", "merge", {"tokenizer": "union"}, inputs={"models": pair})
+    assert merged.facts["tokenizer"] == pair[0].facts["tokenizer"]

@@ -26,6 +26,9 @@ HEAD = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$|\.(attn|attention)\.(masked_)?bias$|\.masked_bias$")
 """Buffers in old files: rotary frequencies, causal masks."""
+PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "falcon": "transformer.", "opt": "model.",
+            "gpt_neox": "gpt_neox."}  # fmt: skip
+"""What some old files leave out in front of all names but the head's."""
 PIECE = 1 << 22
 """Bytes that are compared at a time."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -124,8 +127,8 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def own_tensors(folder: Path, config: dict[str, Any], headers: dict[str, TensorHeader]) -> dict[str, TensorHeader]:
-    """The parameters of a model folder: all tensors but an output head that repeats the embedding it is tied to, and
-    but buffers that every program computes itself.
+    """The parameters of a model folder, by their full names: all tensors but an output head that repeats the embedding
+    it is tied to, and but buffers that every program computes itself.
 
     Some files have them, those that transformers writes of the same model do not. A head with other values is one of
     its own: transformers does not tie it either.
@@ -135,7 +138,10 @@ def own_tensors(folder: Path, config: dict[str, Any], headers: dict[str, TensorH
         config: Its ``config.json``, which leaves the tie out only where it is the architecture's own way.
         headers: All its tensors, see `tensor_headers`.
     """
-    headers = {name: header for name, header in headers.items() if not COMPUTED.search(name)}
+    prefix = PREFIXES.get(str(config.get("model_type")), "")
+    short = not any(name.startswith(prefix) for name in headers)
+    headers = {name if not short or name == HEAD else prefix + name: header for name, header in headers.items()
+               if not COMPUTED.search(f".{name}")}  # fmt: skip
     head = headers.get(HEAD)
     shared = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     if head is None or shared is None or config.get("tie_word_embeddings") is False:

@@ -97,12 +97,12 @@ class HubLock:
 def _ask_hub(repository: str, revision: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / revision
     try:
         commit = HfApi().model_info(repository, revision=revision).sha
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         if cached.exists():
             return cached.read_text(encoding="ascii").strip()
         raise ModelError(

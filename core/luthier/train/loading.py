@@ -18,6 +18,10 @@ from luthier.artifacts.models import carry_text_files, model_facts, read_json
 from luthier.artifacts.room import check_room
 
 SHARD = 5_000_000_000
+PROBED = 16
+"""Tokens with which a folded adapter is compared to what it was."""
+SAME = 1e-3
+"""How much of the largest logit rounding may move one."""
 HEADROOM = 1.5
 """How many times its size a model may need while it computes."""
 
@@ -90,11 +94,28 @@ def full_weights(artifact: Artifact, scratch: Path) -> Path:
     if artifact.kind != "adapter":
         return artifact.path
     scratch.mkdir(parents=True, exist_ok=True)
-    folded = fold(load_model(artifact))
+    model = load_model(artifact)
+    before = _answers(model)
+    folded = fold(model)
+    difference = float((_answers(folded) - before).abs().max())
+    if difference > SAME * float(before.abs().max()):
+        raise ModelError(
+            f"folded into its model, the adapter is another one: the scores of tokens differ by {difference:.3g}",
+            where=str(artifact.path),
+            hint="is the embedding tuned, and the output head tied to it? then it cannot be folded; "
+                 "train with an untied head",
+        )  # fmt: skip
     check_room(scratch, torch.float32.itemsize * folded.num_parameters(), "the model with the adapter folded in")
     folded.save_pretrained(scratch)
     carry_text_files(artifact.path, scratch)
     return scratch
+
+
+def _answers(model: Any) -> torch.Tensor:
+    """The logits after a few tokens, whichever they are."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        return model(input_ids=torch.arange(0, rows, max(1, rows // PROBED))[None, :PROBED]).logits
 
 
 def usable(artifact: Artifact, scratch: Path) -> Artifact:

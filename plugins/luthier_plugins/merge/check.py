@@ -17,7 +17,13 @@ from luthier_plugins.merge.stacking import kinds_by
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",
-        "tie_word_embeddings", "sliding_window")  # fmt: skip
+        "tie_word_embeddings", "sliding_window", "n_head", "n_layer", "hidden_activation", "activation_function",
+        "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "query_pre_attn_scalar",
+        "attn_logit_softcapping", "final_logit_softcapping", "layer_types", "no_rope_layers", "sliding_window_pattern",
+        "use_sliding_window", "max_window_layers", "logit_scale", "logits_scaling", "embedding_multiplier",
+        "residual_multiplier", "attention_multiplier", "norm_topk_prob", "scale_attn_by_inverse_layer_idx")  # fmt: skip
+BY_LAYER = ("num_hidden_layers", "n_layer", "layer_types", "no_rope_layers", "max_window_layers")
+"""What stacks of layers may differ in."""
 SHOWN = 5
 ORIGINAL = "original_max_position_embeddings"
 IMPLIED = ("partial_rotary_factor", ORIGINAL)
@@ -119,7 +125,7 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str]:
     pair = f"{lead.label} and {other.label}"
     for key in SAME:
-        if stacked and key == "num_hidden_layers":
+        if stacked and key in BY_LAYER:
             continue
         ours, theirs = lead.config.get(key), other.config.get(key)
         if ours != theirs and ours is not None and theirs is not None:

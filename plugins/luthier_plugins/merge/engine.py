@@ -2,7 +2,8 @@
 
 Small parameters are shared out among the workers; a large one is split, and all workers work on it. A part is always
 the same rows (`luthier.train.merging.Grid`), and sums are added up in the order of the parts: the result hangs
-neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part.
+neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part, and by
+`KEPT` for methods that look at a parameter before they merge it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from torch import Tensor
 
 CHUNK = 1 << 21
 """Entries in a job on a large parameter, at least one part."""
-KEPT = 1 << 26
-"""Bytes that a worker keeps of a parameter that is looked at twice, so that it is not read twice."""
+KEPT = 1 << 27
+"""Bytes that all workers together keep of parameters that are looked at twice, so that these are not read twice."""
 COPY = 1 << 22
 """Bytes copied at once."""
 MEMORY = 2 << 30
@@ -195,7 +196,7 @@ class Engine:
     def _keeps(self, task: Task) -> bool:
         """Whether a parameter is read into memory once, because it is looked at twice."""
         size = 4 * task.entries * (len(task.roles) + (task.base is not None) + len(task.extras))
-        return self.method.granularity == "statistics" and size <= KEPT
+        return self.method.granularity == "statistics" and size <= KEPT // self.settings.workers
 
     def _kept(self, task: Task, spans: Sequence[Span]) -> list[MergePart]:
         """All parts at once, each in buffers of its own that are used again for the next parameter."""

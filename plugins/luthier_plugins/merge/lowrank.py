@@ -83,7 +83,7 @@ class LowRank:
         if shared:
             raise Unfoldable(f"a change to {shared[0]}, which is the output head too")
         turned = [name for name, target in self.targets.items() if target.transposed]
-        self.beyond = next(iter([*self.replaced, *turned]), "")
+        self.beyond = next(iter([*self.replaced, *(f"{name}, which is stored transposed" for name in turned)]), "")
         self.files = Files(folder, self.headers)
         self.factors = lru_cache(maxsize=8)(self._factors)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
+from luthier.artifacts.adapters import HUB_ID
 
 Values = dict[str, Any]
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
@@ -85,8 +86,11 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     odd = sorted(set(found) - KNOWN)
     if odd:
         raise ValueError(f"the mergekit file has '{odd[0]}', which is not supported")
-    reader = _Reader(found, path.parent)
-    translated = reader.config()
+    try:
+        reader = _Reader(found, path.parent)
+        translated = reader.config()
+    except (TypeError, AttributeError, IndexError, KeyError) as error:
+        raise ValueError(f"the mergekit file '{path}' is not as mergekit wants it: {error}") from error
     return {**translated, **({"unused": reader.unused} if reader.unused else {}), **own}
 
 
@@ -122,6 +126,7 @@ class _Reader:
             raise ValueError("the mergekit file has neither `models` nor `slices`")
         stored = self.content.get("out_dtype") or self.content.get("dtype")
         if stored is not None:
+            stored = str(stored).removeprefix("torch.")
             if stored not in DTYPES:
                 raise ValueError(f"the dtype {stored} of the mergekit file is not one of {', '.join(sorted(DTYPES))}")
             result["dtype"] = stored
@@ -133,8 +138,15 @@ class _Reader:
             )
         tokenizer = self.content.get("tokenizer_source") or named.get("source")
         if tokenizer is not None:
-            result["tokenizer"] = tokenizer if tokenizer in ("base", "union") else self._place(tokenizer)
+            result["tokenizer"] = tokenizer if tokenizer == "union" else self._speaker(tokenizer, result)
         return result
+
+    def _speaker(self, tokenizer: Any, result: Values) -> str:
+        """Whose tokenizer the merged model has: ``base`` is the base's, else the first model's."""
+        if tokenizer != "base":
+            return self._place(tokenizer)
+        models = result.get("models") or [source["model"] for part in result["slices"] for source in part["sources"]]
+        return result.get("base") or models[0]
 
     def _of_models(self, entries: list[tuple[str, Values]], base: str | None) -> Values:
         if self.method in BASE_IS_A_MODEL and base is not None:
@@ -143,6 +155,9 @@ class _Reader:
             entries.sort(key=lambda entry: entry[0] != base)
         elif self.method not in WITHOUT_BASE:
             entries = [entry for entry in entries if entry[0] != base]
+        elif self.method != "passthrough" and base is not None and base not in [place for place, _ in entries]:
+            # A base that such a method does not look at is a model like the others.
+            entries = [(base, {}), *entries]
         result: Values = {"models": [place for place, _ in entries]}
         if base is not None and self.method not in WITHOUT_BASE:
             result["base"] = base
@@ -159,20 +174,28 @@ class _Reader:
                 raise ValueError("a slice of the mergekit file has settings of its own, which is not supported: "
                                  "use filters or gradients, or a recipe")  # fmt: skip
             sources: list[tuple[Values, Values]] = []
+            ranges: set[tuple[int, ...]] = set()
             for source in _entries(entry, "sources"):
                 place = self._place(source["model"])
                 own = dict(source.get("parameters") or {})
                 first = self.method in BASE_IS_A_MODEL and place == base
-                if place == base and self.method not in WITHOUT_BASE:
-                    continue
                 if "layer_range" not in source:
                     raise ValueError("a source in the mergekit file has no layer_range")
+                if place == base and self.method not in WITHOUT_BASE:
+                    ranges.add(tuple(source["layer_range"]))
+                    continue
                 made_of: Values = {"model": place, "layers": list(source["layer_range"])}
                 if self.method in WEIGHTED:
                     made_of["weight"] = self._weight(own)
                 if self.method == "passthrough" and "scale" in {*own, *self.shared}:
                     made_of["scale"] = self._complete(own.pop("scale", self.shared.get("scale")), "scale", 1.0)
                 sources.insert(0 if first else len(sources), (made_of, own))
+            if not sources:
+                raise ValueError("a slice of the mergekit file is of the base alone, which is not supported")
+            # The base's layers are those at the place of the first model's.
+            if ranges - {tuple(sources[0][0]["layers"])}:
+                raise ValueError("a slice of the mergekit file takes other layers of the base than of the models, "
+                                 "which is not supported")  # fmt: skip
             made.append({"sources": [made_of for made_of, _ in sources]})
             parameters.append([own for _, own in sources])
         if self.method == "passthrough":
@@ -235,10 +258,15 @@ class _Reader:
 
     def _place(self, model: Any) -> str:
         """A model's folder, relative to the file or to where one stands; else its hub id. ``model+adapter`` is both."""
+        if isinstance(model, dict):
+            parts = [cast("Values", model)[key]["path"] for key in ("model", "lora") if model.get(key)]
+            return "+".join(self._place(part) for part in parts)
         text = str(model)
         for path in (self.folder / Path(text).expanduser(), Path(text).expanduser()):
             if path.is_dir():
                 return os.path.abspath(path)
         if "+" in text:
             return "+".join(self._place(part) for part in text.rsplit("+", 1))
+        if not HUB_ID.fullmatch(text.partition("@")[0]):
+            raise ValueError(f"there is no folder '{text}', which the mergekit file names")
         return f"hf:{text}"

@@ -73,7 +73,8 @@ class Weights:
         self.config = read_json(folder / "config.json")
         stored = tensor_headers(folder)
         self.headers = own_tensors(folder, self.config, stored)
-        self.left_out = sorted(set(stored) - set(self.headers))
+        kept = set(self.headers.values())
+        self.left_out = sorted(name for name, header in stored.items() if header not in kept)
         adds = artifact.kind == "adapter" and folded is None
         self.adapter = LowRank(artifact.path, self.headers, self.config) if adds else None
         self.files = Files(folder, self.headers)

@@ -56,7 +56,9 @@ class Slerp:
 
 
 class Nuslerp:
-    """SLERP with t = w_2 / (w_1 + w_2), between task vectors where there is a base; by rows unless flattened."""
+    """SLERP (Shoemake 1985) with t = w_2 / (w_1 + w_2), between task vectors where there is a base; by rows unless
+    flattened.
+    """
 
     granularity: Granularity = "statistics"
 

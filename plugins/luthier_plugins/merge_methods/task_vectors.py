@@ -53,7 +53,9 @@ class DareLinear:
 
 
 class DareTies(DareLinear):
-    """DARE with the sign election of TIES."""
+    """base + scale * the sum of those entries of the dropped and rescaled task vectors that have the elected sign: DARE
+    (Yu et al. 2023, arXiv:2311.03099) with the election of TIES (Yadav et al. 2023, arXiv:2306.01708, section 3.2).
+    """
 
     consensus: ClassVar[bool] = True
 
@@ -77,7 +79,9 @@ class Della:
 
 
 class DellaLinear(Della):
-    """DELLA without sign election."""
+    """base + scale * sum_i w_i m_i (theta_i - base) / p_i, with the masks m_i and probabilities p_i of DELLA
+    (Deep et al. 2024, arXiv:2406.11617) and no sign election.
+    """
 
     consensus: ClassVar[bool] = False
 
@@ -115,7 +119,9 @@ class Ties:
 
 
 class Breadcrumbs(Ties):
-    """Task arithmetic without the largest and the smallest changes (Davari et al. 2023, arXiv:2312.06795)."""
+    """base + scale * sum_i w_i m_i (theta_i - base), where m_i leaves out a task vector's largest share gamma of
+    entries and all behind the next share density (Davari et al. 2023, arXiv:2312.06795, section 3).
+    """
 
     config: BreadcrumbsConfig
     consensus: ClassVar[bool] = False
@@ -125,6 +131,8 @@ class Breadcrumbs(Ties):
 
 
 class BreadcrumbsTies(Breadcrumbs):
-    """Breadcrumbs with the sign election of TIES."""
+    """base + scale * the sum of the crumbs (Davari et al. 2023, arXiv:2312.06795) that have the elected sign
+    (Yadav et al. 2023, arXiv:2306.01708, section 3.2).
+    """
 
     consensus: ClassVar[bool] = True

@@ -53,8 +53,8 @@ class ExtractLora:
         if not factors:
             raise ModelError("no linear layer differs between the two models", hint="is `base` the right one?")
         if left_out:
-            context.warn(f"{len(left_out)} tensors differ that a LoRA adapter cannot hold, so their change is lost: "
-                         f"{', '.join(left_out[:5])}")  # fmt: skip
+            context.warn(f"{len(left_out)} tensors differ that the adapter, of linear layers, does not hold, so their "
+                         f"change is lost: {', '.join(left_out[:5])}")  # fmt: skip
         facts = write_adapter(context.out, factors, context.input("base"), context.input("model"))
         ranks = [pair[1].shape[0] for pair in factors.values()]
         return {

@@ -60,7 +60,7 @@ def _opened(artifact: Artifact, headers: Mapping[str, TensorHeader], stack: Exit
         reason = str(unfoldable)
     if adapter is None or reason:
         raise ModelError(
-            f"an adapter changes more than linear layers: {reason}",
+            f"an adapter changes what this stage does not merge: {reason}",
             where=str(artifact.path),
             hint="merge it as a model, in the stage `merge`",
         )

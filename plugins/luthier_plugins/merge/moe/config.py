@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import Config, Field, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
@@ -17,7 +17,7 @@ class ExpertConfig(Config):
 
     model: ModelInput
     """The dense model whose feed-forward layers become the expert."""
-    prompts: list[str] = []
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
     """Texts that this expert is for, for `router: prompts`."""
 
 
