@@ -10,10 +10,13 @@ import pytest
 import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
+from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
+from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
+from luthier_plugins.merge.reader import content_of
 from safetensors.torch import load_file, save_file
 
 CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
@@ -88,6 +91,46 @@ def test_every_method_merges_in_the_core_space(store: Path, adapters: list[Artif
     assert merged.facts["r"] == 4
     assert 0 < merged.facts["kept"] <= 1
     assert all(bool(torch.isfinite(tensor).all()) for tensor in full(merged).values())
+
+
+@pytest.mark.parametrize("method", [{"uses": "ties", "density": 0.4}, {"uses": "dare_linear", "density": 0.5},
+                                    {"uses": "task_arithmetic", "scale": 0.5}, {"uses": "iso_c"}, {"uses": "tsv_m"}],
+                         ids=lambda value: value["uses"])  # fmt: skip
+@pytest.mark.parametrize("space", ["core", "delta"])
+def test_what_is_merged_in_a_space_is_what_the_method_makes_there(
+    store: Path, base: Artifact, adapters: list[Artifact], method: dict, space: str
+) -> None:
+    given = None if method["uses"] == "tsv_m" else [1.0, 2.0]
+    config = {"space": space, "method": method, "weights": given}
+    merged = run_stage(store, "merge_adapters", config, inputs={"models": adapters}, seed=5)
+    assert merged.facts["r"] <= 6, "what both have together"
+    name = "model.layers.1.self_attn.q_proj.weight"
+    plain = full(base)[name]
+    updates = [full(adapter)[name] - plain for adapter in adapters]
+    registry = default_registry()
+    component = registry.get("merge", method["uses"])
+    values = {key: value for key, value in method.items() if key != "uses"}
+    made = registry.impl_class(component)(registry.config_class(component)(**values))
+    noise = Noise(5, [content_of(adapter) for adapter in adapters], name)
+
+    def by_method(several: list[torch.Tensor]) -> torch.Tensor:
+        return merge_tensors(made, several, given, torch.zeros_like(several[0]), name=name, depth=1.0, noise=noise)
+
+    if space == "delta":
+        expected = by_method(updates)
+    else:
+        # The space that the factors span together, with the same bases: QR of the factors side by side.
+        pairs = [load_file(adapter.path / "adapter_model.safetensors") for adapter in adapters]
+        start = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        scales = [settings["lora_alpha"] / settings["r"] for settings in
+                  (json.loads((adapter.path / "adapter_config.json").read_text()) for adapter in adapters)]  # fmt: skip
+        left = torch.linalg.qr(torch.cat([pair[f"{start}B.weight"].float() * scale
+                                          for pair, scale in zip(pairs, scales, strict=True)], dim=1))[0]  # fmt: skip
+        right = torch.linalg.qr(torch.cat([pair[f"{start}A.weight"].float() for pair in pairs], dim=0).T)[0]
+        expected = left @ by_method([left.T @ update @ right for update in updates]) @ right.T
+    u, s, vh = torch.linalg.svd(expected)
+    nearest = (u[:, :6] * s[:6]) @ vh[:6]
+    torch.testing.assert_close(full(merged)[name] - plain, nearest, rtol=1e-3, atol=2e-4)
 
 
 def test_adapters_on_different_models_are_refused(store: Path, adapters: list[Artifact], tmp_path: Path, cli) -> None:
@@ -175,6 +218,17 @@ def test_models_of_qwen_become_a_mixture_of_qwen(tmp_path: Path, name: str, made
         assert full(tuned)[shared].any(), "what is silent can learn"
 
 
+def test_routers_at_random_differ_by_seed(store: Path, base: Artifact) -> None:
+    config = {"router": "random", "experts": [{}, {}, {}], "experts_per_token": 1, "dtype": "float32"}
+    inputs = {"base": base, **{f"experts.{place}.model": base for place in range(3)}}
+    gates = [full(run_stage(store, "moe", config, inputs=inputs, seed=seed))["model.layers.1.mlp.gate.weight"]
+             for seed in (1, 2)]  # fmt: skip
+    assert not torch.equal(*gates)
+    for gate in gates:
+        assert float(gate.std()) == pytest.approx(0.02, rel=0.3)
+        assert abs(float(gate.mean())) < 0.01
+
+
 def test_one_mixture_is_made_of_one_family() -> None:
     config = MoeConfig.model_validate({"base": "a", "router": "uniform", "experts": [{"model": "a"}, {"model": "b"}]})
 
@@ -235,6 +289,20 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     query = content["tensors"]["model.layers.0.self_attn.q_proj.weight"]
     assert all(value is not None for value in query.values())
     assert "<td>-</td>" in (partly.path / "report.html").read_text()
+    three = run_stage(store, "diff", inputs={"models": [*tuned, light], "base": base})
+    content = json.loads((three.path / "report.json").read_text())
+    assert len(content["whole"]) == 3 * 2 + 3, "two numbers a pair, and a norm each"
+    parts = [key for key in plain if key.startswith("model.layers.1.")]
+    left, right, whole = (
+        torch.cat([values[key].flatten() - zero[key].flatten() for key in parts])
+        for values, zero in ((one, plain), (two, plain), (plain, {k: v * 0 for k, v in plain.items()}))
+    )
+    row = content["layers"]["layer 1"]
+    first, second = content["models"][:2]
+    assert row[f"cosine {first}, {second}"] == pytest.approx(
+        float(torch.cosine_similarity(left, right, dim=0)), abs=1e-3)  # fmt: skip
+    assert row[f"norm {first}"] == pytest.approx(float(left.norm() / whole.norm()), rel=1e-3)
+    assert row[f"norm {second}"] == pytest.approx(float(right.norm() / whole.norm()), rel=1e-3)
     same = run_stage(store, "diff", inputs={"models": [base, base]})
     content = json.loads((same.path / "report.json").read_text())
     assert next(iter(content["whole"].values())) == pytest.approx(1)

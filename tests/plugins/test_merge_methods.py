@@ -392,3 +392,18 @@ def test_a_parameter_in_many_parts_is_merged_like_one_in_one_part(
                                            noise=Noise(1, ["a", "b", "c"], "w")))  # fmt: skip
             for other in found[1:]:
                 torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
+
+
+@given(st.integers(0, 1000))
+def test_directions_in_which_nothing_changed_are_left_alone(seed: int) -> None:
+    base, _ = near(seed, 1, 9, 7)
+    (a, b), (c, d) = tensors(seed + 1, 2, 9, 2), tensors(seed + 2, 2, 2, 7)
+    models = [base + a @ c, base + b @ d]
+    left, right = torch.linalg.qr(torch.cat([a, b], dim=1))[0], torch.linalg.qr(torch.cat([c, d]).T)[0]
+    for name in ("iso_c", "tsv_m"):
+        found = merge_tensors(method(name), models, base=base) - base
+        inside = left @ (left.T @ found @ right) @ right.T
+        torch.testing.assert_close(found, inside, rtol=1e-3, atol=1e-4)
+    sizes = torch.linalg.svdvals(merge_tensors(method("iso_c"), models, base=base) - base)
+    expected = torch.linalg.svdvals(a @ c + b @ d)[:4].mean()
+    torch.testing.assert_close(sizes[:4], expected.expand(4), rtol=1e-3, atol=1e-3)

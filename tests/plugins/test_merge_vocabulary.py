@@ -12,7 +12,7 @@ import transformers
 from luthier.api import Artifact, ModelError
 from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import load_model, load_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 OTHER_TEXTS = ("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.", "Die Lampe steht auf dem Tisch.") * 9
 
@@ -141,3 +141,30 @@ def test_embeddings_of_other_names_have_rows_too(tmp_path: Path, kind: str) -> N
     pair = [run_stage(tmp_path / "s", "base", {"source": str(made(name, 400))}) for name in "ab"]
     merged = run_stage(tmp_path / "s", "merge", {"tokenizer": "union"}, inputs={"models": pair})
     assert merged.facts["tokenizer"] == pair[0].facts["tokenizer"]
+
+
+def test_a_special_token_that_one_model_has_is_special_in_the_union(store: Path, tmp_path: Path) -> None:
+    models = [tiny_model(store, seed=seed, dtype="float32") for seed in (21, 22)]
+    folder = tmp_path / "more"
+    shutil.copytree(models[1].path, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    row = len(embedding)
+    entry = {**tokenizer["added_tokens"][-1], "id": row, "content": "<|tool|>", "special": True}
+    tokenizer["added_tokens"].append(entry)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": row + 1}))
+    tensors["model.embed_tokens.weight"] = torch.cat([embedding, torch.full((1, embedding.shape[1]), 0.25)])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    more = run_stage(store, "base", {"source": str(folder)})
+    merged = run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [models[0], more]})
+    made = load_tokenizer(merged)
+    (place,) = made.convert_tokens_to_ids(["<|tool|>"])
+    added = {item["content"]: item for item in json.loads((merged.path / "tokenizer.json").read_text())["added_tokens"]}
+    assert added["<|tool|>"]["special"] is True
+    assert added["<|tool|>"]["id"] == place
+    assert made("a<|tool|>b", add_special_tokens=False).input_ids.count(place) == 1
+    found = load_file(merged.path / "model.safetensors")["model.embed_tokens.weight"][place]
+    torch.testing.assert_close(found, torch.full_like(found, 0.25))

@@ -71,7 +71,7 @@ def luthier_components() -> list[Component]:
             summary=summary,
             config=f"{PACKAGE}.config:{config}",
             impl=f"{PACKAGE}.{impl}",
-            revision=2,
+            revision=3,
         )
         for name, summary, config, impl in METHODS
     ]

@@ -10,6 +10,8 @@ from luthier.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import IsoCConfig, TsvMConfig
 from torch import Tensor
 
+ROUNDING = 1e-5
+"""The share of the largest singular value below which one is rounding in float32."""
 EMBEDDINGS = ("embed_", "embeddings", "lm_head", "wte", "wpe")
 
 
@@ -28,7 +30,8 @@ def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 class IsoC:
     """base + scale * s U V^T, with U S V^T the sum of the task matrices and s the mean of S (Marczak et al. 2025,
-    arXiv:2502.04959, section 4.1). What is no matrix, and embeddings, is averaged.
+    arXiv:2502.04959, section 4.1); directions in which nothing changed, as with adapters, are left alone. What is no
+    matrix, and embeddings, is averaged.
     """
 
     granularity: ClassVar[Granularity] = "matrix"
@@ -44,7 +47,9 @@ class IsoC:
         total = sum((delta * weight for delta, weight in zip(part.deltas, part.weights, strict=True)),
                     torch.zeros_like(part.base))  # fmt: skip
         u, s, vh = torch.linalg.svd(total, full_matrices=False)
-        return part.base + scale * s.mean(dim=-1)[..., None, None] * (u @ vh)
+        there = _there(s)
+        mean = (s * there).sum(dim=-1) / there.sum(dim=-1).clamp(min=1)
+        return part.base + scale * mean[..., None, None] * ((u * there[..., None, :]) @ vh)
 
 
 class TsvM:
@@ -66,10 +71,22 @@ class TsvM:
         share = self.config.share or 1 / len(part.tensors)
         rank = max(1, int(min(part.place.shape[-2:]) * share))
         tasks = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
-        left = _nearest_orthogonal(torch.cat([u[..., :, :rank] for u, _, _ in tasks], dim=-1))
-        right = _nearest_orthogonal(torch.cat([vh[..., :rank, :].mT for _, _, vh in tasks], dim=-1))
-        sizes = torch.cat([s[..., :rank] for _, s, _ in tasks], dim=-1)
+        # Directions in which nothing changed are any: they would turn the others.
+        there = [_there(s)[..., None, :] for _, s, _ in tasks]
+        left = _nearest_orthogonal(
+            torch.cat([(u * kept)[..., :, :rank] for (u, _, _), kept in zip(tasks, there, strict=True)], dim=-1)
+        )
+        right = _nearest_orthogonal(
+            torch.cat([(vh.mT * kept)[..., :, :rank] for (_, _, vh), kept in zip(tasks, there, strict=True)], dim=-1)
+        )
+        sizes = torch.cat([(s * kept[..., 0, :])[..., :rank]
+                           for (_, s, _), kept in zip(tasks, there, strict=True)], dim=-1)  # fmt: skip
         return part.base + scale * (left * sizes[..., None, :]) @ right.mT
+
+
+def _there(sizes: Tensor) -> Tensor:
+    """Which singular values are more than rounding: 1 and 0, in the shape of `sizes`."""
+    return sizes.gt(ROUNDING * sizes.amax(dim=-1, keepdim=True)).to(sizes.dtype)
 
 
 def _nearest_orthogonal(matrix: Tensor) -> Tensor:
