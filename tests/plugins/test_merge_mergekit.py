@@ -17,7 +17,7 @@ from gguf_models import make_model
 from luthier.api import ModelError
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_model
-from luthier.train.merging import merge_tensors
+from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge_methods.config import MergekitConfig
 from luthier_plugins.merge_methods.mergekit import Mergekit
 from mergekit.merge_methods import merge_tensors as theirs
@@ -209,3 +209,19 @@ def test_a_mixture_has_mergekits_tensors_and_settings(name: str, tmp_path: Path)
             "intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "head_dim",
             "rope_parameters", "sliding_window", "tie_word_embeddings")  # fmt: skip
     assert {key: mine.get(key) for key in said} == {key: other.get(key) for key in said}
+
+
+def test_masks_of_mergekits_methods_hang_on_every_model_and_on_the_parameter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, *models = (torch.randn(16, 16, generator=generator) for _ in range(3))
+    config = MergekitConfig.model_validate({"name": "dare_linear", "parameters": {"density": 0.5, "lambda": 1.0}})
+    method = Mergekit(config)
+
+    def mask(contents: list[str], name: str) -> Tensor:
+        noise = Noise(0, contents, name)
+        return merge_tensors(method, models, [1.0, 0.0], base, name=name, noise=noise) != base
+
+    first = mask(["a", "b"], "w")
+    assert torch.equal(first, mask(["a", "b"], "w"))
+    for other in (mask(["a", "c"], "w"), mask(["c", "b"], "w"), mask(["a", "b"], "v")):
+        assert 0.3 < float((first == other).float().mean()) < 0.7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from torch import Tensor
 WITHOUT_CHANCE = ("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "ties", "breadcrumbs",
                   "breadcrumbs_ties", "model_stock", "sce", "nearswap", "ram", "ramplus_tl", "passthrough")  # fmt: skip
 """Methods of mergekit that draw no random numbers, so that several parameters may be merged at a time."""
+
+DRAWN = 16
+"""Numbers of each model that make the seed for a parameter."""
 
 
 class Mergekit:
@@ -86,8 +90,10 @@ class Mergekit:
             yield
             return
         assert part.draw is not None, "the engine gives every part its random numbers"
+        drawn = [part.draw(model, 0, DRAWN).numpy().tobytes() for model in range(len(part.tensors))]
+        seed = int.from_bytes(hashlib.sha256(b"".join(drawn)).digest()[:6])
         with self._lock, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed + int(part.draw(0, 0, 1) * 2**24))
+            torch.manual_seed(self.config.seed + seed)
             yield
 
     @staticmethod
