@@ -29,7 +29,7 @@ from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier.train.text import encode_text
 from luthier_plugins.merge import verify
-from luthier_plugins.merge.check import rope_of
+from luthier_plugins.merge.check import check_same, rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.files import DTYPES, Scratch
@@ -860,3 +860,19 @@ def test_what_is_written_is_looked_at(
 
     with pytest.raises(ModelError, match="a forward pass gives NaN or infinite values"):
         Verifier(changed(models[1], tmp_path / "endless", endless).path).verdict()
+
+
+def test_a_base_and_its_chat_model_may_differ_in_what_tells_nothing(
+    store: Path, models: list[Artifact], tmp_path: Path
+) -> None:
+    def written(**values: object) -> Callable:
+        return lambda tensors, config: config.update(values)
+
+    idle = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "rms_norm_eps": 1e-5}
+    changes = [idle, {**idle, "sliding_window": 128, "max_window_layers": 21, "rms_norm_eps": 1e-6}]
+    pair = [changed(model, tmp_path / model.key, written(**values))
+            for model, values in zip(models, changes, strict=False)]  # fmt: skip
+    check_same(Inputs([Weights(model) for model in pair], None))
+    sliding = changed(models[1], tmp_path / "on" / models[1].key, written(**{**changes[1], "use_sliding_window": True}))
+    with pytest.raises(ModelError, match="differ in sliding_window: 4096 and 128"):
+        check_same(Inputs([Weights(pair[0]), Weights(sliding)], None))

@@ -24,6 +24,11 @@ SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
         "residual_multiplier", "attention_multiplier", "norm_topk_prob", "scale_attn_by_inverse_layer_idx")  # fmt: skip
 BY_LAYER = ("num_hidden_layers", "n_layer", "layer_types", "no_rope_layers", "max_window_layers")
 """What stacks of layers may differ in."""
+WINDOWS = ("sliding_window", "max_window_layers")
+"""What tells nothing where no window slides; a base and its own chat model often differ in it."""
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+LARGEST_EPSILON = 1e-4
+"""Up to here, the epsilon of a norm changes next to nothing; a base and its own chat model sometimes differ in it."""
 SHOWN = 5
 ORIGINAL = "original_max_position_embeddings"
 IMPLIED = ("partial_rotary_factor", ORIGINAL)
@@ -124,10 +129,13 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str]:
     pair = f"{lead.label} and {other.label}"
+    windowless = all(model.config.get("use_sliding_window") is False for model in (lead, other))
     for key in SAME:
-        if stacked and key in BY_LAYER:
+        if (stacked and key in BY_LAYER) or (windowless and key in WINDOWS):
             continue
         ours, theirs = lead.config.get(key), other.config.get(key)
+        if key in EPSILONS and max(ours or 0.0, theirs or 0.0) <= LARGEST_EPSILON:
+            continue
         if ours != theirs and ours is not None and theirs is not None:
             yield f"{pair} differ in {key}: {ours} and {theirs}"
     left, right = rope_of(lead.config), rope_of(other.config)
