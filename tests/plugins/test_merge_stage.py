@@ -447,33 +447,26 @@ def test_what_the_disk_cannot_hold_is_refused_before_a_tensor_is_read(
         run_stage(store, "merge", inputs={"models": models[:2]})
 
 
-def test_the_other_process_tells_what_it_finds(tmp_path: Path, models: list[Artifact]) -> None:
+def looked_at_apart(folder: Path, meanwhile: str) -> subprocess.CompletedProcess[str]:
+    """A look at a model by another process, started by one without transformers that does something first."""
     code = (
-        "import sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
-        "with Verifier(Path(sys.argv[1])) as verifier:\n"
-        "    assert 'transformers' not in sys.modules\n"
-        "    print(verifier.verdict())\n"
+        "import os, signal, sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
+        f"with Verifier(Path(sys.argv[1])) as verifier:\n    {meanwhile}\n    print(verifier.verdict())\n"
     )
-    good = subprocess.run(
-        [sys.executable, "-c", code, str(models[0].path)], capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+
+
+def test_the_other_process_tells_what_it_finds(tmp_path: Path, models: list[Artifact]) -> None:
+    light = "assert 'transformers' not in sys.modules"
+    good = looked_at_apart(models[0].path, light)
     assert "'forward': 'finite'" in good.stdout, good.stderr
-    spoiled = changed(models[1], tmp_path / "spoiled", without_one)
-    bad = subprocess.run([sys.executable, "-c", code, str(spoiled.path)], capture_output=True, text=True, check=False)
+    bad = looked_at_apart(changed(models[1], tmp_path / "spoiled", without_one).path, light)
     assert "missing keys" in bad.stderr
     assert NAME in bad.stderr
 
 
-def test_a_process_that_is_killed_is_told_as_such(tmp_path: Path, models: list[Artifact]) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
-        "with Verifier(Path(sys.argv[1])) as verifier:\n"
-        "    os.kill(verifier._process.pid, signal.SIGKILL)\n"
-        "    print(verifier.verdict())\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(models[0].path)], capture_output=True, text=True, check=False
-    )
+def test_a_process_that_is_killed_is_told_as_such(models: list[Artifact]) -> None:
+    done = looked_at_apart(models[0].path, "os.kill(verifier._process.pid, signal.SIGKILL)")
     assert done.returncode != 0
     assert "signal 9 ended the process that looked at it" in done.stderr
 

@@ -81,58 +81,59 @@ class TaskVectorConfig(MergeMethodConfig):
     """What the merged task vector is multiplied with (lambda)."""
 
 
-class TaskArithmeticConfig(TaskVectorConfig):
-    """Adds up task vectors."""
+class SummedConfig(TaskVectorConfig):
+    """What the methods share that add up task vectors, or what is kept of them."""
+
+    elects: ClassVar[bool] = False
+    """Whether only entries of the elected sign are added up (TIES)."""
 
     normalize: bool = False
     """Divide by the sum of the weights."""
 
     @property
     def divides(self) -> Divisor:
-        return "weights of changes" if self.normalize else "nothing"
+        if not self.normalize:
+            return "nothing"
+        return "agreeing weights" if self.elects else "weights of changes"
 
 
-class TiesConfig(TaskVectorConfig):
+class TaskArithmeticConfig(SummedConfig):
+    """Adds up task vectors."""
+
+
+class TiesConfig(SummedConfig):
     """TIES merging."""
+
+    elects: ClassVar[bool] = True
 
     density: Share = 0.5
     """The share of each task vector's entries that is kept, the largest by magnitude."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
 
-    @property
-    def divides(self) -> Divisor:
-        return "agreeing weights" if self.normalize else "nothing"
 
-
-class DareConfig(TaskVectorConfig):
+class DareConfig(SummedConfig):
     """DARE: drop entries at random and rescale the others."""
 
     density: Share = 0.5
     """The probability with which an entry is kept."""
     rescale: bool = True
     """Divide what is kept by the density, so that the expectation stays."""
-    normalize: bool = False
-    """Divide by the sum of the weights."""
-
-    @property
-    def divides(self) -> Divisor:
-        return "weights of changes" if self.normalize else "nothing"
 
 
 class DareTiesConfig(DareConfig):
     """DARE with the sign election of TIES."""
 
+    elects: ClassVar[bool] = True
+
     normalize: bool = False
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
 
-    @property
-    def divides(self) -> Divisor:
-        return "agreeing weights" if self.normalize else "nothing"
 
-
-class DellaConfig(TaskVectorConfig):
+class DellaConfig(SummedConfig):
     """DELLA: drop entries at random, the small ones more likely."""
+
+    elects: ClassVar[bool] = True
 
     density: Share = 0.5
     """The mean probability with which an entry is kept."""
@@ -142,10 +143,6 @@ class DellaConfig(TaskVectorConfig):
     """Divide what is kept by its probability, so that the expectation stays."""
     normalize: bool = True
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
-
-    @property
-    def divides(self) -> Divisor:
-        return "agreeing weights" if self.normalize else "nothing"
 
     @model_validator(mode="after")
     def _probabilities(self) -> DellaConfig:
@@ -165,38 +162,28 @@ class DellaConfig(TaskVectorConfig):
 class DellaLinearConfig(DellaConfig):
     """DELLA without sign election."""
 
+    elects: ClassVar[bool] = False
+
     normalize: bool = False
     """Divide by the sum of the weights."""
 
-    @property
-    def divides(self) -> Divisor:
-        return "weights of changes" if self.normalize else "nothing"
 
-
-class BreadcrumbsConfig(TaskVectorConfig):
+class BreadcrumbsConfig(SummedConfig):
     """Model breadcrumbs: drop the largest entries and the smallest."""
 
     density: Share = 0.9
     """The share of each task vector's entries that is kept."""
     gamma: Share = 0.01
     """The share of largest entries that is dropped."""
-    normalize: bool = False
-    """Divide by the sum of the weights."""
-
-    @property
-    def divides(self) -> Divisor:
-        return "weights of changes" if self.normalize else "nothing"
 
 
 class BreadcrumbsTiesConfig(BreadcrumbsConfig):
     """Model breadcrumbs with the sign election of TIES."""
 
+    elects: ClassVar[bool] = True
+
     normalize: bool = False
     """Divide by the sum of the weights that agree with the elected sign, entry by entry."""
-
-    @property
-    def divides(self) -> Divisor:
-        return "agreeing weights" if self.normalize else "nothing"
 
 
 class ModelStockConfig(MergeMethodConfig):
