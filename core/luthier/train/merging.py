@@ -15,8 +15,9 @@ from torch import Tensor
 
 from luthier.api.merging import Merge, MergePart, MergePlace, Scan
 
-BLOCK = 1 << 18
-"""Entries in a part, at most, unless one row has more: small enough for a core's cache."""
+BLOCK = 1 << 19
+"""Entries in a part, at most, unless one row has more: small enough for a core's cache, and large enough that threads
+do not wait for each other's Python between parts."""
 PHILOX_NUMBERS = 16
 """Philox gives 256 bits for each count: 16 numbers of 16 bits."""
 

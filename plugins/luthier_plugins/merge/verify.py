@@ -24,6 +24,8 @@ from luthier.artifacts.models import check_model_folder, read_json
 INDEX = "model.safetensors.index.json"
 ROOM = 0.5
 """The share of the free memory that a model may take for the forward pass."""
+TOKENS = 2
+"""Tokens in the forward pass: one that attends to another. More only multiply the time (bfloat16 is slow on CPUs)."""
 
 
 class Verifier:
@@ -140,7 +142,7 @@ def look(folder: Path) -> Facts:
     if fits:
         rows = model.get_input_embeddings().weight.shape[0]
         with torch.no_grad():
-            logits = model(input_ids=torch.arange(min(8, rows))[None]).logits
+            logits = model(input_ids=torch.arange(min(TOKENS, rows))[None]).logits
         if not bool(torch.isfinite(logits).all()):
             return {"problem": "a forward pass gives NaN or infinite values"}
         proof["forward"] = "finite"

@@ -71,7 +71,7 @@ def luthier_components() -> list[Component]:
             summary=summary,
             config=f"{PACKAGE}.config:{config}",
             impl=f"{PACKAGE}.{impl}",
-            revision=3,
+            revision=4,
         )
         for name, summary, config, impl in METHODS
     ]
