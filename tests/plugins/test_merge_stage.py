@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, MergePart, ModelError, StoreError
@@ -119,21 +120,32 @@ def merged_by(
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("method", [{"uses": "linear"}, {"uses": "ties", "density": 0.3}, {"uses": "dare_ties"},
-                                    {"uses": "della"}, {"uses": "sce", "density": 0.4}, {"uses": "tsv_m"},
-                                    {"uses": "multislerp"}, {"uses": "model_stock"}, {"uses": "ram"},
-                                    {"uses": "breadcrumbs"}], ids=lambda value: value["uses"])  # fmt: skip
+WITHOUT_DATA = sorted(set(default_registry().names("merge")) - {"fisher", "regmean", "mergekit"})
+OWN_SETTINGS = {"ties": {"density": 0.3}, "sce": {"density": 0.4}, "nuslerp": {"flatten": False},
+                "model_stock": {"filter_wise": True}, "ram": {"r": 0.5}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITHOUT_DATA)
 def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
-    tmp_path: Path, models: list[Artifact], method: dict, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, models: list[Artifact], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merging, "BLOCK", 1000)
-    base = None if method["uses"] == "linear" else models[2]
-    first = merged_by(tmp_path, models[:2], base, method, workers=1, chunk=1 << 21)
+    registry = default_registry()
+    asks: Any = registry.config_class(registry.get("merge", name))
+    given_models = models[: 1 if asks.models == (1, 1) else 2]
+    base = None if asks.base == "unused" else models[2]
+    values = {"uses": name, **OWN_SETTINGS.get(name, {})}
+    first = merged_by(tmp_path, given_models, base, values, workers=1, chunk=1 << 21)
     # Small chunks split most tensors among the workers, and what is split is not held in memory to select from.
     monkeypatch.setattr(selection, "IN_MEMORY", 0)
-    for workers, chunk in ((1, 1), (2, 1500), (4, 4000)):
-        other = merged_by(tmp_path, models[:2], base, method, workers=workers, chunk=chunk)
+
+    @settings(max_examples=3, deadline=None)
+    @given(st.sampled_from([1, 2, 4]), st.integers(1, 8000))
+    def same(workers: int, chunk: int) -> None:
+        other = merged_by(tmp_path, given_models, base, values, workers=workers, chunk=chunk)
         assert all(torch.equal(tensor, other[name]) for name, tensor in first.items())
+
+    same()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
