@@ -260,6 +260,44 @@ def test_settings_follow_layers_and_filters() -> None:
     assert other.values(config.density) == pytest.approx([0.6, 1.0])
 
 
+DEEP = "model.layers.9.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "values"),
+    [("ram", "threshold", (0.1, 0.5)), ("ram", "r", (0.0, 0.6)), ("ram", "alpha", (0.1, 0.4)),
+     ("tsv_m", "share", (0.2, 0.9)), ("fisher", "floor", (0.1, 3.0)), ("regmean", "alpha", (0.1, 0.9)),
+     ("karcher", "tolerance", (1e-6, 3.0))],
+)  # fmt: skip
+def test_parameters_follow_layers_and_filters(name: str, parameter: str, values: tuple[float, float]) -> None:
+    base, models = near(2, 2)
+    extras = {"fisher": [model.square() for model in models], "regmean": [model.T @ model for model in models]}
+    also = {"r": 0.5, "threshold": 0.3} if name == "ram" else {}
+
+    def merged(setting: object, depth: float) -> Tensor:
+        return merge_tensors(method(name, **{**also, parameter: setting}), models, [1.0, 0.4],
+                             None if config_of(name).base == "unused" else base, name=DEEP, depth=depth,
+                             extras=extras.get(name, ()))  # fmt: skip
+
+    first, last = (merged(value, 0.0) for value in values)
+    assert not torch.equal(first, last)
+    for depth, expected in ((0.0, first), (1.0, last)):
+        assert torch.equal(merged(list(values), depth), expected)
+    assert torch.equal(merged([{"filter": "mlp", "value": values[1]}, {"value": values[0]}], 0.0), last)
+    assert torch.equal(merged([{"filter": "attn", "value": values[1]}, {"value": values[0]}], 0.0), first)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [("ram", {"threshold": -1.0}, "-1 is less than 0"), ("ram", {"r": [0.0, -0.5]}, "-0.5 is less than 0"),
+     ("karcher", {"tolerance": 0.0}, "0 is not above 0"), ("fisher", {"floor": [1.0, 0.0]}, "0 is not above 0"),
+     ("tsv_m", {"share": [0.5, 1.5]}, "1.5 is not between 0 and 1"), ("tsv_m", {"share": 0}, "0 is not above 0")],
+)  # fmt: skip
+def test_parameters_out_of_their_limits_are_refused(name: str, values: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_of(name, **values)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [(1.5, "1.5 is not between 0 and 1"), ([0.5, 2], "2 is not between 0 and 1"), ([], "empty list"),

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, MergePart, ModelError, StoreError
 from luthier.artifacts.datasets import read_split
+from luthier.artifacts.models import NO_TOKENIZER, VOCABULARY_FILES
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
@@ -388,6 +389,38 @@ def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_
     with pytest.raises(ModelError, match="3 problems") as caught:
         run_stage(store, "merge", inputs={"models": [models[0], spoiled]})
     assert all(text in str(caught.value) for text in (NAME, "rope_theta", "num_hidden_layers"))
+
+
+def test_weights_disk_and_vocabularies_are_told_with_the_problems_of_headers(
+    store: Path, models: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoiled = changed(models[1], tmp_path / models[1].key, with_other_rope)
+    for name in VOCABULARY_FILES:
+        (spoiled.path / name).unlink(missing_ok=True)
+    usage = shutil.disk_usage(store)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(Weights, "read", lambda *arguments: pytest.fail("a tensor was read"))
+    gradient = {"weights": [1.0, [-1.0, 0.5]]}
+    for tokenizer, about in (("base", "has no tokenizer"), ("union", "has no tokenizer.json")):
+        with pytest.raises(ModelError, match="4 problems") as caught:
+            run_stage(store, "merge", {**gradient, "tokenizer": tokenizer}, inputs={"models": [models[0], spoiled]})
+        assert all(text in str(caught.value) for text in ("rope_theta", about, "sum to zero", "the disk has"))
+
+
+def test_a_plan_names_models_without_a_tokenizer() -> None:
+    config = MergeConfig.model_validate({"models": ["a", "b", "c"]}, context={"components": default_registry()})
+    facts = [{"architecture": "x", "tensors": 3, "tokenizer": digest} for digest in ("one", NO_TOKENIZER, "one")]
+    (problem,) = config.problems({"models": facts})
+    assert "1 of 3 have no tokenizer" in problem
+
+
+def test_filters_that_no_parameter_has_are_told(store: Path, models: list[Artifact]) -> None:
+    density = [{"filter": "mlpp", "value": 0.2}, {"filter": "self_attn", "value": 0.3}, {"value": 0.5}]
+    config = {"weights": [[{"filter": "lm_hed", "value": 2.0}, {"value": 1.0}], 1.0],
+              "method": {"uses": "ties", "density": density}}  # fmt: skip
+    merged = run_stage(store, "merge", config, inputs={"models": models[:2], "base": models[2]})
+    (warning,) = merged.manifest["warnings"]
+    assert "no parameter's name contains 'lm_hed', 'mlpp'" in warning
 
 
 def test_values_that_do_not_fit_the_dtype_are_refused(store: Path, models: list[Artifact]) -> None:

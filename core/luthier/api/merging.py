@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -114,13 +115,16 @@ def _complete(setting: PlainSetting | PerModel) -> PlainSetting | PerModel:
     return setting
 
 
-def within(low: float, high: float) -> AfterValidator:
-    """Refuse settings with a number outside of [low, high]."""
+def within(low: float, high: float = math.inf, *, above: bool = False) -> AfterValidator:
+    """Refuse settings with a number outside of [low, high], or of (low, high] where it has to be `above` the low."""
 
     def check(setting: PlainSetting | PerModel) -> PlainSetting | PerModel:
-        odd = [value for value in leaves(setting) if not low <= value <= high]
-        if odd:
-            raise ValueError(f"{odd[0]:g} is not between {low:g} and {high:g}")
+        for value in leaves(setting):
+            if above and value <= low:
+                raise ValueError(f"{value:g} is not above {low:g}")
+            if not low <= value <= high:
+                limits = f"less than {low:g}" if high == math.inf else f"not between {low:g} and {high:g}"
+                raise ValueError(f"{value:g} is {limits}")
         return setting
 
     return AfterValidator(check)

@@ -16,6 +16,10 @@ from luthier.artifacts.digest import digest_file, digest_value
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja",
                    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")  # fmt: skip
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Those of them that hold tokens."""
+NO_TOKENIZER = digest_value({})
+"""The digest of the tokenizer of a folder without one."""
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 CARRIED = (*TOKENIZER_FILES, GENERATION)
@@ -230,8 +234,13 @@ def tokenizer_digest(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if path.exists():
         return _vocabulary_digest(digest_file(path), path)
-    names = [name for name in ("tokenizer.model", "vocab.json", "merges.txt") if (folder / name).exists()]
+    names = [name for name in VOCABULARY_FILES[1:] if (folder / name).exists()]
     return digest_value({name: digest_file(folder / name) for name in names})
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer of any kind."""
+    return any((folder / name).exists() for name in VOCABULARY_FILES)
 
 
 def same_tokenizer(one: Path, other: Path) -> bool:

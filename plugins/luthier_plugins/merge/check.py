@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.api import ModelError
 from luthier.api.merging import Divisor, cancel
-from luthier.artifacts.models import same_tokenizer
+from luthier.artifacts.models import has_tokenizer, same_tokenizer
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
@@ -46,7 +46,7 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    _refuse(_problems(config, inputs), "merged")
+    refuse(problems(config, inputs), "merged")
 
 
 def check_stored(inputs: Inputs, what: str) -> None:
@@ -58,7 +58,7 @@ def check_stored(inputs: Inputs, what: str) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    _refuse((text for model in inputs.all for text in _odd_dtypes(model)), what)
+    refuse((text for model in inputs.all for text in _odd_dtypes(model)), what)
 
 
 def check_same(inputs: Inputs) -> None:
@@ -69,21 +69,31 @@ def check_same(inputs: Inputs) -> None:
     """
     lead = inputs.lead
     others = [other for other in inputs.all if other is not lead]
-    problems = [text for model in inputs.all for text in _odd_dtypes(model)]
-    problems += [text for other in others
+    found = [text for model in inputs.all for text in _odd_dtypes(model)]
+    found += [text for other in others
                  for part in (_other_config(lead, other, stacked=False), _other_tensors(lead, other, ignore_rows=False))
                  for text in part]  # fmt: skip
-    _refuse(problems, "compared")
+    refuse(found, "compared")
 
 
-def _refuse(found: Iterable[str], what: str) -> None:
-    problems = list(dict.fromkeys(found))
-    if problems:
-        text = problems[0] if len(problems) == 1 else "\n".join([f"{len(problems)} problems:", *problems])
+def refuse(found: Iterable[str], what: str) -> None:
+    """Raise what was found, all at once.
+
+    Args:
+        found: The problems; with none, nothing happens.
+        what: What was to be done with the models.
+
+    Raises:
+        ModelError: with every problem.
+    """
+    texts = list(dict.fromkeys(found))
+    if texts:
+        text = texts[0] if len(texts) == 1 else "\n".join([f"{len(texts)} problems:", *texts])
         raise ModelError(f"the models cannot be {what}: {text}", hint="nothing was read or written")
 
 
-def _problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+    """What does not fit together, by configs and headers."""
     lead = inputs.lead
     for other in inputs.all:
         yield from _odd_dtypes(other)
@@ -93,7 +103,7 @@ def _problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
                 yield from _other_tokenizer(lead, other)
             if not config.slices:
                 yield from _other_tensors(lead, other, ignore_rows=config.tokenizer != "base")
-    yield from _slices(config, inputs)
+    yield from unstackable(config, inputs)
 
 
 def _odd_dtypes(model: Source) -> Iterator[str]:
@@ -146,7 +156,10 @@ def _other_config(lead: Source, other: Source, *, stacked: bool) -> Iterator[str
 
 
 def _other_tokenizer(lead: Source, other: Source) -> Iterator[str]:
-    if not same_tokenizer(lead.artifact.path, other.artifact.path):
+    without = [model.label for model in (lead, other) if not has_tokenizer(model.artifact.path)]
+    if len(without) == 1:
+        yield f"{without[0]} has no tokenizer: put that of its model beside the weights"
+    elif not same_tokenizer(lead.artifact.path, other.artifact.path):
         yield f"{lead.label} and {other.label} have different tokenizers; `tokenizer: union` joins them"
 
 
@@ -182,7 +195,7 @@ def is_vocabulary(name: str) -> bool:
     return name.endswith(VOCABULARY)
 
 
-def _slices(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+def unstackable(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     """What does not fit in a stack of slices: every layer's tensors, and those outside of layers."""
     if not config.slices:
         return
@@ -238,21 +251,35 @@ def _differences(
             yield f"{name} is {shapes[0]} in {one} and {shapes[1]} in {two}"
 
 
-def check_weights(method: str, divisor: Divisor, tasks: Sequence[Task]) -> None:
-    """Refuse weights that sum to zero for some parameter, where the method divides by their sum.
+def weights_that_cancel(method: str, divisor: Divisor, tasks: Sequence[Task]) -> Iterator[str]:
+    """Weights that sum to zero for some parameters, where the method divides by their sum.
 
     Args:
         method: Its name.
         divisor: What it divides by.
         tasks: The parameters with their weights.
-
-    Raises:
-        ModelError: names such parameters.
     """
     odd = [task.place.name for task in tasks if cancel(task.numbers, divisor)]
     if odd:
-        raise ModelError(
-            f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum: "
-            f"{', '.join(odd[:SHOWN])}",
-            hint="change the gradients or filters of `weights`",
-        )
+        yield (f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum (change the "
+               f"gradients or filters of `weights`): {', '.join(odd[:SHOWN])}")  # fmt: skip
+
+
+def idle_filters(values: Any, names: Sequence[str]) -> list[str]:
+    """The filters among settings that no parameter's name contains.
+
+    Args:
+        values: Settings as plain values, however deep.
+        names: The parameters.
+    """
+    found: list[str] = []
+    if isinstance(values, Mapping):
+        inside: Mapping[str, Any] = values
+        pattern = inside.get("filter")
+        if isinstance(pattern, str) and pattern != "*" and not any(pattern in name for name in names):
+            found.append(pattern)
+        found += [text for value in inside.values() for text in idle_filters(value, names)]
+    elif isinstance(values, (list, tuple)):
+        several: Sequence[Any] = values
+        found += [text for value in several for text in idle_filters(value, names)]
+    return list(dict.fromkeys(found))

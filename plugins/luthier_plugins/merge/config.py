@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from luthier.api import Config, Field, Input, MergeMethodConfig, MergeUse, ModelInput, NotIdentity, Setting, StageConfig
 from luthier.api.artifact import ArtifactKind
 from luthier.api.merging import cancel
+from luthier.artifacts.models import NO_TOKENIZER
 from luthier_plugins.merge.mergekit_yaml import as_config
 from pydantic import ConfigDict, ValidationInfo, model_validator
 
@@ -142,6 +143,11 @@ class MergeConfig(StageConfig):
         found: list[str] = []
         for name in [*same, *(["tokenizer"] if self.tokenizer == "base" else [])]:
             values = list(dict.fromkeys(str(facts.get(name)) for facts in models))
+            if name == "tokenizer" and NO_TOKENIZER in values and len(values) > 1:
+                bare = sum(facts.get(name) == NO_TOKENIZER for facts in models)
+                found.append(f"the models cannot be merged: {bare} of {len(models)} have no tokenizer; put that of its "
+                             "model beside the weights")  # fmt: skip
+                values.remove(NO_TOKENIZER)
             if len(values) > 1:
                 short = " and ".join(value[:24] for value in values)
                 hint = "; `tokenizer: union` joins them" if name == "tokenizer" else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
+from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext, StoreError
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import (
     GENERATION,
@@ -26,10 +26,10 @@ from luthier.artifacts.models import (
     read_json,
 )
 from luthier.artifacts.room import check_room
-from luthier_plugins.merge.check import check, check_weights
+from luthier_plugins.merge.check import check, idle_filters, problems, refuse, unstackable, weights_that_cancel
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Extras, Settings
-from luthier_plugins.merge.layout import Inputs, lay_out
+from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
 from luthier_plugins.merge.reader import Weights, dump_json, full_of, label_of
 from luthier_plugins.merge.verify import Verifier
@@ -50,16 +50,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         artifacts = _artifacts(config, context)
         inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config))
         left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
-        check(config, inputs)
-        _tell_other_ancestors(inputs, context)
-        if config.unused:
-            context.warn(f"{config.method.name} does not look at {', '.join(config.unused)}: left out")
-        vocabulary = _vocabulary(config, context, inputs)
-        if vocabulary is not None:
-            inputs = respell(inputs, vocabulary)
-        layout = lay_out(config, inputs, context.seed, config.dtype)
-        check_weights(config.method.name, _method_config(config).divides, layout.tasks)
-        check_room(context.out, size_of(layout.tensors), "the merged model")
+        inputs, vocabulary, layout = _drafted(config, inputs, context)
+        _tell_doubts(config, inputs, layout, context)
         prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
         tasks = [replace(task, extras=prepared.of(task.place.name)) for task in layout.tasks]
         bare = [task.place.name for task in tasks if not task.extras and not task.copied]
@@ -93,6 +85,49 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         "proof": proof,
         **({} if vocabulary is None else {"tokens_from": dict(Counter(vocabulary.sources.values()))}),
     }
+
+
+def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> tuple[Inputs, Vocabulary | None, Layout]:
+    """The models in the merged model's vocabulary, that vocabulary where it is new, and the merged model's layout.
+
+    Raises:
+        ModelError: with every reason why the models cannot be merged.
+        StoreError: the disk has too little room, and nothing else is wrong.
+    """
+    found = list(problems(config, inputs))
+    vocabulary: Vocabulary | None = None
+    layout: Layout | None = None
+    full: StoreError | None = None
+    try:
+        vocabulary = _vocabulary(config, context, inputs)
+        if vocabulary is not None:
+            inputs = respell(inputs, vocabulary)
+    except ModelError as error:
+        found.append(error.message)
+    # Without the layers there is no layout; other problems do not stand in its way.
+    if not any(unstackable(config, inputs)):
+        layout = lay_out(config, inputs, context.seed, config.dtype)
+        found += weights_that_cancel(config.method.name, _method_config(config).divides, layout.tasks)
+        try:
+            check_room(context.out, size_of(layout.tensors), "the merged model")
+        except StoreError as error:
+            full = error
+    if full is not None and not found:
+        raise full
+    refuse([*found, *([full.message] if full else [])], "merged")
+    assert layout is not None, "refused otherwise"
+    return inputs, vocabulary, layout
+
+
+def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: StageContext) -> None:
+    """Say what is right in some merges and a mistake in others."""
+    if config.unused:
+        context.warn(f"{config.method.name} does not look at {', '.join(config.unused)}: left out")
+    settings = [config.model_dump(mode="json", include={"weights", "slices"}), config.method.config.model_dump()]
+    idle = idle_filters(settings, list(layout.tensors))
+    if idle:
+        context.warn(f"no parameter's name contains {', '.join(map(repr, idle))}: such a filter does nothing")
+    _tell_other_ancestors(inputs, context)
 
 
 def _tell_other_ancestors(inputs: Inputs, context: StageContext) -> None:

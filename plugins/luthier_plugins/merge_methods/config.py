@@ -9,6 +9,8 @@ from luthier.api.merging import BaseUse, Divisor
 from pydantic import model_validator
 
 Fraction = Annotated[Setting, within(0.0, 1.0)]
+Amount = Annotated[Setting, within(0.0)]
+Positive = Annotated[Setting, within(0.0, above=True)]
 
 
 class LinearConfig(MergeMethodConfig):
@@ -64,7 +66,7 @@ class KarcherConfig(MergeMethodConfig):
 
     steps: int = Field(default=10, gt=0)
     """Iterations at most."""
-    tolerance: float = Field(default=1e-5, gt=0)
+    tolerance: Positive = 1e-5
     """Stop when the mean moves by less, in radians."""
 
     @property
@@ -232,11 +234,11 @@ class RamConfig(MergeMethodConfig):
     base: ClassVar[BaseUse] = "required"
     weighted: ClassVar[bool] = False
 
-    threshold: float = Field(default=1e-5, ge=0)
+    threshold: Amount = 1e-5
     """Changes that are not larger than this do not count."""
-    r: float = Field(default=0.0, ge=0)
+    r: Amount = 0.0
     """How much the entries that only one model changed are strengthened (RAM+); 0 is plain RAM."""
-    alpha: float = Field(default=0.2, ge=0)
+    alpha: Amount = 0.2
     """The most that the ratio of shared to unshared entries counts in RAM+."""
 
 
@@ -263,7 +265,7 @@ class TsvMConfig(TaskVectorConfig):
 
     weighted: ClassVar[bool] = False
 
-    share: float | None = Field(default=None, gt=0, le=1)
+    share: Annotated[Setting, within(0.0, 1.0, above=True)] | None = None
     """The share of each task's singular vectors that is kept; 1 / models by default."""
 
 
@@ -287,14 +289,14 @@ class DataMethodConfig(MergeMethodConfig):
 class FisherConfig(DataMethodConfig):
     """Average weighted by the diagonal of the Fisher information."""
 
-    floor: float = Field(default=1e-8, gt=0)
+    floor: Positive = 1e-8
     """Added to each entry's Fisher information, so that entries that no data touches are averaged."""
 
 
 class RegmeanConfig(DataMethodConfig):
     """Regression mean."""
 
-    alpha: float = Field(default=0.9, ge=0, le=1)
+    alpha: Fraction = 0.9
     """What the inner products of different inputs are multiplied with."""
 
 

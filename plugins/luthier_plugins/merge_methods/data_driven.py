@@ -86,10 +86,11 @@ class Fisher:
     def merge(self, part: MergePart) -> Tensor:
         if not part.extras:
             return _average(part)
+        floor = part.place.value(self.config.floor)
         top = torch.zeros_like(part.tensors[0])
         bottom = torch.zeros_like(part.tensors[0])
         for tensor, information, weight in zip(part.tensors, part.extras, part.weights, strict=True):
-            share = (information + self.config.floor) * weight
+            share = (information + floor) * weight
             top.addcmul_(share, tensor)
             bottom += share
         if bool((bottom == 0).any()):
@@ -143,7 +144,8 @@ class Regmean:
         if not part.extras:
             return _average(part)
         width = part.place.shape[-1]
-        off = torch.full((width, width), self.config.alpha, dtype=torch.float64).fill_diagonal_(1.0)
+        alpha = part.place.value(self.config.alpha)
+        off = torch.full((width, width), alpha, dtype=torch.float64).fill_diagonal_(1.0)
         total = torch.zeros(width, width, dtype=torch.float64)
         right = torch.zeros(width, part.place.shape[0], dtype=torch.float64)
         for tensor, products, weight in zip(part.tensors, part.extras, part.weights, strict=True):

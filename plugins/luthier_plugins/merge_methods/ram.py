@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from luthier.api import Granularity, MergePart, Scan
+from luthier.api import Granularity, MergePart, MergePlace, Scan
+from luthier.api.merging import leaves
 from luthier_plugins.merge_methods.config import RamConfig
 from torch import Tensor
 
@@ -21,28 +22,31 @@ class Ram:
 
     def __init__(self, config: RamConfig) -> None:
         self.config = config
-        self.granularity = "statistics" if config.r else "elementwise"
+        self.granularity = "statistics" if any(leaves(config.r)) else "elementwise"
 
     def measure(self, scan: Scan) -> Tensor:
+        place = scan.place
+
         def counts(part: MergePart) -> Tensor:
-            changed, sharing = self._changed(part.deltas)
+            changed, sharing = self._changed(part.deltas, place)
             return torch.stack([torch.stack([(own & (sharing > 1)).sum(), (own & (sharing == 1)).sum()])
                                 for own in changed])  # fmt: skip
 
         shared, own = scan(counts).double().unbind(dim=1)
-        ratio = shared / own.clamp(min=max(self.config.threshold, TINY))
-        return 1 + self.config.r * ratio.clamp(0, self.config.alpha)
+        ratio = shared / own.clamp(min=max(place.value(self.config.threshold), TINY))
+        return 1 + place.value(self.config.r) * ratio.clamp(0, place.value(self.config.alpha))
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "ram requires a base in its config"
         deltas = part.deltas
-        changed, sharing = self._changed(deltas)
+        changed, sharing = self._changed(deltas, part.place)
         strength = [1.0] * len(deltas) if part.found is None else part.found.tolist()
         total = torch.zeros_like(part.base)
         for delta, own, factor in zip(deltas, changed, strength, strict=True):
             total += delta * own * torch.where(sharing == 1, factor, 1 / sharing.clamp(min=1))
         return total.add_(part.base)
 
-    def _changed(self, deltas: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-        changed = [delta.abs() > self.config.threshold for delta in deltas]
+    def _changed(self, deltas: list[Tensor], place: MergePlace) -> tuple[list[Tensor], Tensor]:
+        threshold = place.value(self.config.threshold)
+        changed = [delta.abs() > threshold for delta in deltas]
         return changed, torch.stack(changed).sum(dim=0)

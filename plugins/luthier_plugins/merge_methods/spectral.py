@@ -68,7 +68,8 @@ class TsvM:
         scale = part.place.value(self.config.scale)
         if not _is_map(part):
             return part.base + scale * _mean(part.deltas, part.weights)
-        share = self.config.share or 1 / len(part.tensors)
+        given = self.config.share
+        share = 1 / len(part.tensors) if given is None else part.place.value(given)
         rank = max(1, int(min(part.place.shape[-2:]) * share))
         tasks = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
         # Directions in which nothing changed are any: they would turn the others.

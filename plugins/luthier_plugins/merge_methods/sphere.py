@@ -71,34 +71,35 @@ class Karcher:
         self.tolerance = config.tolerance
 
     def measure(self, scan: Scan) -> Tensor:
+        tolerance = scan.place.value(self.tolerance)
         products = gram(scan, models_of)
         weights = torch.tensor(scan.weights, dtype=torch.float64)
         weights = weights / weights.sum()
         lengths = products.diagonal().sqrt()
-        found = lengths > self.tolerance
+        found = lengths > tolerance
         if not bool(found.any()):
             return torch.zeros_like(weights)
         sizes = torch.where(found, lengths, 1.0)
         cosines = products / sizes.outer(sizes)
         shares = torch.where(found, weights, 0.0)
-        mean = self._mean(cosines, shares / shares.sum(), int(found.nonzero()[0, 0]))
+        mean = self._mean(cosines, shares / shares.sum(), int(found.nonzero()[0, 0]), tolerance)
         return mean / sizes * (weights * lengths).sum()
 
-    def _mean(self, cosines: Tensor, shares: Tensor, first: int) -> Tensor:
+    def _mean(self, cosines: Tensor, shares: Tensor, first: int, tolerance: float) -> Tensor:
         def unit(vector: Tensor) -> Tensor:
             return vector / torch.sqrt(vector @ cosines @ vector)
 
         start = torch.zeros_like(shares)
         start[first] = 1.0
         size = float(torch.sqrt((shares @ cosines @ shares).clamp(min=0)))
-        mean = unit(shares) if size >= self.tolerance else start
+        mean = unit(shares) if size >= tolerance else start
         for _ in range(self.steps):
             near = (cosines @ mean).clamp(-1, 1)
             angles = torch.acos(near)
-            pull = torch.where(angles < self.tolerance, 0.0, shares * angles / torch.sin(angles).clamp(min=1e-30))
+            pull = torch.where(angles < tolerance, 0.0, shares * angles / torch.sin(angles).clamp(min=1e-30))
             tangent = pull - (pull @ near) * mean
             move = float(torch.sqrt((tangent @ cosines @ tangent).clamp(min=0)))
-            if move < self.tolerance:
+            if move < tolerance:
                 break
             mean = unit(math.cos(move) * mean + math.sin(move) / move * tangent)
         return mean
