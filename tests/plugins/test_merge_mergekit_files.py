@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,8 +121,37 @@ merge_method: nuslerp
 base_model: ./base
 dtype: float32
 """,
+    "each slice its own": """\
+slices:
+  - sources: [{model: ./a, layer_range: [0, 2]}, {model: ./b, layer_range: [0, 2]}]
+    parameters: {t: [0.0, 0.6]}
+  - sources: [{model: ./b, layer_range: [2, 3]}, {model: ./a, layer_range: [1, 2]}]
+    base_model: ./b
+  - sources: [{model: ./a, layer_range: [3, 4]}, {model: ./b, layer_range: [3, 4]}]
+    parameters: {t: [{filter: self_attn, value: 0.9}]}
+merge_method: slerp
+base_model: ./a
+parameters: {t: 0.25}
+dtype: float32
+""",
+    "each source its own": """\
+slices:
+  - sources:
+      - {model: ./base, layer_range: [0, 2]}
+      - {model: ./a, layer_range: [0, 2], parameters: {weight: 1, density: 0.5}}
+      - {model: ./b, layer_range: [0, 2], parameters: {weight: 0.5, density: 0.9}}
+    parameters: {lambda: 0.7}
+  - sources:
+      - {model: ./b, layer_range: [2, 4], parameters: {weight: 0.5}}
+      - {model: ./base, layer_range: [1, 3]}
+  - sources: [{model: ./base, layer_range: [3, 4]}]
+merge_method: ties
+base_model: ./base
+parameters: {density: 0.25, weight: 1}
+dtype: float32
+""",
 }
-OURS = {"stacked changes": "task_arithmetic",
+OURS = {"each slice its own": "slerp", "each source its own": "ties", "stacked changes": "task_arithmetic",
         "doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp": "slerp", "ties": "ties",
         "stack": "passthrough", "stock": "model_stock", "rescaled": "mergekit", "nuslerp": "nuslerp"}  # fmt: skip
 
@@ -155,8 +185,11 @@ def test_a_file_gives_what_mergekit_gives(models: Path, tmp_path: Path, name: st
     check(config, inputs)
     layout = lay_out(config, inputs, 0, config.dtype)
     output = Output(tmp_path, layout.tensors, 1 << 30)
-    method = registry.impl_class(config.method.component)(config.method.config)
-    Engine(method, output, Settings(), lambda done, total: None).run(layout.tasks)
+    method, *own = (registry.impl_class(use.component)(use.config)
+                    for use in (config.method, *config.methods_of_slices().values()))  # fmt: skip
+    of_slice = dict(zip(config.methods_of_slices(), own, strict=True))
+    tasks = [replace(task, method=of_slice.get(task.slice)) for task in layout.tasks]
+    Engine(method, output, Settings(), lambda done, total: None).run(tasks)
     output.close()
     found, expected = load_file(tmp_path / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
     assert set(found) == set(expected)
@@ -262,10 +295,10 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
         ("slices: []\nmerge_method: linear\n", "is not as mergekit wants it"),
         ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not as mergekit wants it|dictionary"),
         ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not as mergekit wants it"),
-        ("slices: [{sources: [{model: ./base, layer_range: [0, 2]}, {model: ./a, layer_range: [2, 4]}]}]\n"
-         "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1}\n", "other layers of the base"),
-        ("slices: [{sources: [{model: ./base, layer_range: [0, 2]}]}]\nmerge_method: ties\nbase_model: ./base\n"
-         "parameters: {weight: 1}\n", "of the base alone"),
+        ("slices: [{sources: [{model: ./a, layer_range: [0, 2]}], base_model: ./b}]\n"
+         "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1}\n", "another base than the others"),
+        ("slices: [{sources: [{model: ./a, layer_range: [0, 2]}], residual_weight: 0.1}]\nmerge_method: linear\n"
+         "parameters: {weight: 1}\n", "`residual_weight` of a slice"),
     ],
 )  # fmt: skip
 def test_odd_mergekit_files_are_messages(models: Path, text: str, message: str) -> None:

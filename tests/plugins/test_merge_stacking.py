@@ -10,8 +10,12 @@ import pytest
 import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError
-from luthier.testing import run_stage
+from luthier.registry import default_registry
+from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import load_model
+from luthier.train.merging import merge_tensors
+from luthier_plugins.merge.config import MergeConfig
+from safetensors.torch import load_file
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 IDS = torch.arange(40, 100)[None]
@@ -124,3 +128,47 @@ def test_whole_models_with_other_kinds_of_layers_are_refused(tmp_path: Path) -> 
     pair = [taken(tmp_path, "gemma2"), taken(tmp_path, "gemma2", layer_types=[FULL, SLIDING, FULL])]
     with pytest.raises(ModelError, match="differ in layer_types"):
         run_stage(tmp_path / "s", "merge", inputs={"models": pair})
+
+
+def test_a_slice_has_settings_and_layers_of_the_base_of_its_own(tmp_path: Path) -> None:
+    base, one, two = (tiny_model(tmp_path, seed=seed, layers=4, tied=False, dtype="float32") for seed in range(3))
+    slices = [{"sources": [{"layers": [0, 2]}, {"layers": [0, 2]}], "settings": {"density": [0.2, 0.6]}},
+              {"sources": [{"layers": [2, 3]}, {"layers": [3, 4]}], "base_layers": [1, 2],
+               "settings": {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5}}]  # fmt: skip
+    config = {"method": {"uses": "ties", "density": 0.4}, "slices": slices}
+    inputs = {f"slices.{place}.sources.{number}.model": model
+              for place in range(2) for number, model in enumerate((one, two))}  # fmt: skip
+    merged = load_file(run_stage(tmp_path, "merge", config, inputs={**inputs, "base": base}).path / "model.safetensors")
+    stored = [load_file(model.path / "model.safetensors") for model in (base, one, two)]
+    registry = default_registry()
+    component = registry.get("merge", "ties")
+
+    def expected(numbers: tuple[int, int, int], tail: str, values: dict) -> torch.Tensor:
+        method = registry.impl_class(component)(registry.config_class(component).model_validate(values))
+        names = [f"model.layers.{number}.{tail}" for number in numbers]
+        ancestor, *models = (tensors[name] for tensors, name in zip(stored, names, strict=True))
+        return merge_tensors(method, models, [1.0, 1.0], ancestor)
+
+    for tail in ("mlp.up_proj.weight", "input_layernorm.weight"):
+        places = [((0, 0, 0), {"density": 0.2}), ((1, 1, 1), {"density": 0.6}),
+                  ((1, 2, 3), {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5})]  # fmt: skip
+        for layer, (numbers, values) in enumerate(places):
+            torch.testing.assert_close(merged[f"model.layers.{layer}.{tail}"], expected(numbers, tail, values))
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [({"settings": {"densty": 0.5}}, "`settings` of slice 0: densty"),
+     ({"settings": {"density": 2}}, "`settings` of slice 0: density"),
+     ({"settings": {"density": {"per_model": [0.5, 0.5]}}}, "not for 1 models"), ({"base_layers": [0, 2]}, "its base,"),
+     ({"base_layers": [0, 1]}, None)],
+)  # fmt: skip
+def test_settings_of_slices_that_say_nothing_are_refused(part: dict, message: str | None) -> None:
+    values = {"method": "ties", "base": "b", "slices": [{"sources": [{"model": "a", "layers": [0, 1]}], **part}]}
+    context = {"components": default_registry()}
+    if message is None:
+        assert MergeConfig.model_validate(values, context=context).slices[0].of_base == (0, 1)
+        values = {**values, "method": "linear", "base": None}
+        message = "are layers of the `base`"
+    with pytest.raises(ValueError, match=message):
+        MergeConfig.model_validate(values, context=context)

@@ -8,7 +8,7 @@ from typing import Any
 from luthier.api import ModelError
 from luthier.api.merging import Divisor, cancel
 from luthier.artifacts.models import has_tokenizer, same_tokenizer
-from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.config import MergeConfig, as_method
 from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
@@ -210,28 +210,29 @@ def unstackable(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     placed = iter(inputs.models)
     kinds = kinds_by(inputs.all)
     for part in config.slices:
-        sources = [(next(placed), source) for source in part.sources]
+        models = [(next(placed), source.layers) for source in part.sources]
+        if inputs.base is not None:
+            models.append((inputs.base, part.of_base))
         short = False
-        for model, source in sources:
+        for model, layers in models:
             count = layers_of(list(model.headers)).get(head, 0)
-            if source.layers[1] > count:
+            if layers[1] > count:
                 short = True
-                yield f"{model.label} has {count} layers; a slice takes [{source.layers[0]}, {source.layers[1]}]"
+                yield f"{model.label} has {count} layers; a slice takes [{layers[0]}, {layers[1]}]"
             if model is not lead:
                 yield from _differences(outside, _outside(model), lead.label, model.label)
         if short:
             continue
-        if inputs.base is not None:
-            sources.append((inputs.base, sources[0][1]))
-        for step in range(part.sources[0].layers[1] - part.sources[0].layers[0]):
-            first, *others = [(model, _layer(model, f"{head}{source.layers[0] + step}.")) for model, source in sources]
-            kind = kinds(first[0]).at(sources[0][1].layers[0] + step)
-            for (model, layer), (_, source) in zip(others, sources[1:], strict=True):
-                yield from _differences(first[1], layer, first[0].label, model.label)
-                other = kinds(model).at(source.layers[0] + step)
+        for step in range(models[0][1][1] - models[0][1][0]):
+            first, *others = [(model, layers[0] + step) for model, layers in models]
+            found = _layer(first[0], f"{head}{first[1]}.")
+            kind = kinds(first[0]).at(first[1])
+            for model, number in others:
+                yield from _differences(found, _layer(model, f"{head}{number}."), first[0].label, model.label)
+                other = kinds(model).at(number)
                 for key in (key for key in kind if other.get(key) != kind[key]):
-                    yield (f"{key} is {kind[key]} in layer {sources[0][1].layers[0] + step} of {first[0].label}, and "
-                           f"{other.get(key)} in layer {source.layers[0] + step} of {model.label}")  # fmt: skip
+                    yield (f"{key} is {kind[key]} in layer {first[1]} of {first[0].label}, and {other.get(key)} in "
+                           f"layer {number} of {model.label}")  # fmt: skip
 
 
 def _outside(model: Source) -> dict[str, tuple[int, ...]]:
@@ -251,18 +252,20 @@ def _differences(
             yield f"{name} is {shapes[0]} in {one} and {shapes[1]} in {two}"
 
 
-def weights_that_cancel(method: str, divisor: Divisor, tasks: Sequence[Task]) -> Iterator[str]:
+def weights_that_cancel(config: MergeConfig, tasks: Sequence[Task]) -> Iterator[str]:
     """Weights that sum to zero for some parameters, where the method divides by their sum.
 
     Args:
-        method: Its name.
-        divisor: What it divides by.
+        config: The merge.
         tasks: The parameters with their weights.
     """
-    odd = [task.place.name for task in tasks if cancel(task.numbers, divisor)]
+    shared = as_method(config.method).divides
+    own: dict[int | None, Divisor] = {place: as_method(use).divides
+                                      for place, use in config.methods_of_slices().items()}  # fmt: skip
+    odd = [task.place.name for task in tasks if cancel(task.numbers, own.get(task.slice, shared))]
     if odd:
-        yield (f"the weights sum to zero for {len(odd)} parameters, and {method} divides by their sum (change the "
-               f"gradients or filters of `weights`): {', '.join(odd[:SHOWN])}")  # fmt: skip
+        yield (f"the weights sum to zero for {len(odd)} parameters, and {config.method.name} divides by their sum "
+               f"(change the gradients or filters of `weights`): {', '.join(odd[:SHOWN])}")  # fmt: skip
 
 
 def idle_filters(values: Any, names: Sequence[str]) -> list[str]:

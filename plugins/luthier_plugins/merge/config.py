@@ -5,12 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Config, Field, Input, MergeMethodConfig, MergeUse, ModelInput, NotIdentity, Setting, StageConfig
+from luthier.api import (
+    Config,
+    Field,
+    Input,
+    MergeMethodConfig,
+    MergeUse,
+    ModelInput,
+    NotIdentity,
+    Setting,
+    StageConfig,
+    Use,
+)
 from luthier.api.artifact import ArtifactKind
 from luthier.api.merging import cancel
 from luthier.artifacts.models import NO_TOKENIZER
 from luthier_plugins.merge.mergekit_yaml import as_config
-from pydantic import ConfigDict, ValidationInfo, model_validator
+from pydantic import ConfigDict, ValidationError, ValidationInfo, model_validator
 
 SAME = ("architecture", "tensors")
 ModelDtype = Literal["float32", "float16", "bfloat16"]
@@ -43,12 +54,23 @@ class Slice(Config):
 
     sources: list[SliceSource] = Field(min_length=1)
     """Where they come from; all sources have the same number of layers."""
+    base_layers: tuple[int, int] | None = None
+    """The layers of `base` that changes are measured from; by default those of the first source's places."""
+    settings: dict[str, Any] = {}
+    """Parameters of the method for this slice alone, such as ``{t: 0.2}``."""
+
+    @property
+    def of_base(self) -> tuple[int, int]:
+        """The layers of the base."""
+        return self.base_layers or self.sources[0].layers
 
     @model_validator(mode="after")
     def _equal(self) -> Slice:
-        counts = [source.layers[1] - source.layers[0] for source in self.sources]
+        ranges = [*(source.layers for source in self.sources), *([self.base_layers] if self.base_layers else [])]
+        counts = [behind - first for first, behind in ranges]
         if len(set(counts)) > 1:
-            raise ValueError(f"the sources of a slice have {', '.join(map(str, counts))} layers: they must be as many")
+            what = "the sources of a slice, and its base," if self.base_layers else "the sources of a slice"
+            raise ValueError(f"{what} have {', '.join(map(str, counts))} layers: they must be as many")
         return self
 
 
@@ -109,14 +131,36 @@ class MergeConfig(StageConfig):
             raise ValueError("with `slices`, weights stand beside their sources, as `weight`")
         if self.weights is not None and len(self.weights) != len(self.models):
             raise ValueError(f"{len(self.weights)} weights for {len(self.models)} models")
-        method = self.method.config
-        if not isinstance(method, MergeMethodConfig):
-            raise ValueError(f"the config of {self.method.name} is no MergeMethodConfig")
+        method = as_method(self.method)
         counts = [len(part.sources) for part in self.slices] or [len(self.models)]
         problems = self._of_method(method, counts)
+        for place, use in self.methods_of_slices().items():
+            problems += settings_problems(as_method(use), use.name, [], [counts[place]])
+        if any(part.base_layers for part in self.slices) and self.base is None:
+            problems.append("`base_layers` are layers of the `base`: name it")
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("; ".join(dict.fromkeys(problems)))
         return self
+
+    def methods_of_slices(self) -> dict[int, Use]:
+        """The method of each slice that has settings of its own, by the slice's place.
+
+        Raises:
+            ValueError: the method does not have such a setting, or not with such a value.
+        """
+        shared = self.method.config.model_dump(mode="json")
+        found: dict[int, Use] = {}
+        for place, part in enumerate(self.slices):
+            if not part.settings:
+                continue
+            try:
+                own = type(self.method.config).model_validate({**shared, **part.settings})
+            except ValidationError as error:
+                first = error.errors()[0]
+                where = ".".join(map(str, first["loc"]))
+                raise ValueError(f"`settings` of slice {place}: {where}: {first['msg']}") from error
+            found[place] = Use(self.method.component, own)
+        return found
 
     def _of_method(self, method: MergeMethodConfig, counts: list[int]) -> list[str]:
         name = self.method.name
@@ -154,6 +198,17 @@ class MergeConfig(StageConfig):
                 what = "numbers of tensors differ" if name == "tensors" else f"{name} differs"
                 found.append(f"the models cannot be merged, their {what}: {short}{hint}")
         return found
+
+
+def as_method(use: Use) -> MergeMethodConfig:
+    """The config of a merge method.
+
+    Raises:
+        ValueError: it is none; methods are plugins.
+    """
+    if not isinstance(use.config, MergeMethodConfig):
+        raise ValueError(f"the config of {use.name} is no MergeMethodConfig")
+    return use.config
 
 
 def settings_problems(method: MergeMethodConfig, name: str, weights: Sequence[Any], counts: Sequence[int]) -> list[str]:

@@ -65,6 +65,8 @@ class Task:
         base: Where the base's part comes from.
         numbers: The models' weights for it.
         noise: The random numbers of this tensor.
+        slice: The slice it is of, by place.
+        method: How it is merged, where not as the others are.
     """
 
     place: MergePlace
@@ -74,6 +76,8 @@ class Task:
     noise: Noise | None = None
     extras: Sequence[tuple[Files, str]] = ()
     copied: bool = False
+    slice: int | None = None
+    method: Merge | None = None
 
     @property
     def entries(self) -> int:
@@ -117,7 +121,7 @@ class Engine:
     """Runs the tasks of one merge.
 
     Args:
-        method: The merge method.
+        method: The merge method of all tensors that have none of their own.
         output: Where results go.
         settings: How to work.
         progress: Called with the entries done and their number.
@@ -154,7 +158,7 @@ class Engine:
         done = 0
         small: list[Task] = []
         for task in tasks:
-            if task.copied or self.method.granularity == "matrix" or task.entries <= 2 * self.settings.chunk:
+            if task.copied or self._method(task).granularity == "matrix" or task.entries <= 2 * self.settings.chunk:
                 small.append(task)
                 continue
             self._split(pool, task)
@@ -173,13 +177,16 @@ class Engine:
                 future.cancel()
             raise
 
+    def _method(self, task: Task) -> Merge:
+        return task.method or self.method
+
     # -- one worker, one tensor -------------------------------------------------------------------
 
     def _whole(self, task: Task) -> int:
         """Merge a tensor in this thread."""
         if task.copied:
             self._copy(task)
-        elif self.method.granularity == "matrix":
+        elif self._method(task).granularity == "matrix":
             self._matrix(task)
         else:
             spans = list(Grid.of(task.place.shape).spans())
@@ -188,7 +195,7 @@ class Engine:
             def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
                 return (look(part) for part in (parts[::every] if parts else self._parts(task, spans[::every])))
 
-            found = measured(self.method, _Scan(task, walk))
+            found = measured(self._method(task), _Scan(task, walk))
             for part in parts or self._parts(task, spans):
                 self._write(task, part, found)
         return task.entries
@@ -196,7 +203,7 @@ class Engine:
     def _keeps(self, task: Task) -> bool:
         """Whether a parameter is read into memory once, because it is looked at twice."""
         size = 4 * task.entries * (len(task.roles) + (task.base is not None) + len(task.extras))
-        return self.method.granularity == "statistics" and size <= KEPT // self.settings.workers
+        return self._method(task).granularity == "statistics" and size <= KEPT // self.settings.workers
 
     def _kept(self, task: Task, spans: Sequence[Span]) -> list[MergePart]:
         """All parts at once, each in buffers of its own that are used again for the next parameter."""
@@ -205,7 +212,7 @@ class Engine:
         return [read_part(task, span, scratch) for span, scratch in zip(spans, held, strict=False)]
 
     def _write(self, task: Task, part: MergePart, found: Any) -> None:
-        merged = self.method.merge(replace(part, found=found))
+        merged = self._method(task).merge(replace(part, found=found))
         _check_size(merged, part.tensors[0].numel(), task)
         self.output.write(task.place.name, part.start, merged, self._scratch)
 
@@ -231,7 +238,7 @@ class Engine:
                 None if whole.base is None else whole.base.view(shape).to(device), None,
                 [files.whole(name).to(device) for files, name in task.extras], task.noise,
             )  # fmt: skip
-            merged = self.method.merge(part).cpu().reshape(-1)
+            merged = self._method(task).merge(part).cpu().reshape(-1)
             _check_size(merged, task.entries, task)
             for first in range(0, merged.numel(), self.settings.chunk):
                 self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)
@@ -255,7 +262,7 @@ class Engine:
             for found in _ahead(pool, work, jobs(spans[::every]), 2 * self.settings.workers):
                 yield from found
 
-        found = measured(self.method, _Scan(task, walk))
+        found = measured(self._method(task), _Scan(task, walk))
 
         def work(job: Sequence[Span]) -> None:
             for part in self._parts(task, job):

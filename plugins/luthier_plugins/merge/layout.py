@@ -110,24 +110,25 @@ class _Maker:
         outside = [name for name in lead.headers if LAYER.match(name) is None]
         order = {"first": [n for n in outside if "embed" in n], "last": [n for n in outside if "embed" not in n]}
         for name in order["first"]:
-            self._outside(name, slices[0])
+            self._outside(name, slices[0], 0)
         number = 0
         kinds = kinds_by(self.inputs.all)
         layers: list[dict[str, Any]] = []
-        for part in slices:
+        for place, part in enumerate(slices):
             count = part[0][1].layers[1] - part[0][1].layers[0]
             for step in range(count):
                 depth = step / (count - 1) if count > 1 else 1.0
-                self._layer(head, number, step, part, depth)
+                base_layer = config.slices[place].of_base[0] + step
+                self._layer(head, number, step, part, depth, place, base_layer)
                 layers.append(kinds(part[0][0]).at(part[0][1].layers[0] + step))
                 number += 1
         for name in order["last"]:
-            self._outside(name, slices[-1])
+            self._outside(name, slices[-1], len(slices) - 1)
         return self._layout(restacked(lead.config, layers, kinds(lead)))
 
-    def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]]) -> None:
+    def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]], place: int) -> None:
         roles = [self._role(model, name, name, source, 0.0) for model, source in part]
-        self._add(name, roles, [source.weight for _, source in part], 0.0)
+        self._add(name, roles, [source.weight for _, source in part], 0.0, slice=place)
 
     @staticmethod
     def _role(model: Source, name: str, target: str, source: SliceSource, depth: float) -> Role:
@@ -135,8 +136,9 @@ class _Maker:
         return Role(model, name, MergePlace(target, (), depth).value(source.scale))
 
     def _layer(
-        self, head: str, number: int, step: int, part: Sequence[tuple[Source, SliceSource]], depth: float
-    ) -> None:
+        self, head: str, number: int, step: int, part: Sequence[tuple[Source, SliceSource]], depth: float, place: int,
+        base_layer: int,
+    ) -> None:  # fmt: skip
         first = part[0][1].layers[0] + step
         start = f"{head}{first}."
         tails = [name[len(start) - 1 :] for name in part[0][0].headers if name.startswith(start)]
@@ -144,19 +146,20 @@ class _Maker:
             target = f"{head}{number}{tail}"
             roles = [self._role(model, f"{head}{source.layers[0] + step}{tail}", target, source, depth)
                      for model, source in part]  # fmt: skip
-            base = f"{head}{first}{tail}"
-            self._add(target, roles, [source.weight for _, source in part], depth, base)
+            base = f"{head}{base_layer if self.inputs.base else first}{tail}"
+            self._add(target, roles, [source.weight for _, source in part], depth, base, slice=place)
 
     def _add(
-        self, name: str, roles: Sequence[Role], weights: Sequence[Any], depth: float, base_name: str | None = None
-    ) -> None:
+        self, name: str, roles: Sequence[Role], weights: Sequence[Any], depth: float, base_name: str | None = None,
+        slice: int | None = None,
+    ) -> None:  # fmt: skip
         lead = self.inputs.lead
         header = lead.headers.get(base_name or name) or roles[0].weights.headers[roles[0].name]
         shape = header.shape
         if header.dtype not in DTYPES:
             source = Role(lead, base_name or name) if (base_name or name) in lead.headers else roles[0]
             self.tensors[name] = Described(header.dtype, shape)
-            self.tasks.append(Task(MergePlace(name, shape), [source], copied=True))
+            self.tasks.append(Task(MergePlace(name, shape), [source], copied=True, slice=slice))
             self.copied.append(name)
             return
         place = MergePlace(name, shape, depth, len(roles))
@@ -164,7 +167,7 @@ class _Maker:
         base = Role(self.inputs.base, base_name or name) if self.inputs.base else None
         noise = Noise(self.seed, [role.weights.content for role in roles], name)
         self.tensors[name] = Described(self.dtype or header.dtype, shape)
-        self.tasks.append(Task(place, roles, base, numbers, noise))
+        self.tasks.append(Task(place, roles, base, numbers, noise, slice=slice))
 
     def _layout(self, config: dict[str, Any]) -> Layout:
         if self.dtype is not None:

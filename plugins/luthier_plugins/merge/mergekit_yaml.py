@@ -102,6 +102,38 @@ def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
     return cast("list[Values]", value)
 
 
+def _setting(name: str, parameters: Sequence[Values], outer: Sequence[Values], default: Any) -> Any:
+    """What is said of a parameter: of all models, or ``per_model``; the default, or None, where nothing is."""
+    several = [_resolved(name, [own, *outer], default) for own in parameters] or [_resolved(name, outer, default)]
+    return several[0] if all(item == several[0] for item in several) else {"per_model": several}
+
+
+def _resolved(name: str, scopes: Sequence[Values], default: Any) -> Any:
+    """What a parameter is, said by the nearest of several scopes.
+
+    Filters that leave tensors without a value are followed by what the next scope says, and in the end by the default.
+
+    Raises:
+        ValueError: filters leave tensors without a value.
+    """
+    entries: list[Values] = []
+    rest = default
+    for values in scopes:
+        if name not in values:
+            continue
+        listed: Any = [values[name]] if isinstance(values[name], dict) else values[name]
+        if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
+            rest = values[name]
+            break
+        for entry in cast("list[Values]", listed):
+            entries.append({**entry, "filter": entry.get("filter")})
+            if entries[-1]["filter"] in (None, "*"):
+                return entries
+    if entries and rest is None:
+        raise ValueError(f"the filters of {name} in the mergekit file leave tensors without a value")
+    return [*entries, {"filter": None, "value": rest}] if entries else rest
+
+
 class _Reader:
     """Translates one file."""
 
@@ -110,14 +142,13 @@ class _Reader:
         self.folder = folder
         self.method = str(content["merge_method"])
         self.unused: list[str] = []
-        self.shared: Values = {key: item for key, item in (content.get("parameters") or {}).items()
-                               if key not in IGNORED}  # fmt: skip
+        self.shared = self._cleaned(content)
 
     def config(self) -> Values:
         base = self._place(self.content["base_model"]) if "base_model" in self.content else None
         result: Values = {}
         if "models" in self.content:
-            entries = [(self._place(entry["model"]), dict(entry.get("parameters") or {}))
+            entries = [(self._place(entry["model"]), self._cleaned(entry))
                        for entry in _entries(self.content, "models")]  # fmt: skip
             result |= self._of_models(entries, base)
         elif "slices" in self.content:
@@ -161,100 +192,101 @@ class _Reader:
         result: Values = {"models": [place for place, _ in entries]}
         if base is not None and self.method not in WITHOUT_BASE:
             result["base"] = base
-        method = self._method([parameters for _, parameters in entries])
+        parameters = [own for _, own in entries]
+        given = {key for values in (*parameters, self.shared) for key in values}
+        method = self._method(parameters, [self.shared], given)
         if method["uses"] != "mergekit" and self.method in WEIGHTED:
-            result["weights"] = [self._weight(parameters) for _, parameters in entries]
+            result["weights"] = [self._weight([own, self.shared]) for own in parameters]
         return {**result, "method": method}
 
     def _of_slices(self, slices: Sequence[Values], base: str | None) -> Values:
-        made: list[Values] = []
-        parameters: list[list[Values]] = []
-        for entry in slices:
-            if entry.get("parameters") or entry.get("base_model") or entry.get("residual_weight"):
-                raise ValueError("a slice of the mergekit file has settings of its own, which is not supported: "
-                                 "use filters or gradients, or a recipe")  # fmt: skip
-            sources: list[tuple[Values, Values]] = []
-            ranges: set[tuple[int, ...]] = set()
-            for source in _entries(entry, "sources"):
-                place = self._place(source["model"])
-                own = dict(source.get("parameters") or {})
-                first = self.method in BASE_IS_A_MODEL and place == base
-                if "layer_range" not in source:
-                    raise ValueError("a source in the mergekit file has no layer_range")
-                if place == base and self.method not in WITHOUT_BASE:
-                    ranges.add(tuple(source["layer_range"]))
-                    continue
-                made_of: Values = {"model": place, "layers": list(source["layer_range"])}
-                if self.method in WEIGHTED:
-                    made_of["weight"] = self._weight(own)
-                if self.method == "passthrough" and "scale" in {*own, *self.shared}:
-                    made_of["scale"] = self._complete(own.pop("scale", self.shared.get("scale")), "scale", 1.0)
-                sources.insert(0 if first else len(sources), (made_of, own))
-            if not sources:
-                raise ValueError("a slice of the mergekit file is of the base alone, which is not supported")
-            # The base's layers are those at the place of the first model's.
-            if ranges - {tuple(sources[0][0]["layers"])}:
-                raise ValueError("a slice of the mergekit file takes other layers of the base than of the models, "
-                                 "which is not supported")  # fmt: skip
-            made.append({"sources": [made_of for made_of, _ in sources]})
-            parameters.append([own for _, own in sources])
-        if self.method == "passthrough":
-            # It stands beside every source now.
-            self.shared.pop("scale", None)
-        apart = [{key: value for key, value in own.items() if key != "weight"} for part in parameters for own in part]
-        if len(slices) > 1 and any(own != apart[0] for own in apart):
-            raise ValueError("the slices of the mergekit file have other parameters than each other, which is not "
-                             "supported: use filters or gradients, or merges of their own")  # fmt: skip
-        result: Values = {"slices": made}
+        made = [self._slice(entry, base) for entry in slices]
+        given = {key for _, own, outer in made for values in (*own, *outer) for key in values}
+        methods = [self._method(own, outer, given) for _, own, outer in made]
+        method = methods[0]
+        parts = [part for part, _, _ in made]
+        if any(other != method for other in methods):
+            # What the whole file says, and in each slice all that is otherwise there.
+            method = self._method([], [self.shared], given)
+            for part, own in zip(parts, methods, strict=True):
+                settings = {key: value for key, value in own.items() if method.get(key) != value}
+                part |= {"settings": settings} if settings else {}
+        result: Values = {"slices": parts}
         if base is not None and self.method not in WITHOUT_BASE:
             result["base"] = base
-        return {**result, "method": self._method(parameters[0])}
+        return {**result, "method": method}
 
-    def _method(self, parameters: Sequence[Values]) -> Values:
+    def _slice(self, entry: Values, base: str | None) -> tuple[Values, list[Values], list[Values]]:
+        """One slice; the parameters of each source; and what they fall back on: the slice's, then the file's."""
+        if entry.get("residual_weight") is not None:
+            raise ValueError("`residual_weight` of a slice in the mergekit file is not supported")
+        own_base = self._place(entry["base_model"]) if entry.get("base_model") else base
+        if own_base != base and self.method not in WITHOUT_BASE:
+            raise ValueError("a slice of the mergekit file has another base than the others, which is not supported")
+        outer = [self._cleaned(entry), self.shared]
+        sources: list[tuple[Values, Values]] = []
+        base_layers: list[int] | None = None
+        for source in _entries(entry, "sources"):
+            place = self._place(source["model"])
+            own = self._cleaned(source)
+            if "layer_range" not in source:
+                raise ValueError("a source in the mergekit file has no layer_range")
+            layers = list(source["layer_range"])
+            if place == base and self.method not in WITHOUT_BASE:
+                base_layers = layers
+                continue
+            made_of: Values = {"model": place, "layers": layers}
+            if self.method in WEIGHTED:
+                made_of["weight"] = self._weight([own, *outer])
+            scopes = [own, *outer]
+            if self.method == "passthrough" and any("scale" in values for values in scopes):
+                made_of["scale"] = _resolved("scale", scopes, 1.0)
+            first = self.method in BASE_IS_A_MODEL and place == own_base
+            sources.insert(0 if first else len(sources), (made_of, own))
+        if not sources and base_layers is not None:
+            # Nothing changes the base there: it stands for a model that is the same.
+            sources.append(({"model": base, "layers": base_layers}, {}))
+        part: Values = {"sources": [made_of for made_of, _ in sources]}
+        if base_layers not in (None, sources[0][0]["layers"]):
+            part["base_layers"] = base_layers
+        # A scale stands beside every source now.
+        beside = {"scale"} if self.method == "passthrough" else set[str]()
+        kept = [{key: value for key, value in values.items() if key not in beside}
+                for values in (*(own for _, own in sources), *outer)]  # fmt: skip
+        return part, kept[: len(sources)], kept[len(sources) :]
+
+    @staticmethod
+    def _cleaned(entry: Values) -> Values:
+        """The parameters beside something, without those that change no result."""
+        return {key: value for key, value in dict(entry.get("parameters") or {}).items() if key not in IGNORED}
+
+    def _method(self, parameters: Sequence[Values], outer: Sequence[Values], given: set[str]) -> Values:
+        """The method with its parameters.
+
+        Args:
+            parameters: Those of each model.
+            outer: What they fall back on, the nearest first.
+            given: The names of all that are given anywhere in the file.
+        """
         names = OURS.get(self.method)
-        given = {key for values in parameters for key in values} | set(self.shared)
         if names is None or given & MORE.get(self.method, set()):
-            return self._foreign(parameters, given)
+            # As mergekit has it, through its own code.
+            values = {key: _setting(key, parameters, outer, None) for key in sorted(given)}
+            there = {key: value for key, value in values.items() if value is not None}
+            return {"uses": "mergekit", "name": self.method, "parameters": there}
         weight = {"weight"} if self.method in WEIGHTED else set[str]()
-        self.unused = sorted(given - set(names) - set(IGNORED) - weight)
+        self.unused = sorted(given - set(names) - weight)
         result: Values = {"uses": RENAMED.get(self.method, self.method), **DEFAULTS.get(self.method, {})}
         for theirs, ours in names.items():
-            if theirs in given:
-                result[ours] = self._setting(theirs, parameters, DEFAULTS.get(self.method, {}).get(ours))
+            value = _setting(theirs, parameters, outer, result.get(ours)) if theirs in given else None
+            result |= {} if value is None else {ours: value}
         return result
 
-    def _foreign(self, parameters: Sequence[Values], given: set[str]) -> Values:
-        """The method as mergekit has it, through its own code."""
-        values = {key: self._setting(key, parameters, None) for key in sorted(given)}
-        return {"uses": "mergekit", "name": self.method, "parameters": values}
-
-    def _setting(self, name: str, parameters: Sequence[Values], default: Any) -> Any:
-        if not any(name in values for values in parameters):
-            return self._complete(self.shared[name], name, default, own=False)
-        several = [self._complete(values.get(name, self.shared.get(name, default)), name, default,
-                                  own=name in values) for values in parameters]  # fmt: skip
-        return several[0] if all(item == several[0] for item in several) else {"per_model": several}
-
-    def _weight(self, parameters: Values) -> Any:
-        if "weight" not in parameters and "weight" not in self.shared:
+    def _weight(self, scopes: Sequence[Values]) -> Any:
+        value = _resolved("weight", scopes, None)
+        if value is None:
             raise ValueError(f"{self.method} needs a weight for every model in the mergekit file")
-        return self._complete(parameters.get("weight", self.shared.get("weight")), "weight", None,
-                              own="weight" in parameters)  # fmt: skip
-
-    def _complete(self, value: Any, name: str, default: Any, *, own: bool = True) -> Any:
-        """Filters with an entry for all other parameters at the end: what the whole file says, else the default."""
-        listed: Any = [value] if isinstance(value, dict) else value
-        if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
-            return value
-        entries = [{**entry, "filter": entry.get("filter")} for entry in cast("list[Values]", listed)]
-        if entries[-1]["filter"] in (None, "*"):
-            return entries
-        rest = self._complete(self.shared[name], name, default, own=False) if own and name in self.shared else default
-        if rest is None:
-            raise ValueError(f"the filters of {name} in the mergekit file leave tensors without a value")
-        if isinstance(rest, list) and rest and isinstance(rest[0], dict):
-            return [*entries, *cast("list[Values]", rest)]
-        return [*entries, {"filter": None, "value": rest}]
+        return value
 
     def _place(self, model: Any) -> str:
         """A model's folder, relative to the file or to where one stands; else its hub id. ``model+adapter`` is both."""

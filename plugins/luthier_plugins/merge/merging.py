@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext, StoreError
+from luthier.api import Artifact, Facts, Merge, ModelError, StageContext, StoreError
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import (
     GENERATION,
@@ -27,7 +27,7 @@ from luthier.artifacts.models import (
 )
 from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check, idle_filters, problems, refuse, unstackable, weights_that_cancel
-from luthier_plugins.merge.config import MergeConfig
+from luthier_plugins.merge.config import MergeConfig, as_method
 from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
@@ -53,9 +53,12 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         inputs, vocabulary, layout = _drafted(config, inputs, context)
         _tell_doubts(config, inputs, layout, context)
         prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
-        tasks = [replace(task, extras=prepared.of(task.place.name)) for task in layout.tasks]
+        own: dict[int | None, Merge] = {place: context.component(use)
+                                        for place, use in config.methods_of_slices().items()}  # fmt: skip
+        tasks = [replace(task, extras=prepared.of(task.place.name), method=own.get(task.slice))
+                 for task in layout.tasks]  # fmt: skip
         bare = [task.place.name for task in tasks if not task.extras and not task.copied]
-        if _method_config(config).prepares and bare:
+        if as_method(config.method).prepares and bare:
             context.log(f"{len(bare)} of {len(tasks)} parameters are averaged: {config.method.name} finds nothing "
                         f"about them in the data: {', '.join(bare[:5])}")  # fmt: skip
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
@@ -107,7 +110,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> tupl
     # Without the layers there is no layout; other problems do not stand in its way.
     if not any(unstackable(config, inputs)):
         layout = lay_out(config, inputs, context.seed, config.dtype)
-        found += weights_that_cancel(config.method.name, _method_config(config).divides, layout.tasks)
+        found += weights_that_cancel(config, layout.tasks)
         try:
             check_room(context.out, size_of(layout.tensors), "the merged model")
         except StoreError as error:
@@ -172,13 +175,7 @@ def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
 
 
 def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
-    return context.input("base") if config.base and _method_config(config).base != "unused" else None
-
-
-def _method_config(config: MergeConfig) -> MergeMethodConfig:
-    uses = config.method.config
-    assert isinstance(uses, MergeMethodConfig), "checked when the config was read"
-    return uses
+    return context.input("base") if config.base and as_method(config.method).base != "unused" else None
 
 
 def open_inputs(
