@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
-from luthier.api import KINDS
+from luthier.api import KINDS, Config, PerModel
+from luthier.api.merging import Filtered
 from luthier.cli.main import VERBS, Verbs, luthier
 from luthier.registry import default_registry
+from pydantic import BaseModel
 
 HERE = Path(__file__).parent / "reference"
 
@@ -27,13 +30,37 @@ def components() -> str:
         for name in names:
             component = registry.get(kind, name)
             lines += [f"### {name}", "", f"{component.summary}.", ""]
-            fields = registry.config_class(component).model_fields
-            if fields:
-                lines += ["| key | default | what it is |", "| --- | --- | --- |"]
-                lines += [f"| `{key}` | {_default(field)} | {' '.join((field.description or '').split())} |"
-                          for key, field in fields.items()]  # fmt: skip
-                lines.append("")
+            rows = list(_rows(registry.config_class(component)))
+            if rows:
+                lines += ["| key | default | what it is |", "| --- | --- | --- |", *rows, ""]
     return "\n".join(lines)
+
+
+def _rows(config: type[BaseModel], inside: str = "") -> Iterator[str]:
+    """A line for each key, and for the keys of configs inside of it."""
+    for key, field in config.model_fields.items():
+        about = " ".join((field.description or "").split())
+        if words := _words(field.annotation):
+            about = f"{about} One of {', '.join(f'`{word}`' for word in words)}.".strip()
+        yield f"| `{inside}{key}` | {_default(field)} | {about} |"
+        marks = {list: "[]", dict: ".<name>"}.get(get_origin(field.annotation), "")
+        for nested in dict.fromkeys(_configs(field.annotation)):
+            yield from _rows(nested, f"{inside}{key}{marks}.")
+
+
+def _words(annotation: Any) -> list[str]:
+    """The words that a field takes, where it takes nothing else."""
+    kinds = [part for part in get_args(annotation) if part is not type(None)]
+    if get_origin(annotation) is Literal:
+        return [word for word in kinds if isinstance(word, str)]
+    return _words(kinds[0]) if len(kinds) == 1 else []
+
+
+def _configs(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that a field's type is made of; a setting is left out: the how-to tells how these are written."""
+    known = isinstance(annotation, type) and issubclass(annotation, Config)
+    own = [annotation] if known and annotation not in (Filtered, PerModel) else []
+    return [*own, *(item for part in get_args(annotation) for item in _configs(part))]
 
 
 def _default(field: Any) -> str:
