@@ -227,7 +227,8 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
         ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),
         ({"models": ["./a"]}, "no list of entries that have `model`"),
         ({"dtype": "float64"}, "the dtype float64"),
-        ({"tokenizer": {"source": "union", "tokens": {}}}, "'tokens', which is not supported"),
+        ({"tokenizer": {"source": "union", "colour": {}}}, "'colour', which is not supported"),
+        ({"tokenizer": "union"}, "`tokenizer` of the mergekit file is no mapping"),
         ({"models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 1}}]}, "needs a weight for every model"),
     ],
 )
@@ -282,6 +283,11 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
     karcher = translated("models: [{model: ./a}, {model: ./b}]\nmerge_method: karcher\nbase_model: ./base\n")
     assert karcher["models"] == [base, a, b]
     assert "base" not in karcher
+    words = translated(
+        pair + "merge_method: linear\nchat_template: auto\ntokenizer: {tokens: {x: {}, y: {source: ./b}}}\n"
+    )
+    assert (words["tokenizer"], words["chat_template"]) == ("union", "auto")
+    assert words["tokens"] == [{"token": "x"}, {"token": "y", "model": b}]
     mapped = translated("models: [{model: {model: {path: ./a}, lora: {path: ./b}}, parameters: {weight: 1}}]\n"
                         "merge_method: linear\n")  # fmt: skip
     assert mapped["models"] == [f"{a}+{b}"]

@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+import yaml
 from luthier.api import Artifact, ModelError
+from luthier.artifacts.models import chat_template
+from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_model
 from luthier.train.loading import load_model, load_tokenizer
+from luthier_plugins.merge.config import MergeConfig
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 OTHER_TEXTS = ("Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich.", "Die Lampe steht auf dem Tisch.") * 9
 
@@ -92,6 +101,105 @@ def test_tokenizers_of_other_kinds_cannot_be_joined(store: Path, pair: list[Arti
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="their pre_tokenizer differ"):
         run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [pair[0], Artifact.load(folder)]})
+
+
+def test_rows_of_tokens_and_padding_are_those_of_mergekit(
+    store: Path, pair: list[Artifact], tmp_path: Path, cli: Any
+) -> None:
+    more = tiny_model(store, seed=3, dtype="float32", vocab_size=330, tied=False, texts=OTHER_TEXTS)
+    for name, model in zip("abc", (*pair, more), strict=True):
+        shutil.copytree(model.path, tmp_path / name, ignore=shutil.ignore_patterns("manifest.json"))
+    (_, first), (_, second) = (rows(model) for model in pair)
+    only_second = sorted(set(second) - set(first))
+    tokens = {
+        "<|new|>": {"source": {"kind": "zero"}},
+        only_second[0]: {"source": {"kind": "model_token", "model": "./a", "token_id": 70}},
+        only_second[1]: {"source": "./c"},
+        "e": {"source": "./b", "force": True},
+        "t": {"source": {"kind": "model_token", "model": "./a", "token": "z"}, "force": True},
+    }
+    weights = {"a": 1.0, "b": 0.5, "c": 2.0}
+    content = {"models": [{"model": f"./{name}", "parameters": {"weight": value}} for name, value in weights.items()],
+               "merge_method": "linear", "dtype": "float32", "chat_template": "chatml",
+               "tokenizer": {"source": "union", "tokens": tokens, "pad_to_multiple_of": 64}}  # fmt: skip
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump(content))
+    text = (tmp_path / "merge.yml").read_text().replace("./", f"{tmp_path}/")
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    run_merge(MergeConfiguration.model_validate(yaml.safe_load(text)), str(tmp_path / "theirs"), options)
+    done = cli("do", "merge", f"config={tmp_path}/merge.yml", "--out", "ours")
+    assert done.returncode == 0, done.stderr
+    joint, expected = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("ours", "theirs"))
+    assert joint.chat_template == expected.chat_template
+    # One look at each: the order of a vocabulary is another every time.
+    ids, their_ids = joint.get_vocab(), expected.get_vocab()
+    assert ids.keys() == their_ids.keys()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        found, there = (load_file(tmp_path / side / "model.safetensors")[name] for side in ("ours", "theirs"))
+        assert len(found) == len(there) == 64 * -(-len(ids) // 64)
+        for token, place in ids.items():
+            torch.testing.assert_close(found[place], there[their_ids[token]], rtol=1e-5, atol=1e-6, msg=token)
+        torch.testing.assert_close(found[-1], there[-1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_new_token_begins_at_the_mean_and_models_that_share_a_vocabulary_may_get_one(
+    store: Path, pair: list[Artifact]
+) -> None:
+    other = tiny_model(store, seed=5, dtype="float32", vocab_size=310, tied=False)
+    config = {"tokens": [{"token": "<|tool|>"}], "pad_to_multiple_of": 32}
+    merged = run_stage(store, "merge", config, inputs={"models": [pair[0], other]})
+    found, vocabulary = rows(merged)
+    place = vocabulary["<|tool|>"]
+    assert merged.facts["vocab_size"] == len(found) == 32 * -(-(place + 1) // 32)
+    (one, _), (two, _) = rows(pair[0]), rows(other)
+    for row in found[place:]:
+        torch.testing.assert_close(row, ((one + two) / 2).mean(dim=0), rtol=1e-4, atol=1e-5)
+    ids = load_tokenizer(merged)("a<|tool|>b", add_special_tokens=False).input_ids
+    assert ids.count(place) == 1
+    assert json.loads((merged.path / "token_sources.json").read_text()) == {"<|tool|>": "new"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"model": "x", "like": "nothing of the kind"}, "has none for 'nothing of the kind'"),
+     ({"model": "x", "like": 5000}, "has none for 5000"), ({"model": "other"}, "`tokens` names")],
+)  # fmt: skip
+def test_rows_that_there_are_not_are_refused(store: Path, pair: list[Artifact], entry: dict, message: str) -> None:
+    config = {"tokenizer": "union", "tokens": [{"token": "<|tool|>", **entry}]}
+    stranger = tiny_model(store, seed=9, dtype="float32", vocab_size=310, tied=False)
+    given = {"models": pair, "tokens.0.model": stranger if entry["model"] == "other" else pair[1]}
+    with pytest.raises(ModelError, match=message):
+        run_stage(store, "merge", config, inputs=given)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [({"like": "b"}, "names a token of a `model`"), ({"force": True}, "needs to know what with"),
+     ({"zero": True, "model": "m"}, "come from no model")],
+)  # fmt: skip
+def test_rows_that_come_from_nowhere_are_refused(entry: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MergeConfig.model_validate({"models": ["m"], "tokens": [{"token": "a", **entry}]},
+                                   context={"components": default_registry()})  # fmt: skip
+
+
+TALK = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+
+
+def test_the_chat_template_is_the_one_that_was_chosen(store: Path, tmp_path: Path) -> None:
+    models = [tiny_model(store, seed=seed) for seed in (31, 32, 33)]
+    own = chat_template(models[0].path)
+    for model in models[1:]:
+        shutil.copytree(model.path, tmp_path / model.key, ignore=shutil.ignore_patterns("manifest.json"))
+        (tmp_path / model.key / "chat_template.jinja").write_text(TALK)
+    models[1:] = [run_stage(store, "base", {"source": str(tmp_path / model.key)}) for model in models[1:]]
+    expected = {None: own, "auto": TALK, "{{ messages }}": "{{ messages }}"}
+    for choice, text in expected.items():
+        merged = run_stage(store, "merge", {"chat_template": choice}, inputs={"models": models})
+        assert chat_template(merged.path) == text
+        warned = "\n".join(merged.manifest["warnings"])
+        assert ("does not go with the model" in warned) == (choice == "{{ messages }}"), warned
+    with pytest.raises(ModelError, match="neither Jinja text nor a name: 'chatlm'; there are auto, alpaca, chatml"):
+        run_stage(store, "merge", {"chat_template": "chatlm"}, inputs={"models": models})
 
 
 def test_padding_rows_stay_what_they_are(store: Path, pair: list[Artifact]) -> None:

@@ -74,6 +74,31 @@ class Slice(Config):
         return self
 
 
+class TokenRows(Config):
+    """Where the rows of one token come from, in every model that has none for it."""
+
+    token: str
+    """The token's text; where the vocabulary lacks it, it is added."""
+    model: ModelInput | None = None
+    """The model whose rows it gets; by default it is as with all other tokens."""
+    like: str | int | None = None
+    """Another token of that model, by its text or its id, whose rows are taken."""
+    zero: bool = False
+    """Give it rows of zeros."""
+    force: bool = False
+    """In models too that have rows of their own for it."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> TokenRows:
+        if self.zero and (self.model is not None or self.like is not None):
+            raise ValueError("rows of zeros (`zero`) come from no model: leave `model` and `like` out")
+        if self.like is not None and self.model is None:
+            raise ValueError("`like` names a token of a `model`: say which")
+        if self.force and self.model is None and not self.zero:
+            raise ValueError("`force` needs to know what with: give `model`, or `zero`")
+        return self
+
+
 def _with_file(schema: dict[str, Any]) -> None:
     """Tell editors of the key that stands for a whole file."""
     schema["properties"]["config"] = {"type": "string", "description": "A mergekit file that says all the rest."}
@@ -101,6 +126,14 @@ class MergeConfig(StageConfig):
     tokenizer: TokenizerChoice = "base"
     """``base``: that of `base`, else of the first model, which all must share. ``union``: every token of every
     model, with the rows of the embeddings moved to their places. Or a model's, by its stage."""
+    tokens: list[TokenRows] = []
+    """Tokens whose rows come from where you say. Without a word, a model that lacks a token gets its rows from the
+    base, else the mean of those of the models that have it."""
+    pad_to_multiple_of: int | None = Field(default=None, gt=0)
+    """Fill the embeddings up to a number of rows that this divides, with the mean of the tokens' rows."""
+    chat_template: str | None = None
+    """A chat template as Jinja text; a name that mergekit knows, such as ``chatml``; or ``auto``: the one that most
+    models have. By default it is that of `base` or the first model, else that of the first model that has one."""
     dtype: ModelDtype | None = None
     """What the merged weights are stored in; by default what the base, else the first model, is stored in."""
     shard_size: int = Field(default=5_000_000_000, gt=0)
@@ -176,7 +209,7 @@ class MergeConfig(StageConfig):
             found.append(f"{name} does not look at weights: leave them out")
         if method.prepares and self.slices:
             found.append(f"{name} looks at what whole models do with data, and cannot merge slices")
-        if method.prepares and self.tokenizer != "base":
+        if method.prepares and (self.tokenizer != "base" or self.tokens or self.pad_to_multiple_of):
             found.append(f"{name} looks at the models as they are: merge models of one tokenizer")
         found += settings_problems(method, name, self.weights or [], counts)
         return found

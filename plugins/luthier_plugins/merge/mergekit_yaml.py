@@ -12,7 +12,7 @@ from luthier.artifacts.adapters import HUB_ID
 
 Values = dict[str, Any]
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-         "tokenizer", "name"}  # fmt: skip
+         "tokenizer", "chat_template", "name"}  # fmt: skip
 OURS: dict[str, dict[str, str]] = {
     "linear": {"normalize": "normalize"},
     "slerp": {"t": "t"},
@@ -161,16 +161,43 @@ class _Reader:
             if stored not in DTYPES:
                 raise ValueError(f"the dtype {stored} of the mergekit file is not one of {', '.join(sorted(DTYPES))}")
             result["dtype"] = stored
-        named: Any = self.content.get("tokenizer") or {}
-        odd = sorted(set(named) - {"source"}) if isinstance(named, dict) else [str(named)]
+        template = self.content.get("chat_template")
+        if template is not None:
+            result["chat_template"] = str(template)
+        return result | self._vocabulary(result)
+
+    def _vocabulary(self, result: Values) -> Values:
+        """What the file says of tokens."""
+        named: Any = self.content.get("tokenizer")
+        if named is not None and not isinstance(named, dict):
+            raise ValueError("`tokenizer` of the mergekit file is no mapping")
+        told = cast("Values", named or {})
+        odd = sorted(set(told) - {"source", "tokens", "pad_to_multiple_of"})
         if odd:
-            raise ValueError(
-                f"`tokenizer` of the mergekit file has '{odd[0]}', which is not supported: only `source` is"
-            )
-        tokenizer = self.content.get("tokenizer_source") or named.get("source")
-        if tokenizer is not None:
-            result["tokenizer"] = tokenizer if tokenizer == "union" else self._speaker(tokenizer, result)
-        return result
+            raise ValueError(f"`tokenizer` of the mergekit file has '{odd[0]}', which is not supported")
+        source = self.content.get("tokenizer_source") or (told.get("source", "union") if named is not None else None)
+        if source is None:
+            return {}
+        made: Values = {"tokenizer": source if source == "union" else self._speaker(source, result)}
+        if told.get("tokens"):
+            made["tokens"] = [self._token(token, dict(entry or {})) for token, entry in told["tokens"].items()]
+        if told.get("pad_to_multiple_of"):
+            made["pad_to_multiple_of"] = told["pad_to_multiple_of"]
+        return made
+
+    def _token(self, token: str, entry: Values) -> Values:
+        """Where a token's rows come from."""
+        source: Any = entry.get("source")
+        force = {"force": True} if entry.get("force") else {}
+        if source is None:
+            return {"token": token}
+        if isinstance(source, dict) and "kind" in source:
+            about = cast("Values", source)
+            if about["kind"] == "zero":
+                return {"token": token, "zero": True, **force}
+            like = about["token"] if about.get("token") is not None else about["token_id"]
+            return {"token": token, "model": self._place(about["model"]), "like": like, **force}
+        return {"token": token, "model": self._place(source), **force}
 
     def _speaker(self, tokenizer: Any, result: Values) -> str:
         """Whose tokenizer the merged model has: ``base`` is the base's, else the first model's."""

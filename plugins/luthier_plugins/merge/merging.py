@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,8 @@ import torch
 from luthier.api import Artifact, Facts, Merge, ModelError, StageContext, StoreError
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import (
-    GENERATION,
-    TEMPLATE,
     carry_licences,
     carry_text_files,
-    chat_template,
     model_facts,
     read_json,
 )
@@ -31,9 +28,10 @@ from luthier_plugins.merge.config import MergeConfig, as_method
 from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
-from luthier_plugins.merge.reader import Weights, dump_json, full_of, label_of
+from luthier_plugins.merge.reader import Source, Weights, dump_json, full_of, label_of
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
+from luthier_plugins.merge.voice import carry_voice, give_template, template_of
 from luthier_plugins.merge.writer import INDEX, Output, size_of
 
 STAND_BACK = 5
@@ -50,7 +48,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         artifacts = _artifacts(config, context)
         inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config))
         left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
-        inputs, vocabulary, layout = _drafted(config, inputs, context)
+        draft = _drafted(config, inputs, context)
+        inputs, vocabulary, layout, template = draft.inputs, draft.vocabulary, draft.layout, draft.template
         _tell_doubts(config, inputs, layout, context)
         prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
         own: dict[int | None, Merge] = {place: context.component(use)
@@ -71,6 +70,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
             carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
+        if template is not None:
+            give_template(template, context)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
         dump_json(context.out / "config.json", final)
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
@@ -90,8 +91,25 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
     }
 
 
-def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> tuple[Inputs, Vocabulary | None, Layout]:
-    """The models in the merged model's vocabulary, that vocabulary where it is new, and the merged model's layout.
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """What is to be made, before a tensor is read.
+
+    Attributes:
+        inputs: The models, in the merged model's vocabulary.
+        vocabulary: That vocabulary, where it is new.
+        layout: The merged model's layout.
+        template: The text of its chat template, where the config chose one.
+    """
+
+    inputs: Inputs
+    vocabulary: Vocabulary | None
+    layout: Layout
+    template: str | None
+
+
+def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Draft:
+    """Plan the merge, from headers and configs alone.
 
     Raises:
         ModelError: with every reason why the models cannot be merged.
@@ -100,7 +118,12 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> tupl
     found = list(problems(config, inputs))
     vocabulary: Vocabulary | None = None
     layout: Layout | None = None
+    template: str | None = None
     full: StoreError | None = None
+    try:
+        template = template_of(config.chat_template, inputs) if config.chat_template else None
+    except ModelError as error:
+        found.append(error.message)
     try:
         vocabulary = _vocabulary(config, context, inputs)
         if vocabulary is not None:
@@ -119,7 +142,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> tupl
         raise full
     refuse([*found, *([full.message] if full else [])], "merged")
     assert layout is not None, "refused otherwise"
-    return inputs, vocabulary, layout
+    return _Draft(inputs, vocabulary, layout, template)
 
 
 def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: StageContext) -> None:
@@ -154,16 +177,22 @@ def _settle(output: Output, context: StageContext) -> None:
 
 def _vocabulary(config: MergeConfig, context: StageContext, inputs: Inputs) -> Vocabulary | None:
     """The new vocabulary, when the models' own one does not stay."""
-    if config.tokenizer == "base":
+    multiple = config.pad_to_multiple_of or 1
+    if config.tokenizer == "base" and not config.tokens and multiple == 1:
         return None
-    if config.tokenizer == "union":
-        return vocabulary_of("union", inputs, None)
-    wanted = context.input("tokenizer")
-    speaker = next((model for model in inputs.all if model.artifact.key == wanted.key), None)
-    if speaker is None:
-        raise ModelError(f"`tokenizer` names {wanted.manifest.get('stage')}, which is not merged",
-                         hint="name one of the models, `base` or `union`")  # fmt: skip
-    return vocabulary_of("model", inputs, speaker)
+    shared = config.tokenizer in ("base", "union")
+    speaker = inputs.lead if shared else _merged_as("tokenizer", context.input("tokenizer"), inputs)
+    tokens = [(rows, _merged_as("tokens", context.input(f"tokens.{place}.model"), inputs) if rows.model else None)
+              for place, rows in enumerate(config.tokens)]  # fmt: skip
+    return vocabulary_of(inputs, speaker, joined=config.tokenizer == "union", tokens=tokens, multiple=multiple)
+
+
+def _merged_as(key: str, wanted: Artifact, inputs: Inputs) -> Source:
+    """The model among those that are merged that a key names."""
+    found = next((model for model in inputs.all if model.artifact.key == wanted.key), None)
+    if found is None:
+        raise ModelError(f"`{key}` names {wanted.manifest.get('stage')}, which is not merged: name one of the models")
+    return found
 
 
 def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
@@ -242,27 +271,6 @@ def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Setting
     # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
     niceness = STAND_BACK if verifier.apart else 0
     return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
-
-
-def carry_voice(inputs: Inputs, context: StageContext) -> None:
-    """Where the lead was never taught to talk, as a raw base, take how to from the first model that was.
-
-    A template without the stop tokens that go with it would be a model that never stops: both come from there.
-    """
-    lead, *others = inputs.all
-    speaker = next((model for model in inputs.all if chat_template(model.artifact.path) is not None), lead)
-    if speaker is lead:
-        return
-    template = chat_template(speaker.artifact.path)
-    assert template is not None, "it was chosen for it"
-    (context.out / TEMPLATE).write_text(template, encoding="utf-8")
-    settings = speaker.artifact.path / GENERATION
-    if settings.exists():
-        shutil.copyfile(settings, context.out / GENERATION)
-    context.log(f"{lead.label} has no chat template: it and the generation config are those of {speaker.label}")
-    other = [model.label for model in others if chat_template(model.artifact.path) not in (None, template)]
-    if other:
-        context.warn(f"the chat template of {speaker.label} was taken; {', '.join(other)} have another")
 
 
 def carry(model: Artifact, out: Path) -> None:

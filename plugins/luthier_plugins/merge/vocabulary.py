@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from luthier.api import ModelError
 from luthier.artifacts.models import EMBEDDINGS, TensorHeader, carry_text_files, read_json
 from luthier_plugins.merge.check import is_vocabulary
+from luthier_plugins.merge.config import TokenRows
 from luthier_plugins.merge.files import Scratch
 from luthier_plugins.merge.layout import Inputs
 from luthier_plugins.merge.reader import Source, dump_json
@@ -22,7 +25,27 @@ SOURCES = "token_sources.json"
 """Which model each token comes from that the first one does not have."""
 SAME = ("normalizer", "pre_tokenizer", "decoder")
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+MEAN_BLOCK = 1 << 19
+"""Entries read at once to take a mean of rows."""
 Tokenizer = dict[str, Any]
+
+
+Origin = tuple[tuple[Source, int], ...]
+"""What a row is the mean of: rows of models; of nothing: of the rows of all tokens."""
+NEW = "new"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Where a token's rows come from by the config.
+
+    Attributes:
+        origin: The rows; None is zeros.
+        force: Whether they replace rows that a model has.
+    """
+
+    origin: Origin | None
+    force: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +56,15 @@ class Vocabulary:
         speaker: The model whose tokenizer it is, or is built on; its text files and special ids are taken.
         tokenizer: The content of ``tokenizer.json``.
         rows: Rows of the embedding.
-        sources: For each token that the speaker does not have, the model it comes from.
+        sources: For each token that the speaker does not have, the models its rows come from.
+        chosen: Tokens whose rows the config chose.
     """
 
     speaker: Source
     tokenizer: Tokenizer
     rows: int
     sources: dict[str, str]
+    chosen: dict[str, Chosen]
 
     def write(self, out: Path) -> None:
         """Write the tokenizer and what else belongs to the text."""
@@ -60,20 +85,82 @@ def tokens_of(tokenizer: Tokenizer) -> dict[str, int]:
     return vocabulary | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
 
 
-def vocabulary_of(choice: str, inputs: Inputs, speaker: Source | None) -> Vocabulary:
-    """The joint vocabulary (``union``), or that of one model.
+def vocabulary_of(
+    inputs: Inputs,
+    speaker: Source,
+    *,
+    joined: bool = False,
+    tokens: Sequence[tuple[TokenRows, Source | None]] = (),
+    multiple: int = 1,
+) -> Vocabulary:
+    """The vocabulary of one model, with what else there is to be in it.
+
+    Args:
+        inputs: The models.
+        speaker: The model.
+        joined: Whether every token of every other model is in it too.
+        tokens: Tokens that are in it in any case, each with the model that its rows come from.
+        multiple: What the number of rows is a multiple of.
 
     Raises:
-        ModelError: a tokenizer has no ``tokenizer.json``, or they are of different kinds.
+        ModelError: a tokenizer has no ``tokenizer.json``, they are of different kinds, or a token's rows come from
+            where there are none.
     """
-    lead = speaker or inputs.lead
-    tokenizer = _read(lead)
+    tokenizer = _read(speaker)
     sources: dict[str, str] = {}
-    if choice == "union":
+    if joined:
         for other in inputs.all:
-            if other is not lead:
-                tokenizer = _joined(tokenizer, _read(other), lead, other, sources)
-    return Vocabulary(lead, tokenizer, max(_rows(lead), max(tokens_of(tokenizer).values()) + 1), sources)
+            if other is not speaker:
+                tokenizer = _joined(tokenizer, _read(other), speaker, other, sources)
+    missing = [rows.token for rows, _ in tokens if rows.token not in tokens_of(tokenizer)]
+    if missing:
+        tokenizer = _with_tokens(tokenizer, missing)
+    donors = _donors(inputs, own_rows(inputs), [*sources, *missing])
+    sources = {token: " and ".join(model.label for model, _ in origin) or NEW for token, origin in donors.items()}
+    chosen = {rows.token: Chosen(None if rows.zero else _row_of(rows, model), rows.force)
+              for rows, model in tokens if rows.zero or model is not None}  # fmt: skip
+    sources |= {rows.token: model.label for rows, model in tokens if model is not None and rows.token in sources}
+    count = max(_rows(speaker), max(tokens_of(tokenizer).values()) + 1)
+    return Vocabulary(speaker, tokenizer, -(-count // multiple) * multiple, sources, chosen)
+
+
+def own_rows(inputs: Inputs) -> dict[str, dict[str, int]]:
+    """For each model, by its key, the row of every token that it has one for."""
+    return {model.artifact.key: {token: row for token, row in tokens_of(_read(model)).items() if row < _rows(model)}
+            for model in inputs.all}  # fmt: skip
+
+
+def _donors(inputs: Inputs, own: Mapping[str, Mapping[str, int]], tokens: Iterable[str]) -> dict[str, Origin]:
+    """Where a model that lacks a token gets its rows from: the base, else all that have it."""
+    found: dict[str, Origin] = {}
+    for token in tokens:
+        having = [model for model in inputs.all if token in own[model.artifact.key]]
+        if inputs.base in having:
+            having = [inputs.base]
+        found[token] = tuple((model, own[model.artifact.key][token]) for model in having if model is not None)
+    return found
+
+
+def _row_of(rows: TokenRows, model: Source | None) -> Origin:
+    """The row of a model that the config chose for a token."""
+    assert model is not None, "without a model, nothing was chosen"
+    known = tokens_of(_read(model))
+    wanted = rows.token if rows.like is None else rows.like
+    row = wanted if isinstance(wanted, int) else known.get(wanted)
+    if row is None or not 0 <= row < _rows(model):
+        raise ModelError(f"the rows of {rows.token!r} were to come from {model.label}, which has none for {wanted!r}")
+    return ((model, row),)
+
+
+def _with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """A tokenizer with more tokens behind its own, taken as they are written."""
+    more = copy.deepcopy(tokenizer)
+    following = max(tokens_of(tokenizer).values()) + 1
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    more["added_tokens"] = [*(more.get("added_tokens") or []),
+                            *({"id": following + place, "content": token, **plain}
+                              for place, token in enumerate(dict.fromkeys(tokens)))]  # fmt: skip
+    return more
 
 
 def _embedding(model: Source) -> str:
@@ -137,28 +224,28 @@ def _pair(merge: Any) -> tuple[str, str]:
 def respell(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
     """Every model as if it had the vocabulary; models that are the same stay the same."""
     tokens = tokens_of(vocabulary.tokenizer)
-    own = {id(model): {token: row for token, row in tokens_of(_read(model)).items() if row < _rows(model)}
-           for model in inputs.all}  # fmt: skip
-    # A token that a model lacks is read from the first that has it: the base, then the models in their order.
-    order = inputs.all
+    own = own_rows(inputs)
+    lacking = [token for token in tokens if not all(token in rows for rows in own.values())]
+    donors = _donors(inputs, own, lacking)
     found: dict[int, Source] = {}
-    for model in order:
-        rows: list[tuple[Source, int]] = [(model, -1)] * vocabulary.rows
+    for model in inputs.all:
+        known = own[model.artifact.key]
+        rows: list[Origin | None] = [()] * vocabulary.rows
         for token, place in tokens.items():
-            if token in own[id(model)]:
-                rows[place] = (model, own[id(model)][token])
+            chosen = vocabulary.chosen.get(token)
+            if chosen is not None and (chosen.force or token not in known):
+                rows[place] = chosen.origin
             else:
-                having = (other for other in order if token in own[id(other)])
-                rows[place] = next(((other, own[id(other)][token]) for other in having), (model, -1))
+                rows[place] = ((model, known[token]),) if token in known else donors[token]
         # Rows of no token are padding. A model's own stand where it has such; else those of the model whose vocabulary
-        # it is, so that nothing differs there; else zeros.
-        taken = set(own[id(model)].values())
-        for place in set(range(vocabulary.rows)) - set(tokens.values()):
+        # it is, so that nothing differs there; else the mean.
+        taken, told = set(known.values()), set(tokens.values())
+        for place in set(range(vocabulary.rows)) - told:
             if place < _rows(model) and place not in taken:
-                rows[place] = (model, place)
+                rows[place] = ((model, place),)
             elif place < _rows(vocabulary.speaker):
-                rows[place] = (vocabulary.speaker, place)
-        found[id(model)] = _Respelled(model, rows)
+                rows[place] = ((vocabulary.speaker, place),)
+        found[id(model)] = _Respelled(model, rows, told)
     return Inputs([found[id(model)] for model in inputs.models], found[id(inputs.base)] if inputs.base else None)
 
 
@@ -167,10 +254,11 @@ class _Respelled:
 
     Args:
         model: The model.
-        rows: For each row, the model and the row it is read from; -1 is a row of zeros.
+        rows: For each row, what it is the mean of; None is zeros.
+        told: The rows that are of tokens.
     """
 
-    def __init__(self, model: Source, rows: Sequence[tuple[Source, int]]) -> None:
+    def __init__(self, model: Source, rows: Sequence[Origin | None], told: Set[int]) -> None:
         self.artifact = model.artifact
         self.label = model.label
         self.content = model.content
@@ -181,6 +269,9 @@ class _Respelled:
         }
         self._model = model
         self._rows = rows
+        self._told = told
+        self._means: dict[str, Tensor] = {}
+        self._lock = threading.Lock()
 
     def raw(self, name: str, first: int, out: Tensor) -> None:
         self._model.raw(name, first, out)
@@ -192,16 +283,51 @@ class _Respelled:
         # A bias comes as one row of columns, an embedding as rows.
         width = math.prod(self.headers[name].shape[1:])
         flat = out.view(-1, width)
-        first = start // width
+        unknown = self._fill(name, start // width, flat, scratch)
+        if unknown:
+            flat[unknown] = self._mean(name, width)
+
+    def _fill(self, name: str, first: int, flat: Tensor, scratch: Scratch) -> list[int]:
+        """Read rows; the places of those that are the mean of all tokens' rows are returned and left as they are."""
+        unknown: list[int] = []
         place = 0
         while place < len(flat):
-            source, row = self._rows[first + place]
-            if row < 0:
-                flat[place].zero_()
-                place += 1
-                continue
+            origin = self._rows[first + place]
             count = 1
-            while place + count < len(flat) and self._rows[first + place + count] == (source, row + count):
-                count += 1
-            source.read(name, row * width, flat[place : place + count], scratch)
+            if origin is None:
+                flat[place].zero_()
+            elif len(origin) == 1:
+                source, row = origin[0]
+                # Rows that lie one behind the other are read at once.
+                while place + count < len(flat) and self._rows[first + place + count] == ((source, row + count),):
+                    count += 1
+                source.read(name, row * flat.shape[1], flat[place : place + count], scratch)
+            elif origin:
+                flat[place] = torch.stack([self._row(name, *one, flat.shape[1], scratch) for one in origin]).mean(dim=0)
+            else:
+                unknown.append(place)
             place += count
+        return unknown
+
+    @staticmethod
+    def _row(name: str, source: Source, row: int, width: int, scratch: Scratch) -> Tensor:
+        out = torch.empty(1, width)
+        source.read(name, row * width, out, scratch)
+        return out[0]
+
+    def _mean(self, name: str, width: int) -> Tensor:
+        """The mean of the tokens' rows, without those that are the mean themselves."""
+        with self._lock:
+            if name not in self._means:
+                scratch = Scratch()
+                total, seen = torch.zeros(width, dtype=torch.float64), 0
+                step = max(1, MEAN_BLOCK // width)
+                for first in range(0, len(self._rows), step):
+                    block = torch.empty(min(step, len(self._rows) - first), width)
+                    left_out = set(self._fill(name, first, block, scratch))
+                    kept = [place for place in range(len(block))
+                            if first + place in self._told and place not in left_out]  # fmt: skip
+                    total += block[kept].double().sum(dim=0)
+                    seen += len(kept)
+                self._means[name] = (total / max(1, seen)).float()
+            return self._means[name]

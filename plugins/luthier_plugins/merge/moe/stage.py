@@ -14,12 +14,13 @@ from luthier.artifacts.room import check_room
 from luthier_plugins.merge.check import check_stored
 from luthier_plugins.merge.files import DTYPES, Scratch
 from luthier_plugins.merge.layout import NAMES, Inputs
-from luthier_plugins.merge.merging import carry, carry_voice, full_of, open_inputs
+from luthier_plugins.merge.merging import carry, full_of, open_inputs
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
 from luthier_plugins.merge.reader import Source, dump_json, whole
 from luthier_plugins.merge.verify import Verifier
+from luthier_plugins.merge.voice import carry_voice
 from luthier_plugins.merge.writer import Described, Output, size_of
 from torch import Tensor
 
