@@ -4,7 +4,7 @@ from luthier.api import Component, hookimpl
 
 PACKAGE = "luthier_plugins.merge"
 STAGES = (
-    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 3),
+    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 4),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
      "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
