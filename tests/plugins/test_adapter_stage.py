@@ -267,6 +267,51 @@ def test_whatever_an_adapter_changes_is_merged_as_peft_folds_it(
     assert stored.facts["dtype"] == "BF16", "what the base is stored in, folded or not"
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("gpt2", (["c_attn", "c_proj"], ["c_fc"])), ("gpt2-short", (["c_attn"], ["c_attn", "c_proj"])),
+     ("llama", (["lm_head", "q_proj"], ["lm_head"]))],
+)  # fmt: skip
+def test_adapters_on_transposed_layers_and_heads_merge_and_come_out_of_models_again(
+    tmp_path: Path, name: str, targets: tuple[list[str], list[str]]
+) -> None:
+    model = odd_model(tmp_path / "model", name, tied=False)
+    base = run_stage(tmp_path / "s", "base", {"source": str(model)})
+    folders = [outside(tmp_path / f"light-{place}", model, target_modules=several, r=2 + place)
+               for place, several in enumerate(targets)]  # fmt: skip
+    if name == "llama":
+        stored = [key for key in load_file(folders[0] / "adapter_model.safetensors") if "lora" not in key]
+        assert stored, "PEFT stores a copy of the head along with its update"
+    adapters = [run_stage(tmp_path / "s", "adapter", {"source": str(folder)}, inputs={"model": base})
+                for folder in folders]  # fmt: skip
+    plain, one, two = (
+        {key: tensor.clone() for key, tensor in fold(load_model(item)).state_dict().items()}
+        for item in (base, *adapters)
+    )
+    expected = {key: tensor + 0.25 * (one[key] - tensor) + 0.75 * (two[key] - tensor) for key, tensor in plain.items()}
+    merged = run_stage(tmp_path / "s", "merge_adapters", {"weights": [1, 3]}, inputs={"models": adapters})
+    dense = run_stage(tmp_path / "s", "merge", {"weights": [1, 3], "dtype": "float32"}, inputs={"models": adapters})
+    # The ranks of both together hold the difference whole.
+    extracted = run_stage(tmp_path / "s", "extract_lora", {"r": 5, "head": True}, inputs={"model": dense, "base": base})
+    assert extracted.facts["left_out"] == []
+    for adapter in (merged, extracted):
+        found = fold(load_model(adapter)).state_dict()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_a_whole_tensor_that_an_adapter_changes_is_not_merged_with_others(tmp_path: Path) -> None:
+    model = odd_model(tmp_path / "model", "llama", tied=False)
+    light = outside(tmp_path / "light", model, modules_to_save=["lm_head"])
+    base = run_stage(tmp_path / "s", "base", {"source": str(model)})
+    weights = load_file(light / "adapter_model.safetensors")
+    save_file({key: tensor * 1.25 for key, tensor in weights.items()}, light / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    with pytest.raises(ModelError, match=r"what this stage does not merge: lm_head\.weight"):
+        run_stage(tmp_path / "s", "merge_adapters", inputs={"models": [adapter, adapter]})
+
+
 def test_entries_that_are_no_numbers_are_found_where_they_are(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "light", tmp_path / "light")
     weights = load_file(place / "light" / "adapter_model.safetensors")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from luthier.api.errors import LuthierError, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
@@ -71,14 +72,14 @@ def _without_weights(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
-def linear_weights(folder: Path) -> set[str]:
-    """The names of the weights of a model's linear layers, found without reading a weight.
+def linear_modules(folder: Path) -> list[str]:
+    """The names of a model's linear layers, those of GPT-2 among them, found without reading a weight.
 
     Args:
         folder: The model's folder.
     """
-    model = _without_weights(folder)
-    return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    kinds = (torch.nn.Linear, Conv1D)
+    return [name for name, module in _without_weights(folder).named_modules() if isinstance(module, kinds)]
 
 
 def _mismatches(error: Exception) -> list[tuple[str, str, str]]:

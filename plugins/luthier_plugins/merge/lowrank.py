@@ -23,12 +23,13 @@ ADDS_ONLY = ("gaussian", "orthogonal", "eva")
 VARIANTS = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
             "monteclora_config", "layer_replication", "lora_bias")  # fmt: skip
 """Settings of PEFT with which an adapter is more than W + s B A."""
+EMBEDDING_A = "embedding_A"
 UNTIED = (HEAD, "embed_out.weight")
 """Output heads that are parameters of their own, where they are among the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """One weight's low-rank update.
 
     Attributes:
@@ -57,7 +58,6 @@ class LowRank:
     Attributes:
         targets: The weights that get an update.
         replaced: The weights that the adapter brings whole, by their names in its file.
-        beyond: What it changes besides linear layers, for messages; empty when nothing.
 
     Raises:
         Unfoldable: it does what only PEFT knows how to fold.
@@ -66,7 +66,7 @@ class LowRank:
     def __init__(self, folder: Path, headers: Mapping[str, TensorHeader], config: Mapping[str, Any]) -> None:
         self.settings: dict[str, Any] = read_json(folder / ADAPTER_CONFIG)
         self.headers = safetensors_header(folder / ADAPTER_WEIGHTS)
-        self.targets: dict[str, _Target] = {}
+        self.targets: dict[str, Target] = {}
         self.replaced: dict[str, str] = {}
         if self.settings["peft_type"] != "LORA":
             raise Unfoldable(f"a {self.settings['peft_type']} adapter")
@@ -82,10 +82,18 @@ class LowRank:
         shared = [name for name in (*self.targets, *self.replaced) if tied and name.endswith(EMBEDDINGS)]
         if shared:
             raise Unfoldable(f"a change to {shared[0]}, which is the output head too")
-        turned = [name for name, target in self.targets.items() if target.transposed]
-        self.beyond = next(iter([*self.replaced, *(f"{name}, which is stored transposed" for name in turned)]), "")
         self.files = Files(folder, self.headers)
         self.factors = lru_cache(maxsize=8)(self._factors)
+
+    @property
+    def beyond(self) -> str:
+        """What it changes besides linear layers, for messages; empty when nothing."""
+        embeddings = [name for name, target in self.targets.items() if target.a.endswith(EMBEDDING_A)]
+        return next(iter([*self.replaced, *embeddings]), "")
+
+    def module(self, weight: str) -> str:
+        """The name of the module that a target is the weight of, as PEFT has it."""
+        return self.targets[weight].a.removeprefix(WRAPPED).partition(".lora_")[0]
 
     def close(self) -> None:
         """Close the adapter's file."""
@@ -102,14 +110,14 @@ class LowRank:
             has_magnitude = magnitude in self.headers
             if turned and has_magnitude:
                 raise Unfoldable(f"DoRA on {weight}, which is stored transposed")
-            self.targets[weight] = _Target(
+            self.targets[weight] = Target(
                 name, partner, self._scale(weight, self.headers[name].shape[0]), magnitude if has_magnitude else None,
                 turned,
             )  # fmt: skip
-        elif rest == "embedding_A" and weight in headers and f"{module}.lora_magnitude_vector" not in self.headers:
+        elif rest == EMBEDDING_A and weight in headers and f"{module}.lora_magnitude_vector" not in self.headers:
             # (r, tokens): the embedding is a linear layer from tokens, stored transposed.
             r = self.headers[name].shape[0]
-            self.targets[weight] = _Target(name, f"{module}.lora_embedding_B", self._scale(weight, r), transposed=True)
+            self.targets[weight] = Target(name, f"{module}.lora_embedding_B", self._scale(weight, r), transposed=True)
         elif not rest and self._replaces(name, headers):
             self.replaced[_plain(name, headers)] = name
         elif rest not in ("B.weight", "embedding_B", "magnitude_vector"):

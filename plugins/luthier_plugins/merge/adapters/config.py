@@ -81,6 +81,8 @@ class ExtractLoraConfig(RankConfig):
     """The tuned model."""
     base: Annotated[str, Input(("model",))]
     """The model it was tuned from; the adapter will sit on it."""
+    head: bool = False
+    """Also the output head, where it is a layer of its own; else what differs in it is left out, and told."""
 
     @model_validator(mode="after")
     def _a_rank(self) -> ExtractLoraConfig:

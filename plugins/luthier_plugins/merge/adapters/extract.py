@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from luthier.api import Facts, ModelError, StageContext
-from luthier.train.adapters import linear_weights
+from luthier.train.adapters import linear_modules
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 from luthier_plugins.merge.check import check_stored, is_vocabulary
@@ -32,10 +32,9 @@ class ExtractLora:
                 odd = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
                 raise ModelError(f"the two models do not have the same tensors: {', '.join(odd[:5])}",
                                  hint="name the model it was tuned from as `base`")  # fmt: skip
-            if base.config.get("model_type") in TRANSPOSED:
-                raise ModelError(f"{base.label} keeps its weights transposed, which this stage does not handle",
-                                 hint="extract from Llama-like models")  # fmt: skip
-            linear = {in_file(name, base.headers) for name in linear_weights(full_of(context.input("base")).path)}
+            turned = base.config.get("model_type") in TRANSPOSED
+            modules = {in_file(f"{module}.weight", base.headers): module
+                       for module in linear_modules(full_of(context.input("base")).path)}  # fmt: skip
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []
@@ -46,16 +45,18 @@ class ExtractLora:
                 delta = whole(tuned, name) - whole(base, name)
                 if not bool(delta.any()):
                     continue
-                if name not in linear or is_vocabulary(name):
+                if name not in modules or (is_vocabulary(name) and not self.config.head):
                     left_out.append(name)
                     continue
-                factors[name], kept[name] = low_rank(delta, self.config.r, self.config.energy)
+                # The head of such models is a linear layer like others.
+                matrix = delta.T if turned and not is_vocabulary(name) else delta
+                factors[modules[name]], kept[name] = low_rank(matrix, self.config.r, self.config.energy)
         if not factors:
             raise ModelError("no linear layer differs between the two models", hint="is `base` the right one?")
         if left_out:
             context.warn(f"{len(left_out)} tensors differ that the adapter, of linear layers, does not hold, so their "
                          f"change is lost: {', '.join(left_out[:5])}")  # fmt: skip
-        facts = write_adapter(context.out, factors, context.input("base"), context.input("model"))
+        facts = write_adapter(context.out, factors, context.input("base"), context.input("model"), transposed=turned)
         ranks = [pair[1].shape[0] for pair in factors.values()]
         return {
             **facts,

@@ -42,13 +42,16 @@ def low_rank(matrix: Tensor, r: int | None, energy: float | None) -> tuple[Facto
     return ((u[:, :rank] * root).contiguous(), (root[:, None] * vh[:rank]).contiguous()), kept
 
 
-def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, text: Artifact) -> Facts:
+def write_adapter(
+    out: Path, factors: Mapping[str, Factors], base: Artifact, text: Artifact, *, transposed: bool = False
+) -> Facts:
     """Write an adapter, look at it as its users will, and return its facts.
 
     Args:
-        factors: Factors by the name of the base's weight.
+        factors: Factors by the name of the module whose weight they change.
         base: The model that it sits on.
         text: The model or adapter whose tokenizer, template and generation config go along.
+        transposed: Whether the modules keep their weights as (in, out).
 
     Raises:
         ModelError: an entry is NaN or infinite, or PEFT does not find on the base what was written.
@@ -58,13 +61,13 @@ def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, tex
     odd = [name for name, pair in factors.items() if not all(bool(torch.isfinite(factor).all()) for factor in pair)]
     if odd:
         raise ModelError(f"the update of {odd[0]} has NaN or infinite values", hint="nothing was written")
-    modules = {name.removesuffix(".weight"): pair for name, pair in factors.items()}
-    ranks = {module: pair[1].shape[0] for module, pair in modules.items()}
+    ranks = {module: pair[1].shape[0] for module, pair in factors.items()}
     largest = max(ranks.values())
     config = peft.LoraConfig(
         r=largest,
         lora_alpha=largest,
-        target_modules=sorted(modules),
+        target_modules=sorted(factors),
+        fan_in_fan_out=transposed,
         # B A is the update as it is: every module's scale is 1.
         rank_pattern={module: rank for module, rank in ranks.items() if rank != largest},
         alpha_pattern={module: rank for module, rank in ranks.items() if rank != largest},
@@ -73,7 +76,7 @@ def write_adapter(out: Path, factors: Mapping[str, Factors], base: Artifact, tex
     config.inference_mode = True
     config.save_pretrained(str(out))
     tensors = {f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
-               for module, pair in modules.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
+               for module, pair in factors.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     check_adapter(out, base.path)
     carry_text_files(text.path, out)

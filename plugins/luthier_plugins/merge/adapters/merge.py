@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
-from luthier.artifacts.models import TensorHeader, carry_licences, read_json, tensor_headers
+from luthier.artifacts.models import carry_licences, read_json, tensor_headers
 from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge.adapters.config import MergeAdaptersConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
+from luthier_plugins.merge.files import DTYPES, Files
 from luthier_plugins.merge.layout import depth_of, layers_of
 from luthier_plugins.merge.lowrank import LowRank, Unfoldable
 from luthier_plugins.merge.reader import FROM_TRAINING, NOT_FINITE, content_of, label_of
@@ -35,26 +36,45 @@ class MergeAdapters:
         factors: dict[str, Factors] = {}
         kept: list[float] = []
         with ExitStack() as stack:
-            adapters = [_opened(artifact, headers, stack) for artifact in artifacts]
-            names = [name for name in headers if any(name in adapter.targets for adapter, _ in adapters)]
+            files = stack.enter_context(closing(Files(base.path, headers)))
+            adapters = [_opened(artifact, files, stack) for artifact in artifacts]
+            targets = {name: adapter for adapter, _ in reversed(adapters) for name in adapter.targets}
+            names = [name for name in headers if name in targets]
             for done, name in enumerate(names):
                 context.progress(done, len(names), "matrices")
-                pairs = [_factors(adapter, name, headers[name].shape, label) for adapter, label in adapters]
+                # The update of a linear layer has the shape (out, in) also where its weight is stored as (in, out).
+                shape = headers[name].shape[:: -1 if targets[name].targets[name].transposed else 1]
+                pairs = [_factors(adapter, name, shape, label) for adapter, label in adapters]
                 merge = _Merge(self.config, method, name, depth_of(name, counts), Noise(context.seed, contents, name))
-                factors[name], share = merge.of(pairs)
+                factors[targets[name].module(name)], share = merge.of(pairs)
                 kept.append(share)
-        facts = write_adapter(context.out, factors, base, artifacts[0])
+        turned = any(adapter.targets[name].transposed for name, adapter in targets.items())
+        facts = write_adapter(context.out, factors, base, artifacts[0], transposed=turned)
         for artifact in artifacts[1:]:
             carry_licences(artifact.path, context.out, label_of(artifact))
         return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
 
 
-def _opened(artifact: Artifact, headers: Mapping[str, TensorHeader], stack: ExitStack) -> tuple[LowRank, str]:
-    """An adapter, and what to call its file."""
+def _opened(artifact: Artifact, base: Files, stack: ExitStack) -> tuple[LowRank, str]:
+    """An adapter, and what to call its file.
+
+    Args:
+        artifact: The adapter.
+        base: The files of the model it sits on.
+        stack: Closes it.
+
+    Raises:
+        ModelError: it changes more than linear layers.
+    """
     adapter, reason = None, ""
     try:
-        adapter = LowRank(artifact.path, headers, read_json(artifact.base.path / "config.json"))
+        adapter = LowRank(artifact.path, base.headers, read_json(artifact.base.path / "config.json"))
         stack.callback(adapter.close)
+        for name, stored in list(adapter.replaced.items()):
+            # PEFT stores embeddings and heads along with some adapters, whether they were trained or not.
+            own = adapter.files.whole(stored).to(DTYPES[base.headers[name].dtype]).float()
+            if torch.equal(own, base.whole(name)):
+                del adapter.replaced[name]
         reason = adapter.beyond
     except Unfoldable as unfoldable:
         reason = str(unfoldable)
