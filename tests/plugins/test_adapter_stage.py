@@ -300,6 +300,35 @@ def test_adapters_on_transposed_layers_and_heads_merge_and_come_out_of_models_ag
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
+PAIRS = [{"prompt": [{"role": "user", "content": f"Say {n}."}], "chosen": [{"role": "assistant", "content": f"{n}"}],
+          "rejected": [{"role": "assistant", "content": "no"}]} for n in range(4)]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_an_adapter_on_the_output_head_is_not_trained_past(place: Path, tmp_path: Path, stage: str) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    light = outside(tmp_path / "light", place / "model", target_modules=["lm_head", "q_proj"])
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
+    chats = [{"messages": [*row["prompt"], *row["chosen"]]} for row in PAIRS]
+    data = tiny_dataset(tmp_path / "s", chats if stage == "sft" else PAIRS)
+    with pytest.raises(ModelError, match="the adapter changes the output head") as told:
+        run_stage(
+            tmp_path / "s", stage, {"steps": 1}, inputs={"model": adapter, "data": data if stage == "dpo" else [data]}
+        )
+    assert "`method: passthrough`" in str(told.value)
+
+
+def test_a_recipe_does_not_put_an_adapter_on_the_output_head(place: Path) -> None:
+    tune = {
+        "uses": "sft",
+        "model": "base",
+        "data": "d",
+        "adapter": {"uses": "lora", "target_modules": ["q_proj", "lm_head"]},
+    }
+    with pytest.raises(RecipeError, match="an adapter on 'lm_head' would not be trained"):
+        Recipe.from_mapping({"luthier": 1, "stages": {"base": {"uses": "base"}, "x": tune}}, folder=place)
+
+
 def test_a_whole_tensor_that_an_adapter_changes_is_not_merged_with_others(tmp_path: Path) -> None:
     model = odd_model(tmp_path / "model", "llama", tied=False)
     light = outside(tmp_path / "light", model, modules_to_save=["lm_head"])

@@ -9,12 +9,14 @@ from typing import Any
 
 import datasets
 import transformers
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from luthier.api.context import StageContext
-from luthier.api.errors import Interrupted
+from luthier.api.errors import Interrupted, ModelError
 from luthier.api.protocols import Facts, Regularizer
 from luthier.api.training import TrainingConfig
 from luthier.artifacts.checkpoints import checkpoints, mark_whole
@@ -112,6 +114,21 @@ def run_trainer(trainer: Any, context: StageContext) -> Facts:
     return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})
 
 
+def check_head(model: Any) -> None:
+    """Refuse to train an adapter on the output head: TRL's losses read the head's weight and go past its adapter.
+
+    Raises:
+        ModelError: the model has one.
+    """
+    inside: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    if inside is not None and isinstance(inside.get_output_embeddings(), BaseTunerLayer):
+        raise ModelError(
+            "the adapter changes the output head, and training would go past it",
+            hint="make the adapter without `lm_head` among its `target_modules`, or fold it into its model first, with "
+            "the stage `merge` and `method: passthrough`",
+        )
+
+
 def started(config: TrainingConfig, model: Any, context: StageContext) -> list[Regularizer]:
     """The config's regularizers, each of which has seen the model before its first step."""
     regularizers: list[Regularizer] = [context.component(use) for use in config.regularizers]
@@ -159,7 +176,12 @@ def train_tokens(
     config: TrainingConfig,
     context: StageContext,
 ) -> Facts:
-    """Train on ready tokens and labels with TRL's SFTTrainer, which does no templating of its own then."""
+    """Train on ready tokens and labels with TRL's SFTTrainer, which does no templating of its own then.
+
+    Raises:
+        ModelError: the model has an adapter on its output head.
+    """
+    check_head(model)
     quiet_libraries()
     arguments = trainer_arguments(config, context)
     if validation:

@@ -19,6 +19,7 @@ from luthier.api.training import PreferenceTrainingConfig, TrainingConfig
 from luthier.artifacts.datasets import read_split, require_split
 from luthier.train.loading import load_model, load_tokenizer, save_adapter, save_model
 from luthier.train.loop import (
+    check_head,
     evaluation_arguments,
     penalties,
     quiet_libraries,
@@ -132,7 +133,11 @@ def train_pairs(
     """Train on pairs; the reference is the model as it is given, its adapter included.
 
     TRL would read a full model's reference again from disk, and copies a PeftModel's adapter ``default``.
+
+    Raises:
+        ModelError: the model has an adapter on its output head.
     """
+    check_head(model)
     quiet_libraries()
     adapted = hasattr(model, "peft_config")
     reference = None if adapted or not loss.needs_reference else copy.deepcopy(model)
