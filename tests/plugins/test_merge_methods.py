@@ -235,6 +235,23 @@ def check_selection(items: list[float], count: int, height: int) -> None:
     assert held.nonzero().flatten().tolist() == sorted(order[:count])
 
 
+def test_threads_hold_no_more_together_than_there_is_room_and_select_the_same_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    room = selection.Room(100)
+    with room.taken(60) as first, room.taken(60) as second, room.taken(40) as third:
+        assert (first, second, third) == (True, False, True)
+    with pytest.raises(RuntimeError), room.taken(100):
+        raise RuntimeError
+    assert room.left == 100
+    base, models = near(1, 3, 40, 30)
+    found = []
+    for size in (1 << 20, 0):
+        monkeypatch.setattr(selection, "_room", selection.Room(size))
+        found.append(merge_tensors(method("ties", density=0.3), models, base=base))
+    assert torch.equal(*found)
+
+
 def test_parts_are_whole_rows_whatever_the_shape() -> None:
     for shape in [(3,), (1000, 1000), (4, 700, 900), (2, 1 << 19), (), (0, 5)]:
         grid = Grid.of(shape)

@@ -2,8 +2,9 @@
 
 Small parameters are shared out among the workers; a large one is split, and all workers work on it. A part is always
 the same rows (`luthier.train.merging.Grid`), and sums are added up in the order of the parts: the result hangs
-neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part, and by
-`KEPT` for methods that look at a parameter before they merge it.
+neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part. Methods
+that look at a parameter before they merge it keep `KEPT` bytes more, those that select entries by rank another 160 MiB
+at most, however many workers there are.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ holds the rank give the exact entry, as the first digits of a radix sort do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,9 @@ from torch import Tensor
 HALF = 16
 BINS = 1 << HALF
 IN_MEMORY = 1 << 22
-"""Entries up to which a parameter's values are held at once."""
+"""Entries up to which a parameter's values are held at once, ..."""
+ROOM = 160 << 20
+"""... as long as all threads together hold no more bytes than that: the others look more often instead."""
 SAMPLED_PARTS = 8
 """Every so many-th part is in the sample, or fewer of a very large parameter, ..."""
 SAMPLED_VALUES = 8
@@ -73,6 +77,33 @@ class Cut:
         return chosen
 
 
+class Room:
+    """What the threads of a process may hold together.
+
+    Args:
+        size: In bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def taken(self, size: int) -> Iterator[bool]:
+        """Whether there is room for so many bytes; it is taken inside the context."""
+        with self._lock:
+            fits = size <= self.left
+            self.left -= size if fits else 0
+        try:
+            yield fits
+        finally:
+            with self._lock:
+                self.left += size if fits else 0
+
+
+_room = Room(ROOM)
+
+
 def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     """For each kind of value, the cuts that hold its so many largest.
 
@@ -86,7 +117,10 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
     """
     entries = math.prod(scan.place.shape)
     if entries <= IN_MEMORY:
-        return _in_memory(scan, values, counts)
+        # The values of each kind, and a copy of one of them to partition.
+        with _room.taken(4 * entries * (len(counts) + 1)) as fits:
+            if fits:
+                return _in_memory(scan, values, counts)
     wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
     rows = iter(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted))
     return [[next(rows) for _ in several] for several in counts]
