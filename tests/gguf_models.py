@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 ROWS = 320
 SIZES: dict[str, Any] = {
@@ -77,4 +79,25 @@ def make_model(folder: Path, name: str, **more: Any) -> Path:
     tokenizer = tiny_model(folder.parent / f"{folder.name}-tokenizer")
     for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (folder / text).write_text((tokenizer.path / text).read_text())
+    return folder
+
+
+def make_gpt2(folder: Path, *, short: bool = False) -> Path:
+    """Write a GPT-2 in bfloat16, whose linear layers keep their weights as (in, out).
+
+    Args:
+        folder: Where to.
+        short: Leave out the name of the model inside the model, as its first files did.
+    """
+    from luthier.testing import tiny_model
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    transformers.GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
+    if short:
+        tensors = load_file(folder / "model.safetensors")
+        named = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
+        save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+    for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
     return folder

@@ -9,14 +9,14 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from gguf_models import make_model
+from gguf_models import make_gpt2, make_model
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
 from luthier_plugins.merge.mergekit_yaml import as_config
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 
 def outside(folder: Path, model: Path, **settings: object) -> Path:
@@ -223,16 +223,7 @@ ODD: dict[str, tuple[str, dict[str, object], bool]] = {
 def odd_model(folder: Path, name: str, tied: bool) -> Path:
     """A model stored in bfloat16."""
     if name.startswith("gpt2"):
-        config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128)
-        torch.manual_seed(0)
-        GPT2LMHeadModel(config).to(torch.bfloat16).save_pretrained(folder)
-        if name == "gpt2-short":
-            tensors = load_file(folder / "model.safetensors")
-            short = {key.removeprefix("transformer."): tensor for key, tensor in tensors.items()}
-            save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
-        for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
-        return folder
+        return make_gpt2(folder, short=name == "gpt2-short")
     make_model(folder, name, **({} if tied else {"tie_word_embeddings": False}))
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     return folder

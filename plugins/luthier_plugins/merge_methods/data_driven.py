@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from luthier.api import Artifact, DataError, Granularity, MergePart, ModelError, StageContext
 from luthier.artifacts.datasets import require_split
+from luthier.artifacts.models import tensor_headers
 from luthier_plugins.merge_methods.config import DataMethodConfig, FisherConfig, RegmeanConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -79,9 +80,13 @@ class Fisher:
             count += 1
         if not count:
             raise DataError("the data has no row with more than one token")
-        path = context.work / f"fisher-{place}.safetensors"
-        save_file({name: (total / count).contiguous() for name, total in totals.items()}, path)
-        return dict.fromkeys(totals, path)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(totals[name] / count)
+        # Written as the model itself would be, the entries lie where its weights lie, those of experts in tensors too.
+        folder = context.work / f"fisher-{place}"
+        network.save_pretrained(folder)
+        return {name: folder / header.file for name, header in tensor_headers(folder).items()}
 
     def merge(self, part: MergePart) -> Tensor:
         if not part.extras:
@@ -112,6 +117,11 @@ class Regmean:
         return [self._of(model, place, context) for place, model in enumerate(models)]
 
     def _of(self, model: Artifact, place: int, context: StageContext) -> Mapping[str, Path]:
+        """A file with the inner products of each layer's inputs: (in, in), or (1, in, in) where the layer keeps its
+        weight as (in, out), as GPT-2 does.
+        """
+        from transformers.pytorch_utils import Conv1D
+
         context.log(f"inputs of the linear layers of {model.manifest.get('stage')}")
         network = _full(model)
         products: dict[str, Tensor] = {}
@@ -119,14 +129,15 @@ class Regmean:
         def watch(name: str) -> Any:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 seen = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-                products[name] = products.get(name, 0) + seen.T @ seen
+                found = seen.T @ seen
+                products[name] = products.get(name, 0) + (found[None] if isinstance(module, Conv1D) else found)
 
             return hook
 
         head = network.get_output_embeddings()
         for name, module in network.named_modules():
             # The head shares its rows with the embedding in many models, and is averaged like it.
-            if isinstance(module, nn.Linear) and module is not head:
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
                 module.register_forward_pre_hook(watch(f"{name}.weight"))
         count = 0
         with torch.no_grad():
@@ -143,19 +154,23 @@ class Regmean:
     def merge(self, part: MergePart) -> Tensor:
         if not part.extras:
             return _average(part)
-        width = part.place.shape[-1]
+        # A third dimension tells that the layer keeps its weight as (in, out), see `_of`.
+        turned = part.extras[0].dim() == 3
+        width, height = part.place.shape if turned else part.place.shape[::-1]
         alpha = part.place.value(self.config.alpha)
         off = torch.full((width, width), alpha, dtype=torch.float64).fill_diagonal_(1.0)
         total = torch.zeros(width, width, dtype=torch.float64)
-        right = torch.zeros(width, part.place.shape[0], dtype=torch.float64)
+        right = torch.zeros(width, height, dtype=torch.float64)
         for tensor, products, weight in zip(part.tensors, part.extras, part.weights, strict=True):
-            gram = products.double() * off.to(products.device) * weight
+            gram = products.view(width, width).double() * off.to(products.device) * weight
             total += gram.cpu()
-            right += (gram @ tensor.double().T).cpu()
+            right += (gram @ (tensor if turned else tensor.T).double()).cpu()
         # Inputs that never occur leave the matrix singular: a little of the mean's pull settles them.
         ridge = 1e-8 * float(total.diagonal().mean())
         if ridge == 0:
             return _average(part)
         total.diagonal().add_(ridge)
-        right += ridge * torch.stack(list(part.tensors)).mean(dim=0).double().T.cpu()
-        return torch.linalg.solve(total, right).T.float().contiguous()
+        mean = torch.stack(list(part.tensors)).mean(dim=0).double().cpu()
+        right += ridge * (mean if turned else mean.T)
+        solved = torch.linalg.solve(total, right).float()
+        return solved if turned else solved.T.contiguous()
