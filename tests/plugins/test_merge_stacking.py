@@ -11,7 +11,7 @@ import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError
 from luthier.registry import default_registry
-from luthier.testing import run_stage, tiny_model
+from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import load_model
 from luthier.train.merging import merge_tensors
 from luthier_plugins.merge.config import MergeConfig
@@ -172,3 +172,27 @@ def test_settings_of_slices_that_say_nothing_are_refused(part: dict, message: st
         message = "are layers of the `base`"
     with pytest.raises(ValueError, match=message):
         MergeConfig.model_validate(values, context=context)
+
+
+def test_the_command_line_knows_the_models_of_slices_and_tokens_and_the_data_of_methods(
+    tmp_path: Path, cli: Any
+) -> None:
+    one, two = (tiny_model(tmp_path / "s", seed=seed, layers=2, dtype="float32") for seed in range(2))
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 3
+    data = tiny_dataset(tmp_path / "s", chats)
+    first, second, rows = (artifact.key[:12] for artifact in (one, two, data))
+    sources = [
+        f"{{sources: [{{model: {first}, layers: [0, 1]}}]}}",
+        f"{{sources: [{{model: {second}, layers: [1, 2]}}]}}",
+    ]
+    commands = {
+        "stack": ["method=passthrough", f"slices=[{', '.join(sources)}]"],
+        "tokens": [f"models={first},{second}", f"tokens=[{{token: new, model: {second}, like: e}}]"],
+        "fisher": [f"models={first},{second}", "method=fisher", f"method.data={rows}", "method.rows=2"],
+    }
+    for name, values in commands.items():
+        done = cli("do", "merge", *values, "--store", str(tmp_path / "s"), "--out", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    stacked = load_file(tmp_path / "stack" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(stacked[name], load_file(two.path / "model.safetensors")[name])

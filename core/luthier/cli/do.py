@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import click
+from pydantic import BaseModel
 
 from luthier.api.artifact import BASE
-from luthier.api.config import Input, Source, marker
+from luthier.api.component import Kind
+from luthier.api.config import Config, Input, Source, SubComponent, marker
 from luthier.artifacts.store import Store
 from luthier.cli.tools import offer_missing
 from luthier.planning import plan
 from luthier.recipe import Recipe
 from luthier.recipe.document import parse_scalar
-from luthier.registry import default_registry
+from luthier.registry import Registry, default_registry
 from luthier.running.runner import RunResult, run
 
 EXAMPLE = "Example: luthier do merge models=a,b method.uses=slerp method.t=0.4 --out merged/"
@@ -78,15 +81,62 @@ def _config(stage: str, values: tuple[str, ...], store: Store) -> dict[str, Any]
             inner = {"uses": inner} if isinstance(inner, str) else inner
             inside[part] = inner
             inside = inner
-        found = _value(config_class, path, value, store)
+        found = _value(config_class, path, value)
         if isinstance(inside.get(last), dict) and isinstance(found, str):
             inside[last]["uses"] = found
         else:
             inside[last] = found
-    return config
+    return {**_placed(config_class, config, store, registry), "uses": stage}
 
 
-def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
+def _placed(config_class: type[BaseModel], values: dict[str, Any], store: Store, registry: Registry) -> dict[str, Any]:
+    """Values in which every artifact is named as a recipe would, also in sub-components and lists inside."""
+
+    def inside(value: Any, kind: type[BaseModel]) -> Any:
+        return _placed(kind, cast("dict[str, Any]", value), store, registry) if isinstance(value, dict) else value
+
+    result = dict(values)
+    for name in config_class.model_fields.keys() & values.keys():
+        value, used = values[name], marker(config_class, name, SubComponent)
+        named, read = marker(config_class, name, Input), marker(config_class, name, Source)
+        kinds = _configs(config_class.model_fields[name].annotation)
+        if named is not None:
+            result[name] = _each(value, lambda item, words=named.words: _named(item, words, store))
+        elif read is not None:
+            result[name] = _each(value, _absolute)
+        elif used is not None:
+            result[name] = _each(value, lambda item, kind=used.kind: inside(item, _of_component(item, kind, registry)))
+        elif len(kinds) == 1:
+            result[name] = _each(value, lambda item, kind=kinds[0]: inside(item, kind))
+    return result
+
+
+def _each(value: Any, change: Callable[[Any], Any]) -> Any:
+    """A value changed, or every item of a list."""
+    return [change(item) for item in cast("list[Any]", value)] if isinstance(value, list) else change(value)
+
+
+def _named(item: Any, words: Sequence[str], store: Store) -> Any:
+    return item if item is None or item in words else place_of(str(item), store)
+
+
+def _absolute(item: Any) -> Any:
+    return str(Path(str(item)).absolute()) if Path(str(item)).exists() else item
+
+
+def _configs(annotation: Any) -> list[type[BaseModel]]:
+    """The configs that a field's type is made of."""
+    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, Config) else []
+    return [*own, *(item for part in get_args(annotation) for item in _configs(part))]
+
+
+def _of_component(value: Any, kind: Kind, registry: Registry) -> type[BaseModel]:
+    """The config of a sub-component; of one that there is not, which is told later, an empty one."""
+    name = str(cast("dict[str, Any]", value).get("uses")) if isinstance(value, dict) else ""
+    return registry.config_class(registry.get(kind, name)) if name in registry.names(kind) else Config
+
+
+def _value(config_class: Any, path: str, text: str) -> Any:
     """A value as a recipe would hold it: YAML, or a list without its brackets where a list is expected."""
     field = config_class.model_fields.get(path)
     whole = parse_scalar(text)
@@ -99,11 +149,6 @@ def _value(config_class: Any, path: str, text: str, store: Store) -> Any:
         items, many = cast("list[Any]", whole), True
     elif many and not isinstance(whole, dict):
         items = [parse_scalar(part) for part in text.split(",")]
-    names_input = marker(config_class, path, Input)
-    if names_input is not None:
-        items = [item if item in names_input.words else place_of(str(item), store) for item in items]
-    if marker(config_class, path, Source) is not None:
-        items = [str(Path(str(item)).absolute()) if Path(str(item)).exists() else item for item in items]
     return items if many else items[0]
 
 
