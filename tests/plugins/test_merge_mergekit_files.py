@@ -17,7 +17,15 @@ from luthier_plugins.merge.check import check
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.mergekit_yaml import IGNORED, MORE, WEIGHTED, as_config
+from luthier_plugins.merge.mergekit_yaml import (
+    EPSILON_PER_MODEL,
+    FALLBACKS,
+    IGNORED,
+    MORE,
+    PER_MODEL,
+    WEIGHTED,
+    as_config,
+)
 from luthier_plugins.merge.mergekit_yaml import OURS as OURS_THERE
 from luthier_plugins.merge.reader import Weights
 from luthier_plugins.merge.writer import Output
@@ -150,10 +158,65 @@ base_model: ./base
 parameters: {density: 0.25, weight: 1}
 dtype: float32
 """,
+    "a layer of one source": """\
+slices:
+  - sources:
+      - model: ./a
+        layer_range: [1, 2]
+        parameters: {scale: [{filter: layers.1.mlp.down_proj, value: 0}, {value: 1}]}
+  - sources: [{model: ./b, layer_range: [0, 1]}]
+merge_method: passthrough
+dtype: float32
+""",
+    "a layer of one model": """\
+slices:
+  - sources:
+      - {model: ./a, layer_range: [2, 4], parameters: {weight: [{filter: layers.3, value: 2}, {value: 0.5}]}}
+      - {model: ./b, layer_range: [1, 3], parameters: {density: [{filter: layers.1, value: 0.25}, {value: 0.75}]}}
+      - {model: ./base, layer_range: [2, 4]}
+merge_method: ties
+base_model: ./base
+parameters: {weight: 1, density: 0.5}
+dtype: float32
+""",
+    "beside a model": """\
+models:
+  - {model: ./a, parameters: {weight: 1, lambda: 0.5}}
+  - {model: ./b, parameters: {weight: 1, normalize: true}}
+merge_method: task_arithmetic
+base_model: ./base
+dtype: float32
+""",
+    "filters with a default": """\
+models: [{model: ./a}, {model: ./b}]
+merge_method: breadcrumbs
+base_model: ./base
+parameters:
+  weight: 0.5
+  density: 0.75
+  lambda: [{filter: mlp, value: 0.5}]
+  gamma: [{filter: self_attn, value: 0.1}]
+dtype: float32
+""",
+    "filters that slices complete": """\
+slices:
+  - sources: [{model: ./a, layer_range: [0, 2]}, {model: ./b, layer_range: [0, 2]}]
+    parameters: {t: [{filter: self_attn, value: 0.9}, {value: 0.2}]}
+  - sources: [{model: ./a, layer_range: [2, 4]}, {model: ./b, layer_range: [2, 4]}]
+    parameters: {t: 0.7}
+merge_method: slerp
+base_model: ./a
+parameters: {t: [{filter: mlp, value: 0.5}]}
+dtype: float32
+""",
 }
-OURS = {"each slice its own": "slerp", "each source its own": "ties", "stacked changes": "task_arithmetic",
-        "doubled": "passthrough", "fallback": "ties", "linear": "linear", "slerp": "slerp", "ties": "ties",
-        "stack": "passthrough", "stock": "model_stock", "rescaled": "mergekit", "nuslerp": "nuslerp"}  # fmt: skip
+OURS = {
+    "a layer of one source": "passthrough", "a layer of one model": "ties", "beside a model": "task_arithmetic",
+    "filters with a default": "breadcrumbs", "filters that slices complete": "slerp", "each slice its own": "slerp",
+    "each source its own": "ties", "stacked changes": "task_arithmetic", "doubled": "passthrough", "fallback": "ties",
+    "linear": "linear", "slerp": "slerp", "ties": "ties", "stack": "passthrough", "stock": "model_stock",
+    "rescaled": "mergekit", "nuslerp": "nuslerp",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +291,7 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
         ({"models": ["./a"]}, "no list of entries that have `model`"),
         ({"dtype": "float64"}, "the dtype float64"),
         ({"tokenizer": {"source": "union", "colour": {}}}, "'colour', which is not supported"),
+        ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "to be forced, but not to what"),
         ({"tokenizer": "union"}, "`tokenizer` of the mergekit file is no mapping"),
         ({"models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 1}}]}, "needs a weight for every model"),
     ],
@@ -266,6 +330,20 @@ def test_the_parameters_of_mergekits_methods_are_known() -> None:
         known = set(parameters) | MORE.get(name, set()) | set(IGNORED) | weight | idle.get(name, set())
         assert theirs[name] - known == set(), name
         assert (set(parameters) | MORE.get(name, set())) <= theirs[name], name
+
+
+def test_parameters_are_looked_for_where_mergekit_looks_for_them(models: Path) -> None:
+    scopes = {method.spec.name: {item.name: item for item in method.spec.parameters} for method in registered_methods()}
+    for name, parameters in OURS_THERE.items():
+        for theirs, ours in parameters.items():
+            about = scopes[name][theirs]
+            beside = theirs in PER_MODEL or (theirs == "epsilon" and name in EPSILON_PER_MODEL)
+            assert beside == (about.scope.value != "shared"), (name, theirs)
+            if ours in FALLBACKS and about.default is not None and isinstance(about.default, float):
+                assert FALLBACKS[ours] == about.default, (name, theirs)
+    file = models / "beside.yml"
+    file.write_text(FILES["beside a model"])
+    assert as_config({"config": str(file)}, None)["unused"] == ["lambda", "normalize"]
 
 
 def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> None:

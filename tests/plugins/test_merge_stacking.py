@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from gguf_models import make_model
+from gguf_models import make_gpt2, make_model
 from luthier.api import Artifact, ModelError
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import load_model
 from luthier.train.merging import merge_tensors
 from luthier_plugins.merge.config import MergeConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 IDS = torch.arange(40, 100)[None]
@@ -196,3 +198,39 @@ def test_the_command_line_knows_the_models_of_slices_and_tokens_and_the_data_of_
     stacked = load_file(tmp_path / "stack" / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     assert torch.equal(stacked[name], load_file(two.path / "model.safetensors")[name])
+
+
+def test_settings_of_a_slice_stand_for_those_that_do_not_fit_it_and_tokens_are_named_once() -> None:
+    two, one = ({"sources": [{"model": "a", "layers": [0, 1]}] * count} for count in (2, 1))
+    density = {"per_model": [0.5, 0.6]}
+    values = {"base": "b", "method": {"uses": "ties", "density": density}}
+    context = {"components": default_registry()}
+    MergeConfig.model_validate({**values, "slices": [two, {**one, "settings": {"density": 0.3}}]}, context=context)
+    with pytest.raises(ValueError, match="not for 1 models"):
+        MergeConfig.model_validate({**values, "slices": [two, one]}, context=context)
+    with pytest.raises(ValueError, match="names 'x' twice"):
+        MergeConfig.model_validate({"models": ["a"], "tokens": [{"token": "x"}] * 2}, context=context)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "neox"])
+def test_what_embeds_is_the_first_models_and_the_head_the_last_ones(tmp_path: Path, kind: str) -> None:
+    folders = []
+    for seed in (1, 2):
+        folder = make_gpt2(tmp_path / f"gpt2-{seed}")
+        if kind == "neox":
+            sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+            folder = tmp_path / f"neox-{seed}"
+            GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=320, **sizes)).save_pretrained(folder)
+            for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+                shutil.copyfile(tmp_path / f"gpt2-{seed}" / text, folder / text)
+        tensors = load_file(folder / "model.safetensors")
+        save_file({name: tensor + seed for name, tensor in tensors.items()}, folder / "model.safetensors",
+                  metadata={"format": "pt"})  # fmt: skip
+        folders.append(run_stage(tmp_path / "s", "base", {"source": str(folder)}))
+    merged = stacked(tmp_path, [(folders[0], [0, 1]), (folders[1], [1, 2])])
+    found, one, two = (load_file(item.path / "model.safetensors") for item in (merged, *folders))
+    outside = {name for name in found if ".h." not in name and ".layers." not in name}
+    first = {"transformer.wte.weight", "transformer.wpe.weight", "gpt_neox.embed_in.weight"} & outside
+    assert len(first) == (2 if kind == "gpt2" else 1)
+    for name in outside:
+        assert torch.equal(found[name], (one if name in first else two)[name]), name

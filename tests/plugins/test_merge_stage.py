@@ -407,6 +407,17 @@ def test_weights_disk_and_vocabularies_are_told_with_the_problems_of_headers(
         assert all(text in str(caught.value) for text in ("rope_theta", about, "sum to zero", "the disk has"))
 
 
+def test_dtypes_that_are_no_numbers_of_their_own_are_refused_whatever_their_size(
+    store: Path, models: list[Artifact], tmp_path: Path
+) -> None:
+    def scaled(tensors: dict, config: dict) -> None:
+        tensors["model.scales"] = torch.ones(8).to(torch.float8_e8m0fnu)
+
+    odd = changed(models[1], tmp_path / models[1].key, scaled)
+    with pytest.raises(ModelError, match=r"model\.scales is stored as F8_E8M0"):
+        run_stage(store, "merge", inputs={"models": [models[0], odd]})
+
+
 def test_a_plan_names_models_without_a_tokenizer() -> None:
     config = MergeConfig.model_validate({"models": ["a", "b", "c"]}, context={"components": default_registry()})
     facts = [{"architecture": "x", "tensors": 3, "tokenizer": digest} for digest in ("one", NO_TOKENIZER, "one")]

@@ -174,12 +174,66 @@ def test_rows_that_there_are_not_are_refused(store: Path, pair: list[Artifact], 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [({"like": "b"}, "names a token of a `model`"), ({"force": True}, "needs to know what with"),
-     ({"zero": True, "model": "m"}, "come from no model")],
+     ({"zero": True, "model": "m"}, "come from no model"), ({"token": ""}, "at least 1 character")],
 )  # fmt: skip
 def test_rows_that_come_from_nowhere_are_refused(entry: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MergeConfig.model_validate({"models": ["m"], "tokens": [{"token": "a", **entry}]},
                                    context={"components": default_registry()})  # fmt: skip
+
+
+def chatty(store: Path, folder: Path, seed: int) -> Artifact:
+    """A model that stops at a token of its own, too."""
+    model = tiny_model(store, seed=seed, dtype="float32", texts=OTHER_TEXTS)
+    shutil.copytree(model.path, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    row = len(load_file(folder / "model.safetensors")["model.embed_tokens.weight"]) - 1
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][-1], "id": row, "content": "<|end|>"})
+    tokenizer["model"]["vocab"] = {token: place for token, place in tokenizer["model"]["vocab"].items() if place != row}
+    kept = tokenizer["model"]["vocab"]
+    tokenizer["model"]["merges"] = [merge for merge in tokenizer["model"]["merges"] if "".join(merge) in kept]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [2, row]}))
+    return run_stage(store, "base", {"source": str(folder)})
+
+
+def test_a_base_learns_to_stop_with_the_template_in_its_new_vocabulary(store: Path, tmp_path: Path) -> None:
+    base, chat = tiny_model(store, seed=41, dtype="float32"), chatty(store, tmp_path / "chat", 42)
+    raw = tmp_path / "raw"
+    shutil.copytree(base.path, raw, ignore=shutil.ignore_patterns("manifest.json", "chat_template.jinja"))
+    lead = run_stage(store, "base", {"source": str(raw)})
+    assert chat_template(lead.path) is None
+    merged = run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [lead, chat]})
+    (place,) = load_tokenizer(merged).convert_tokens_to_ids(["<|end|>"])
+    assert place not in chat.facts["stop_token_ids"], "it has moved"
+    assert merged.facts["stop_token_ids"] == [2, place]
+    assert chat_template(merged.path) == chat_template(chat.path)
+
+
+def test_layers_of_models_with_other_vocabularies_are_stacked(store: Path, pair: list[Artifact]) -> None:
+    slices = [{"sources": [{"layers": [0, 1]}]}, {"sources": [{"layers": [0, 2]}]}]
+    inputs = {f"slices.{place}.sources.0.model": model for place, model in enumerate(pair)}
+    config = {"slices": slices, "method": "passthrough", "tokenizer": "union"}
+    merged = run_stage(store, "merge", config, inputs=inputs)
+    (one, first), (found, joint) = rows(pair[0]), rows(merged)
+    for token, place in first.items():
+        assert torch.equal(found[joint[token]], one[place])
+    with pytest.raises(ModelError, match=r"different tokenizers"):
+        run_stage(store, "merge", {**config, "tokenizer": "base"}, inputs=inputs)
+
+
+def test_a_template_is_not_given_to_a_model_without_a_tokenizer(store: Path, tmp_path: Path) -> None:
+    models = []
+    for seed in (51, 52):
+        model = tiny_model(store, seed=seed)
+        shutil.copytree(
+            model.path, tmp_path / str(seed), ignore=shutil.ignore_patterns("manifest.json", "*token*.json")
+        )
+        models.append(run_stage(store, "base", {"source": str(tmp_path / str(seed))}))
+    run_stage(store, "merge", inputs={"models": models})
+    with pytest.raises(ModelError, match="a chat template needs a tokenizer"):
+        run_stage(store, "merge", {"chat_template": "chatml"}, inputs={"models": models})
 
 
 TALK = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"

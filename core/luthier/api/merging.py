@@ -147,21 +147,24 @@ class MergePlace:
         shape: Its whole shape.
         depth: 0 in the first layer, 1 in the last, 0 outside of layers.
         models: How many models are merged, the base not among them.
+        origins: What the parameter is called in each model, where layers were put elsewhere.
     """
 
     name: str
     shape: tuple[int, ...]
     depth: float = 0.0
     models: int = 1
+    origins: tuple[str, ...] = ()
 
-    def value(self, setting: PlainSetting | PerModel, model: int = 0) -> float:
-        """What a setting says for this parameter, of one model."""
+    def value(self, setting: PlainSetting | PerModel, model: int | None = None) -> float:
+        """What a setting says for this parameter; of one `model`, whose own name for it the filters look at."""
         if isinstance(setting, PerModel):
-            setting = setting.per_model[model]
+            setting = setting.per_model[model or 0]
         if not isinstance(setting, list):
             return setting
         if isinstance(setting[0], Filtered):
-            chosen = next(item for item in setting if isinstance(item, Filtered) and self._passes(item.filter))
+            name = self.name if model is None or not self.origins else self.origins[model]
+            chosen = next(item for item in setting if isinstance(item, Filtered) and _passes(item.filter, name))
             return self.value(chosen.value)
         numbers = [item for item in setting if not isinstance(item, Filtered)]
         scaled = self.depth * (len(numbers) - 1)
@@ -173,8 +176,9 @@ class MergePlace:
         """What a setting says for this parameter, model by model."""
         return [self.value(setting, model) for model in range(self.models)]
 
-    def _passes(self, pattern: str | None) -> bool:
-        return pattern in (None, "*") or str(pattern) in self.name
+
+def _passes(pattern: str | None, name: str) -> bool:
+    return pattern in (None, "*") or str(pattern) in name
 
 
 @dataclass(frozen=True, slots=True)

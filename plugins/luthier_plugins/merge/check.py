@@ -58,7 +58,7 @@ def check_stored(inputs: Inputs, what: str) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    refuse((text for model in inputs.all for text in _odd_dtypes(model)), what)
+    refuse((text for model in inputs.all for text in odd_dtypes(model)), what)
 
 
 def check_same(inputs: Inputs) -> None:
@@ -69,7 +69,7 @@ def check_same(inputs: Inputs) -> None:
     """
     lead = inputs.lead
     others = [other for other in inputs.all if other is not lead]
-    found = [text for model in inputs.all for text in _odd_dtypes(model)]
+    found = [text for model in inputs.all for text in odd_dtypes(model)]
     found += [text for other in others
                  for part in (_other_config(lead, other, stacked=False), _other_tensors(lead, other, ignore_rows=False))
                  for text in part]  # fmt: skip
@@ -96,7 +96,7 @@ def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     """What does not fit together, by configs and headers."""
     lead = inputs.lead
     for other in inputs.all:
-        yield from _odd_dtypes(other)
+        yield from odd_dtypes(other)
         if other is not lead:
             yield from _other_config(lead, other, stacked=bool(config.slices))
             if config.tokenizer == "base":
@@ -106,7 +106,8 @@ def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     yield from unstackable(config, inputs)
 
 
-def _odd_dtypes(model: Source) -> Iterator[str]:
+def odd_dtypes(model: Source) -> Iterator[str]:
+    """What is stored in a form that cannot be read as numbers of its own."""
     odd = sorted(name for name, header in model.headers.items() if header.dtype not in (*DTYPES, *WHOLE))
     quantized = "quantization_config" in model.config
     if odd or quantized:
@@ -220,7 +221,8 @@ def unstackable(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
                 short = True
                 yield f"{model.label} has {count} layers; a slice takes [{layers[0]}, {layers[1]}]"
             if model is not lead:
-                yield from _differences(outside, _outside(model), lead.label, model.label)
+                rows = config.tokenizer != "base"
+                yield from _differences(outside, _outside(model), lead.label, model.label, ignore_rows=rows)
         if short:
             continue
         for step in range(models[0][1][1] - models[0][1][0]):
@@ -244,10 +246,16 @@ def _layer(model: Source, start: str) -> dict[str, tuple[int, ...]]:
 
 
 def _differences(
-    left: Mapping[str, tuple[int, ...]], right: Mapping[str, tuple[int, ...]], one: str, two: str
+    left: Mapping[str, tuple[int, ...]],
+    right: Mapping[str, tuple[int, ...]],
+    one: str,
+    two: str,
+    *,
+    ignore_rows: bool = False,
 ) -> Iterator[str]:
     for name in sorted({*left, *right}):
-        if left.get(name) != right.get(name):
+        both = name in left and name in right
+        if not both or not _fits(name, left[name], right[name], ignore_rows):
             shapes = [list(found[name]) if name in found else "none" for found in (left, right)]
             yield f"{name} is {shapes[0]} in {one} and {shapes[1]} in {two}"
 

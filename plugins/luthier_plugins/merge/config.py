@@ -77,7 +77,7 @@ class Slice(Config):
 class TokenRows(Config):
     """Where the rows of one token come from, in every model that has none for it."""
 
-    token: str
+    token: str = Field(min_length=1)
     """The token's text; where the vocabulary lacks it, it is added."""
     model: ModelInput | None = None
     """The model whose rows it gets; by default it is as with all other tokens."""
@@ -169,6 +169,8 @@ class MergeConfig(StageConfig):
         problems = self._of_method(method, counts)
         for place, use in self.methods_of_slices().items():
             problems += settings_problems(as_method(use), use.name, [], [counts[place]])
+        named = [rows.token for rows in self.tokens]
+        problems += [f"`tokens` names {token!r} twice" for token in named if named.count(token) > 1]
         if any(part.base_layers for part in self.slices) and self.base is None:
             problems.append("`base_layers` are layers of the `base`: name it")
         if problems:
@@ -211,7 +213,8 @@ class MergeConfig(StageConfig):
             found.append(f"{name} looks at what whole models do with data, and cannot merge slices")
         if method.prepares and (self.tokenizer != "base" or self.tokens or self.pad_to_multiple_of):
             found.append(f"{name} looks at the models as they are: merge models of one tokenizer")
-        found += settings_problems(method, name, self.weights or [], counts)
+        shared = [count for place, count in enumerate(counts) if not (self.slices and self.slices[place].settings)]
+        found += settings_problems(method, name, self.weights or [], shared)
         return found
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

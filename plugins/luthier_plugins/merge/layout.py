@@ -17,6 +17,8 @@ from luthier_plugins.merge.stacking import kinds_by, restacked
 from luthier_plugins.merge.writer import Described
 
 LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")
+EMBEDS = ("embed", "wte", "wpe")
+OUT = "embed_out."
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -74,6 +76,13 @@ def depth_of(name: str, counts: Mapping[str, int]) -> float:
     return int(match["number"]) / (count - 1) if count > 1 else 1.0
 
 
+def _before_layers(name: str) -> bool:
+    """Whether a parameter outside of layers is used before them: all that embeds; what is behind them is a norm or the
+    output head, which is called an embedding in GPT-NeoX.
+    """
+    return any(part in name for part in EMBEDS) and not name.startswith(OUT)
+
+
 def lay_out(config: MergeConfig, inputs: Inputs, seed: int, dtype: str | None) -> Layout:
     """Plan every tensor of the merged model."""
     maker = _Maker(inputs, seed, dtype)
@@ -108,7 +117,8 @@ class _Maker:
         assert heads, "checked: a model without layers has no slices"
         head = max(heads, key=lambda key: heads[key])
         outside = [name for name in lead.headers if LAYER.match(name) is None]
-        order = {"first": [n for n in outside if "embed" in n], "last": [n for n in outside if "embed" not in n]}
+        order = {"first": [name for name in outside if _before_layers(name)],
+                 "last": [name for name in outside if not _before_layers(name)]}  # fmt: skip
         for name in order["first"]:
             self._outside(name, slices[0], 0)
         number = 0
@@ -127,13 +137,13 @@ class _Maker:
         return self._layout(restacked(lead.config, layers, kinds(lead)))
 
     def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]], place: int) -> None:
-        roles = [self._role(model, name, name, source, 0.0) for model, source in part]
+        roles = [self._role(model, name, source, 0.0) for model, source in part]
         self._add(name, roles, [source.weight for _, source in part], 0.0, slice=place)
 
     @staticmethod
-    def _role(model: Source, name: str, target: str, source: SliceSource, depth: float) -> Role:
+    def _role(model: Source, name: str, source: SliceSource, depth: float) -> Role:
         """A source's part in a parameter of the merged model, scaled as the slice says."""
-        return Role(model, name, MergePlace(target, (), depth).value(source.scale))
+        return Role(model, name, MergePlace(name, (), depth).value(source.scale))
 
     def _layer(
         self, head: str, number: int, step: int, part: Sequence[tuple[Source, SliceSource]], depth: float, place: int,
@@ -144,7 +154,7 @@ class _Maker:
         tails = [name[len(start) - 1 :] for name in part[0][0].headers if name.startswith(start)]
         for tail in tails:
             target = f"{head}{number}{tail}"
-            roles = [self._role(model, f"{head}{source.layers[0] + step}{tail}", target, source, depth)
+            roles = [self._role(model, f"{head}{source.layers[0] + step}{tail}", source, depth)
                      for model, source in part]  # fmt: skip
             base = f"{head}{base_layer if self.inputs.base else first}{tail}"
             self._add(target, roles, [source.weight for _, source in part], depth, base, slice=place)
@@ -162,8 +172,8 @@ class _Maker:
             self.tasks.append(Task(MergePlace(name, shape), [source], copied=True, slice=slice))
             self.copied.append(name)
             return
-        place = MergePlace(name, shape, depth, len(roles))
-        numbers = [place.value(weight) for weight in weights]
+        place = MergePlace(name, shape, depth, len(roles), tuple(role.name for role in roles))
+        numbers = [place.value(weight, model) for model, weight in enumerate(weights)]
         base = Role(self.inputs.base, base_name or name) if self.inputs.base else None
         noise = Noise(self.seed, [role.weights.content for role in roles], name)
         self.tensors[name] = Described(self.dtype or header.dtype, shape)

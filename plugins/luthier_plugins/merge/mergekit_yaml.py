@@ -52,6 +52,12 @@ WEIGHTED = ("linear", "nuslerp", "multislerp", "task_arithmetic", "ties", "dare_
             "della_linear", "breadcrumbs", "breadcrumbs_ties")  # fmt: skip
 IGNORED = ("int8_mask",)
 """Only saves memory there."""
+PER_MODEL = ("weight", "density", "gamma", "scale")
+"""Parameters that mergekit looks for beside each model; it looks for others beside slices and in the whole file."""
+EPSILON_PER_MODEL = ("della", "della_linear")
+FALLBACKS: Values = {"scale": 1.0, "gamma": 0.01, "epsilon": 0.15, "density": 1.0, "threshold": 1e-5, "tolerance": 1e-5,
+                     "r": 0.1, "alpha": 0.2}  # fmt: skip
+"""What mergekit takes where the filters of a parameter, by our name for it, leave tensors without a value."""
 MORE: dict[str, set[str]] = {
     "multislerp": {"eps"},
     "nuslerp": {"nuslerp_row_wise"},
@@ -102,36 +108,51 @@ def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
     return cast("list[Values]", value)
 
 
-def _setting(name: str, parameters: Sequence[Values], outer: Sequence[Values], default: Any) -> Any:
-    """What is said of a parameter: of all models, or ``per_model``; the default, or None, where nothing is."""
-    several = [_resolved(name, [own, *outer], default) for own in parameters] or [_resolved(name, outer, default)]
+def _setting(
+    name: str, parameters: Sequence[Values], outer: Sequence[Values], default: Any, rest: Any = None, *, strict: bool
+) -> Any:
+    """What is said of a parameter: of all models, or ``per_model``; the default, or None, where nothing is.
+
+    Args:
+        name: The parameter.
+        parameters: Those of each model.
+        outer: What they fall back on.
+        default: What it is where nothing is said.
+        rest: What it is for tensors that filters leave out.
+        strict: Whether it is an error when filters leave tensors without a value; else nothing is said.
+    """
+    scopes = [[own, *outer] for own in parameters] or [list(outer)]
+    several = [_resolved(name, chain, default, rest, strict=strict) for chain in scopes]
     return several[0] if all(item == several[0] for item in several) else {"per_model": several}
 
 
-def _resolved(name: str, scopes: Sequence[Values], default: Any) -> Any:
+def _resolved(name: str, scopes: Sequence[Values], default: Any, rest: Any = None, *, strict: bool = True) -> Any:
     """What a parameter is, said by the nearest of several scopes.
 
-    Filters that leave tensors without a value are followed by what the next scope says, and in the end by the default.
+    Filters that leave tensors without a value are followed by what the next scope says, and in the end by `rest`.
 
     Raises:
         ValueError: filters leave tensors without a value.
     """
     entries: list[Values] = []
-    rest = default
+    plain = default
+    rest = default if rest is None else rest
     for values in scopes:
         if name not in values:
             continue
         listed: Any = [values[name]] if isinstance(values[name], dict) else values[name]
         if not (isinstance(listed, list) and listed and isinstance(listed[-1], dict)):
-            rest = values[name]
+            plain = rest = values[name]
             break
         for entry in cast("list[Values]", listed):
             entries.append({**entry, "filter": entry.get("filter")})
             if entries[-1]["filter"] in (None, "*"):
                 return entries
+    if entries and rest is None and not strict:
+        return None
     if entries and rest is None:
         raise ValueError(f"the filters of {name} in the mergekit file leave tensors without a value")
-    return [*entries, {"filter": None, "value": rest}] if entries else rest
+    return [*entries, {"filter": None, "value": rest}] if entries else plain
 
 
 class _Reader:
@@ -142,6 +163,7 @@ class _Reader:
         self.folder = folder
         self.method = str(content["merge_method"])
         self.unused: list[str] = []
+        self.misplaced: set[str] = set()
         self.shared = self._cleaned(content)
 
     def config(self) -> Values:
@@ -189,6 +211,8 @@ class _Reader:
         """Where a token's rows come from."""
         source: Any = entry.get("source")
         force = {"force": True} if entry.get("force") else {}
+        if source is None and force:
+            raise ValueError(f"the token {token!r} of the mergekit file is to be forced, but not to what")
         if source is None:
             return {"token": token}
         if isinstance(source, dict) and "kind" in source:
@@ -234,7 +258,7 @@ class _Reader:
         parts = [part for part, _, _ in made]
         if any(other != method for other in methods):
             # What the whole file says, and in each slice all that is otherwise there.
-            method = self._method([], [self.shared], given)
+            method = self._method([], [self.shared], given, strict=False)
             for part, own in zip(parts, methods, strict=True):
                 settings = {key: value for key, value in own.items() if method.get(key) != value}
                 part |= {"settings": settings} if settings else {}
@@ -287,25 +311,37 @@ class _Reader:
         """The parameters beside something, without those that change no result."""
         return {key: value for key, value in dict(entry.get("parameters") or {}).items() if key not in IGNORED}
 
-    def _method(self, parameters: Sequence[Values], outer: Sequence[Values], given: set[str]) -> Values:
+    def _method(
+        self, parameters: Sequence[Values], outer: Sequence[Values], given: set[str], *, strict: bool = True
+    ) -> Values:
         """The method with its parameters.
 
         Args:
             parameters: Those of each model.
             outer: What they fall back on, the nearest first.
             given: The names of all that are given anywhere in the file.
+            strict: Whether filters that leave tensors without a value are an error; else the parameter is left out.
         """
         names = OURS.get(self.method)
+        if names is not None:
+            own = set(PER_MODEL) | ({"epsilon"} if self.method in EPSILON_PER_MODEL else set[str]())
+            self.misplaced |= {name for values in parameters for name in values} - own
+            parameters = [{name: value for name, value in values.items() if name in own} for values in parameters]
+            given = given - (self.misplaced - {name for values in outer for name in values})
         if names is None or given & MORE.get(self.method, set()):
             # As mergekit has it, through its own code.
-            values = {key: _setting(key, parameters, outer, None) for key in sorted(given)}
+            values = {key: _setting(key, parameters, outer, None, strict=strict) for key in sorted(given)}
+            self.unused = sorted(self.misplaced)
             there = {key: value for key, value in values.items() if value is not None}
             return {"uses": "mergekit", "name": self.method, "parameters": there}
         weight = {"weight"} if self.method in WEIGHTED else set[str]()
-        self.unused = sorted(given - set(names) - weight)
+        self.unused = sorted({*(given - set(names) - weight), *self.misplaced})
         result: Values = {"uses": RENAMED.get(self.method, self.method), **DEFAULTS.get(self.method, {})}
         for theirs, ours in names.items():
-            value = _setting(theirs, parameters, outer, result.get(ours)) if theirs in given else None
+            if theirs not in given:
+                continue
+            rest = result.get(ours, FALLBACKS.get(ours))
+            value = _setting(theirs, parameters, outer, result.get(ours), rest, strict=strict)
             result |= {} if value is None else {ours: value}
         return result
 

@@ -19,19 +19,28 @@ from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import (
     carry_licences,
     carry_text_files,
+    chat_template,
     model_facts,
     read_json,
 )
 from luthier.artifacts.room import check_room
-from luthier_plugins.merge.check import check, idle_filters, problems, refuse, unstackable, weights_that_cancel
+from luthier_plugins.merge.check import (
+    check,
+    idle_filters,
+    odd_dtypes,
+    problems,
+    refuse,
+    unstackable,
+    weights_that_cancel,
+)
 from luthier_plugins.merge.config import MergeConfig, as_method
 from luthier_plugins.merge.engine import Engine, Extras, Settings
 from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
 from luthier_plugins.merge.reader import Source, Weights, dump_json, full_of, label_of
 from luthier_plugins.merge.verify import Verifier
-from luthier_plugins.merge.vocabulary import Vocabulary, respell, vocabulary_of
-from luthier_plugins.merge.voice import carry_voice, give_template, template_of
+from luthier_plugins.merge.vocabulary import Vocabulary, own_tokens, respell, tokens_of, vocabulary_of
+from luthier_plugins.merge.voice import Voice, give_voice, voice_of
 from luthier_plugins.merge.writer import INDEX, Output, size_of
 
 STAND_BACK = 5
@@ -49,7 +58,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config))
         left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
         draft = _drafted(config, inputs, context)
-        inputs, vocabulary, layout, template = draft.inputs, draft.vocabulary, draft.layout, draft.template
+        inputs, vocabulary, layout = draft.inputs, draft.vocabulary, draft.layout
         _tell_doubts(config, inputs, layout, context)
         prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
         own: dict[int | None, Merge] = {place: context.component(use)
@@ -65,13 +74,11 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
-        carry_voice(inputs, context)
         for other in inputs.all:
             carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
-        if template is not None:
-            give_template(template, context)
+        give_voice(draft.voice, inputs, context, moved_ids(draft))
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
         dump_json(context.out / "config.json", final)
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
@@ -99,13 +106,13 @@ class _Draft:
         inputs: The models, in the merged model's vocabulary.
         vocabulary: That vocabulary, where it is new.
         layout: The merged model's layout.
-        template: The text of its chat template, where the config chose one.
+        voice: How it is talked to, where not as the lead is.
     """
 
     inputs: Inputs
     vocabulary: Vocabulary | None
     layout: Layout
-    template: str | None
+    voice: Voice
 
 
 def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Draft:
@@ -118,20 +125,24 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
     found = list(problems(config, inputs))
     vocabulary: Vocabulary | None = None
     layout: Layout | None = None
-    template: str | None = None
+    voice = Voice()
     full: StoreError | None = None
-    try:
-        template = template_of(config.chat_template, inputs) if config.chat_template else None
-    except ModelError as error:
-        found.append(error.message)
     try:
         vocabulary = _vocabulary(config, context, inputs)
         if vocabulary is not None:
             inputs = respell(inputs, vocabulary)
     except ModelError as error:
         found.append(error.message)
+    try:
+        # A tokenizer brings its own template along, unless another was chosen.
+        brought = vocabulary is not None and chat_template(vocabulary.speaker.artifact.path) is not None
+        if config.chat_template is not None or not brought:
+            voice = voice_of(config.chat_template, inputs)
+    except ModelError as error:
+        found.append(error.message)
     # Without the layers there is no layout; other problems do not stand in its way.
-    if not any(unstackable(config, inputs)):
+    readable = not any(text for model in inputs.all for text in odd_dtypes(model))
+    if readable and not any(unstackable(config, inputs)):
         layout = lay_out(config, inputs, context.seed, config.dtype)
         found += weights_that_cancel(config, layout.tasks)
         try:
@@ -142,7 +153,16 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
         raise full
     refuse([*found, *([full.message] if full else [])], "merged")
     assert layout is not None, "refused otherwise"
-    return _Draft(inputs, vocabulary, layout, template)
+    return _Draft(inputs, vocabulary, layout, voice)
+
+
+def moved_ids(draft: _Draft) -> dict[int, int]:
+    """The new ids of the tokens of the model whose voice is taken, where the vocabulary is new."""
+    if draft.vocabulary is None or draft.voice.speaker is None:
+        return {}
+    new = tokens_of(draft.vocabulary.tokenizer)
+    own = own_tokens(draft.voice.speaker)
+    return {place: new[token] for token, place in own.items() if token in new}
 
 
 def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: StageContext) -> None:
@@ -150,7 +170,8 @@ def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: S
     if config.unused:
         context.warn(f"{config.method.name} does not look at {', '.join(config.unused)}: left out")
     settings = [config.model_dump(mode="json", include={"weights", "slices"}), config.method.config.model_dump()]
-    idle = idle_filters(settings, list(layout.tensors))
+    names = {*layout.tensors, *(name for task in layout.tasks for name in task.place.origins)}
+    idle = idle_filters(settings, sorted(names))
     if idle:
         context.warn(f"no parameter's name contains {', '.join(map(repr, idle))}: such a filter does nothing")
     _tell_other_ancestors(inputs, context)

@@ -124,6 +124,11 @@ def vocabulary_of(
     return Vocabulary(speaker, tokenizer, -(-count // multiple) * multiple, sources, chosen)
 
 
+def own_tokens(model: Source) -> dict[str, int]:
+    """The id of every token of a model's tokenizer."""
+    return tokens_of(_read(model))
+
+
 def own_rows(inputs: Inputs) -> dict[str, dict[str, int]]:
     """For each model, by its key, the row of every token that it has one for."""
     return {model.artifact.key: {token: row for token, row in tokens_of(_read(model)).items() if row < _rows(model)}

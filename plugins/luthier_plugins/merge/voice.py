@@ -3,79 +3,113 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from luthier.api import DataError, Message, ModelError, StageContext
-from luthier.artifacts.models import GENERATION, TEMPLATE, chat_template, read_json, stop_token_ids
+from luthier.api import Message, ModelError, StageContext
+from luthier.artifacts.models import GENERATION, TEMPLATE, chat_template, has_tokenizer, read_json, stop_token_ids
 from luthier_plugins.merge.layout import Inputs
+from luthier_plugins.merge.reader import Source
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
 SAMPLE: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]
+Moved = Mapping[int, int]
+"""The ids of tokens that have another id in the merged model."""
 
 
-def carry_voice(inputs: Inputs, context: StageContext) -> None:
-    """Where the lead was never taught to talk, as a raw base, take how to from the first model that was.
+@dataclass(frozen=True, slots=True)
+class Voice:
+    """What is not as the lead has it.
 
-    A template without the stop tokens that go with it would be a model that never stops: both come from there.
+    Attributes:
+        template: The chat template.
+        speaker: The model whose generation config goes along: a template without the stop tokens that go with it
+            would be a model that never stops.
+        doubt: What is to be told of it.
     """
-    lead, *others = inputs.all
-    speaker = next((model for model in inputs.all if chat_template(model.artifact.path) is not None), lead)
-    if speaker is lead:
-        return
-    template = chat_template(speaker.artifact.path)
-    assert template is not None, "it was chosen for it"
-    (context.out / TEMPLATE).write_text(template, encoding="utf-8")
-    settings = speaker.artifact.path / GENERATION
-    if settings.exists():
-        shutil.copyfile(settings, context.out / GENERATION)
-    context.log(f"{lead.label} has no chat template: it and the generation config are those of {speaker.label}")
-    other = [model.label for model in others if chat_template(model.artifact.path) not in (None, template)]
-    if other:
-        context.warn(f"the chat template of {speaker.label} was taken; {', '.join(other)} have another")
+
+    template: str | None = None
+    speaker: Source | None = None
+    doubt: str | None = None
 
 
-def template_of(choice: str, inputs: Inputs) -> str | None:
-    """The text of a chat template.
+def voice_of(choice: str | None, inputs: Inputs) -> Voice:
+    """How the merged model is talked to.
 
     Args:
-        choice: The text itself; the name of one that mergekit has; or ``auto``: the one that most models have, of as
-            many the first model's.
+        choice: The text of a template; the name of one that mergekit has; ``auto``: the one that most models have, of
+            as many the first model's; None: the lead's, or if it was never taught to talk, as a raw base, that of the
+            first model that was.
         inputs: The models.
 
-    Returns:
-        The text; None if no model has one.
-
     Raises:
-        ModelError: it is neither.
+        ModelError: the choice is neither, or there is no tokenizer that a template could go with.
     """
-    if choice == "auto":
-        found = [template for model in inputs.all if (template := chat_template(model.artifact.path)) is not None]
-        counts = Counter(template.strip() for template in found)
-        return max(found, key=lambda template: counts[template.strip()]) if found else None
-    if "{" in choice:
-        return choice
+    found = {model: template for model in inputs.all if (template := chat_template(model.artifact.path)) is not None}
+    if choice is None or choice == "auto":
+        if not found:
+            return Voice(doubt="no model has a chat template" if choice else None)
+        counts = Counter(template.strip() for template in found.values())
+        speaker = max(found, key=lambda model: counts[found[model].strip()]) if choice else next(iter(found))
+        if choice is None and inputs.lead in found:
+            return Voice()
+        other = [model.label for model, template in found.items() if template.strip() != found[speaker].strip()]
+        doubt = f"the chat template of {speaker.label} was taken; {', '.join(other)} have another" if other else None
+        return Voice(found[speaker], speaker, doubt)
+    if not has_tokenizer(inputs.lead.artifact.path):
+        raise ModelError(f"a chat template needs a tokenizer, and {inputs.lead.label} has none")
+    return Voice(choice if "{" in choice else _named(choice))
+
+
+def _named(name: str) -> str:
     known = resources.files("mergekit") / "_data" / "chat_templates"
     names = sorted(file.name.removesuffix(".jinja") for file in known.iterdir() if file.name.endswith(".jinja"))
-    if choice not in names:
-        raise ModelError(f"`chat_template` is neither Jinja text nor a name: {choice!r}; there are auto, "
-                         f"{', '.join(names)}")  # fmt: skip
-    return (known / f"{choice}.jinja").read_text(encoding="utf-8")
+    if name not in names:
+        raise ModelError(
+            f"`chat_template` is neither Jinja text nor a name: {name!r}; there are auto, {', '.join(names)}"
+        )
+    return (known / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def give_template(template: str, context: StageContext) -> None:
-    """Give the merged model a chat template, and say so if it would never stop talking."""
-    (context.out / TEMPLATE).write_text(template, encoding="utf-8")
+def give_voice(voice: Voice, inputs: Inputs, context: StageContext, moved: Moved | None = None) -> None:
+    """Give the merged model its chat template and generation config, and tell what may be wrong with them.
+
+    Args:
+        moved: The new ids of the speaker's tokens, where they have others.
+    """
+    if voice.doubt:
+        context.warn(voice.doubt)
+    if voice.template is None:
+        return
+    (context.out / TEMPLATE).write_text(voice.template, encoding="utf-8")
     settings = context.out / TOKENIZER_CONFIG
     if settings.exists() and "chat_template" in (told := read_json(settings)):
-        settings.write_text(json.dumps({key: value for key, value in told.items() if key != "chat_template"},
-                                       indent=2, ensure_ascii=False), encoding="utf-8")  # fmt: skip
+        _write(settings, {key: value for key, value in told.items() if key != "chat_template"})
+    if voice.speaker is not None:
+        generation = voice.speaker.artifact.path / GENERATION
+        if generation.exists() and (moved or voice.speaker is not inputs.lead):
+            told = read_json(generation)
+            _write(context.out / GENERATION, told | {key: _translated(told[key], moved or {}) for key in SPECIAL
+                                                     if told.get(key) is not None})  # fmt: skip
+        if voice.speaker is not inputs.lead:
+            context.log(f"{voice.speaker.label} gives the chat template and the generation config")
+        return
     problem = _silence(context.out)
     if problem:
         context.warn(f"the chat template does not go with the model: {problem}")
+
+
+def _translated(ids: int | list[int], moved: Moved) -> int | list[int]:
+    return [moved.get(item, item) for item in ids] if isinstance(ids, list) else moved.get(ids, ids)
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _silence(folder: Path) -> str | None:
@@ -83,9 +117,10 @@ def _silence(folder: Path) -> str | None:
     from luthier.train.text import encode_conversation
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encode_conversation(tokenizer, SAMPLE, stop_token_ids(folder))
-    except DataError as error:
+    # transformers raises what it likes; the model is merged and whole, whatever its tokenizer is like.
+    except Exception as error:  # noqa: BLE001
         return str(error)
     return None

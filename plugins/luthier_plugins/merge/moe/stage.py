@@ -20,7 +20,7 @@ from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
 from luthier_plugins.merge.reader import Source, dump_json, whole
 from luthier_plugins.merge.verify import Verifier
-from luthier_plugins.merge.voice import carry_voice
+from luthier_plugins.merge.voice import give_voice, voice_of
 from luthier_plugins.merge.writer import Described, Output, size_of
 from torch import Tensor
 
@@ -53,7 +53,7 @@ class Moe:
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
-            carry_voice(inputs, context)
+            give_voice(voice_of(None, inputs), inputs, context)
             for expert in inputs.models:
                 carry_licences(full_of(expert.artifact).path, context.out, expert.label)
             dump_json(context.out / "config.json", self._config(base.config, family))
