@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from luthier.api import KINDS, Config, PerModel
+from luthier.api import KINDS, PerModel
+from luthier.api.config import configs_of
 from luthier.api.merging import Filtered
 from luthier.cli.main import VERBS, Verbs, luthier
 from luthier.registry import default_registry
@@ -44,7 +45,9 @@ def _rows(config: type[BaseModel], inside: str = "") -> Iterator[str]:
             about = f"{about} One of {', '.join(f'`{word}`' for word in words)}.".strip()
         yield f"| `{inside}{key}` | {_default(field)} | {about} |"
         marks = {list: "[]", dict: ".<name>"}.get(get_origin(field.annotation), "")
-        for nested in dict.fromkeys(_configs(field.annotation)):
+        # A setting is written in the same ways everywhere: the how-to tells how.
+        for nested in dict.fromkeys(inner for inner in configs_of(field.annotation)
+                                    if inner not in (Filtered, PerModel)):  # fmt: skip
             yield from _rows(nested, f"{inside}{key}{marks}.")
 
 
@@ -54,13 +57,6 @@ def _words(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return [word for word in kinds if isinstance(word, str)]
     return _words(kinds[0]) if len(kinds) == 1 else []
-
-
-def _configs(annotation: Any) -> list[type[BaseModel]]:
-    """The configs that a field's type is made of; a setting is left out: the how-to tells how these are written."""
-    known = isinstance(annotation, type) and issubclass(annotation, Config)
-    own = [annotation] if known and annotation not in (Filtered, PerModel) else []
-    return [*own, *(item for part in get_args(annotation) for item in _configs(part))]
 
 
 def _default(field: Any) -> str:

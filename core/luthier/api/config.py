@@ -286,6 +286,12 @@ def _marker_in(annotation: Any, kind: type[Any]) -> Any | None:
     return None
 
 
+def configs_of(annotation: Any) -> list[type[Config]]:
+    """The configs that a field's type is made of."""
+    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, Config) else []
+    return [*own, *(item for part in get_args(annotation) for item in configs_of(part))]
+
+
 def references(config: BaseModel, kind: type[Any], prefix: str = "") -> Iterator[tuple[str, Any, list[str]]]:
     """Every marked field of a config and of the configs inside it.
 

@@ -6,14 +6,14 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import click
 from pydantic import BaseModel
 
 from luthier.api.artifact import BASE
 from luthier.api.component import Kind
-from luthier.api.config import Config, Input, Source, SubComponent, marker
+from luthier.api.config import Config, Input, Source, SubComponent, configs_of, marker
 from luthier.artifacts.store import Store
 from luthier.cli.tools import offer_missing
 from luthier.planning import plan
@@ -99,7 +99,7 @@ def _placed(config_class: type[BaseModel], values: dict[str, Any], store: Store,
     for name in config_class.model_fields.keys() & values.keys():
         value, used = values[name], marker(config_class, name, SubComponent)
         named, read = marker(config_class, name, Input), marker(config_class, name, Source)
-        kinds = _configs(config_class.model_fields[name].annotation)
+        kinds = configs_of(config_class.model_fields[name].annotation)
         if named is not None:
             result[name] = _each(value, lambda item, words=named.words: _named(item, words, store))
         elif read is not None:
@@ -122,12 +122,6 @@ def _named(item: Any, words: Sequence[str], store: Store) -> Any:
 
 def _absolute(item: Any) -> Any:
     return str(Path(str(item)).absolute()) if Path(str(item)).exists() else item
-
-
-def _configs(annotation: Any) -> list[type[BaseModel]]:
-    """The configs that a field's type is made of."""
-    own = [annotation] if isinstance(annotation, type) and issubclass(annotation, Config) else []
-    return [*own, *(item for part in get_args(annotation) for item in _configs(part))]
 
 
 def _of_component(value: Any, kind: Kind, registry: Registry) -> type[BaseModel]:

@@ -46,7 +46,7 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    refuse(problems(config, inputs), "merged")
+    refuse([*problems(config, inputs), *unstackable(config, inputs)], "merged")
 
 
 def check_stored(inputs: Inputs, what: str) -> None:
@@ -93,7 +93,7 @@ def refuse(found: Iterable[str], what: str) -> None:
 
 
 def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
-    """What does not fit together, by configs and headers."""
+    """What does not fit together, by configs and headers; of slices, see `unstackable`."""
     lead = inputs.lead
     for other in inputs.all:
         yield from odd_dtypes(other)
@@ -103,7 +103,6 @@ def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
                 yield from _other_tokenizer(lead, other)
             if not config.slices:
                 yield from _other_tensors(lead, other, ignore_rows=config.tokenizer != "base")
-    yield from unstackable(config, inputs)
 
 
 def odd_dtypes(model: Source) -> Iterator[str]:

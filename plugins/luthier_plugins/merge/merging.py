@@ -78,7 +78,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
             carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
-        give_voice(draft.voice, inputs, context, moved_ids(draft))
+        give_voice(draft.voice, inputs, context, _moved_ids(draft))
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
         dump_json(context.out / "config.json", final)
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
@@ -122,7 +122,8 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
         ModelError: with every reason why the models cannot be merged.
         StoreError: the disk has too little room, and nothing else is wrong.
     """
-    found = list(problems(config, inputs))
+    stuck = list(unstackable(config, inputs))
+    found = [*problems(config, inputs), *stuck]
     vocabulary: Vocabulary | None = None
     layout: Layout | None = None
     voice = Voice()
@@ -142,7 +143,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
         found.append(error.message)
     # Without the layers there is no layout; other problems do not stand in its way.
     readable = not any(text for model in inputs.all for text in odd_dtypes(model))
-    if readable and not any(unstackable(config, inputs)):
+    if readable and not stuck:
         layout = lay_out(config, inputs, context.seed, config.dtype)
         found += weights_that_cancel(config, layout.tasks)
         try:
@@ -156,7 +157,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
     return _Draft(inputs, vocabulary, layout, voice)
 
 
-def moved_ids(draft: _Draft) -> dict[int, int]:
+def _moved_ids(draft: _Draft) -> dict[int, int]:
     """The new ids of the tokens of the model whose voice is taken, where the vocabulary is new."""
     if draft.vocabulary is None or draft.voice.speaker is None:
         return {}
