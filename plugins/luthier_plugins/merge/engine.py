@@ -24,6 +24,7 @@ import torch
 from luthier.api import Merge, MergePart, MergePlace, ModelError, Scan
 from luthier.artifacts.models import safetensors_header
 from luthier.train.merging import Grid, Noise, in_order, measured
+from luthier_plugins.merge.devices import fastest, where_it_fits
 from luthier_plugins.merge.files import SIZES, Files, Scratch
 from luthier_plugins.merge.reader import Source
 from luthier_plugins.merge.writer import Output
@@ -87,12 +88,13 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the engine works; none of it changes a bit of the result."""
+    """How the engine works; none of it but the device changes a bit of the result."""
 
     workers: int = 1
     chunk: int = CHUNK
     memory: int = MEMORY
-    device: str = "cpu"
+    device: str | None = None
+    """Where whole matrices are merged; by default where it is faster."""
     niceness: int = 0
     """How much further than this process the workers stand back behind others, as in nice(1)."""
 
@@ -233,13 +235,17 @@ class Engine:
         with self._budget.of(size):
             grid = Grid.of(task.place.shape)
             whole = read_part(task, (0, grid.rows), Scratch(), whole=True)
-            device, shape = self.settings.device, task.place.shape
-            part = MergePart(
-                task.place, 0, [tensor.view(shape).to(device) for tensor in whole.tensors], task.numbers,
-                None if whole.base is None else whole.base.view(shape).to(device), None,
-                [files.whole(name).to(device) for files, name in task.extras], task.noise,
-            )  # fmt: skip
-            merged = self._method(task).merge(part).cpu().reshape(-1)
+            shape = task.place.shape
+
+            def work(device: str) -> Tensor:
+                part = MergePart(
+                    task.place, 0, [tensor.view(shape).to(device) for tensor in whole.tensors], task.numbers,
+                    None if whole.base is None else whole.base.view(shape).to(device), None,
+                    [files.whole(name).to(device) for files, name in task.extras], task.noise,
+                )  # fmt: skip
+                return self._method(task).merge(part).cpu().reshape(-1)
+
+            merged = where_it_fits(work, self.settings.device or fastest(task.entries))
             _check_size(merged, task.entries, task)
             for first in range(0, merged.numel(), self.settings.chunk):
                 self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)

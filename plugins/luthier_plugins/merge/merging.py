@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from luthier.api import Artifact, Facts, Merge, ModelError, StageContext, StoreError
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import (
@@ -70,7 +69,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
             context.log(f"{len(bare)} of {len(tasks)} parameters are averaged: {config.method.name} finds nothing "
                         f"about them in the data: {', '.join(bare[:5])}")  # fmt: skip
         output = stack.enter_context(closing(Output(context.out, layout.tensors, config.shard_size)))
-        engine = Engine(method, output, _settings(config, method, verifier), lambda done, total:
+        engine = Engine(method, output, _settings(config, verifier), lambda done, total:
                         context.progress(done // 1_000_000, total // 1_000_000, "M entries"))  # fmt: skip
         engine.run(tasks)
         carry(inputs.lead.artifact, context.out)
@@ -287,12 +286,11 @@ def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) 
     return prepare(context, models) if prepare else []
 
 
-def _settings(config: MergeConfig, method: Merge, verifier: Verifier) -> Settings:
-    on_gpu = method.granularity == "matrix" and torch.cuda.is_available()
+def _settings(config: MergeConfig, verifier: Verifier) -> Settings:
     workers = config.workers or len(os.sched_getaffinity(0))
     # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
     niceness = STAND_BACK if verifier.apart else 0
-    return Settings(workers, config.chunk, config.memory, "cuda" if on_gpu else "cpu", niceness)
+    return Settings(workers, config.chunk, config.memory, niceness=niceness)
 
 
 def carry(model: Artifact, out: Path) -> None:

@@ -158,19 +158,20 @@ class Regmean:
         turned = part.extras[0].dim() == 3
         width, height = part.place.shape if turned else part.place.shape[::-1]
         alpha = part.place.value(self.config.alpha)
-        off = torch.full((width, width), alpha, dtype=torch.float64).fill_diagonal_(1.0)
-        total = torch.zeros(width, width, dtype=torch.float64)
-        right = torch.zeros(width, height, dtype=torch.float64)
+        device = part.tensors[0].device
+        off = torch.full((width, width), alpha, dtype=torch.float64, device=device).fill_diagonal_(1.0)
+        total = torch.zeros_like(off)
+        right = torch.zeros(width, height, dtype=torch.float64, device=device)
         for tensor, products, weight in zip(part.tensors, part.extras, part.weights, strict=True):
-            gram = products.view(width, width).double() * off.to(products.device) * weight
-            total += gram.cpu()
-            right += (gram @ (tensor if turned else tensor.T).double()).cpu()
+            gram = products.view(width, width).double() * off * weight
+            total += gram
+            right += gram @ (tensor if turned else tensor.T).double()
         # Inputs that never occur leave the matrix singular: a little of the mean's pull settles them.
         ridge = 1e-8 * float(total.diagonal().mean())
         if ridge == 0:
             return _average(part)
         total.diagonal().add_(ridge)
-        mean = torch.stack(list(part.tensors)).mean(dim=0).double().cpu()
+        mean = torch.stack(list(part.tensors)).mean(dim=0).double()
         right += ridge * (mean if turned else mean.T)
         solved = torch.linalg.solve(total, right).float()
         return solved if turned else solved.T.contiguous()

@@ -72,7 +72,9 @@ class Mergekit:
         if self._takes_weights:
             weights = dict(zip(models, part.weights, strict=True))
             parameters["weight"] = {"base": 1.0, **weights} if self._weighs_base and uses_base else weights
-        given = [tensor.clone() for tensor in tensors if tensor is not None]
+        # A GPU would draw other masks than a CPU, so those methods stay here.
+        place = part.tensors[0].device if self.config.name in WITHOUT_CHANCE else "cpu"
+        given = [tensor.to(place, copy=True) for tensor in tensors if tensor is not None]
         with self._seeded(part):
             merged: Tensor = self._merge_tensors(
                 given, self._method, parameters=parameters, ids=ids, base_index=0 if uses_base else None

@@ -10,6 +10,7 @@ from luthier.api import Artifact, Facts, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import carry_text_files
 from luthier.train.adapters import check_adapter
+from luthier_plugins.merge.devices import fastest, where_it_fits
 from luthier_plugins.merge.lowrank import WRAPPED
 from safetensors.torch import save_file
 from torch import Tensor
@@ -29,7 +30,11 @@ def low_rank(matrix: Tensor, r: int | None, energy: float | None) -> tuple[Facto
     Returns:
         The factors, each with the square root of the singular values, and the share that is kept.
     """
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+
+    def work(device: str) -> list[Tensor]:
+        return [found.cpu() for found in torch.linalg.svd(matrix.to(device), full_matrices=False)]
+
+    u, s, vh = where_it_fits(work, fastest(matrix.numel()))
     squares = s.double().square()
     total = float(squares.sum())
     rank = len(s)

@@ -1,0 +1,40 @@
+"""Where whole matrices are worked on: on a GPU where there is one and it is faster, with the CPU behind it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+WORTH_IT = 1 << 16
+"""Entries of a matrix from which on a GPU decomposes it faster than a core does, the copies included."""
+Result = TypeVar("Result")
+
+_local = threading.local()
+
+
+def fastest(entries: int) -> str:
+    """The device for a matrix of so many entries."""
+    return "cuda" if entries >= WORTH_IT and torch.cuda.is_available() else "cpu"
+
+
+def where_it_fits(work: Callable[[str], Result], device: str) -> Result:
+    """What `work` returns on a device; on the CPU where the GPU has too little memory left for it."""
+    if device != "cpu":
+        try:
+            # A stream for each thread: a decomposition alone leaves most of a GPU idle.
+            with torch.cuda.stream(_stream()):
+                return work(device)
+        except torch.OutOfMemoryError:
+            pass
+        # Here, because the error holds on to what was on the GPU.
+        torch.cuda.empty_cache()
+    return work("cpu")
+
+
+def _stream() -> Any:
+    if torch.cuda.is_available() and not hasattr(_local, "stream"):
+        _local.stream = torch.cuda.Stream()
+    return getattr(_local, "stream", None)

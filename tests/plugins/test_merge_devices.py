@@ -1,0 +1,119 @@
+"""Whole matrices on a GPU, with the CPU behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from luthier.api import Artifact
+from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier_plugins.merge import devices
+from luthier_plugins.merge.devices import fastest, where_it_fits
+from safetensors.torch import load_file
+
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
+         for n in range(4)]  # fmt: skip
+BY_MATRIX: list[dict[str, Any]] = [
+    {"uses": "iso_c"}, {"uses": "tsv_m"}, {"uses": "regmean", "data": "d"}, {"uses": "mergekit", "name": "ties"},
+    {"uses": "mergekit", "name": "dare_ties", "parameters": {"density": 0.5}},
+]  # fmt: skip
+
+
+def test_small_matrices_are_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert fastest(devices.WORTH_IT) == "cuda"
+    assert fastest(devices.WORTH_IT - 1) == "cpu"
+
+
+def test_what_does_not_fit_on_the_gpu_is_done_on_the_cpu() -> None:
+    asked: list[str] = []
+
+    def work(device: str) -> str:
+        asked.append(device)
+        if device == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return "done"
+
+    assert where_it_fits(work, "cuda") == "done"
+    assert asked == ["cuda", "cpu"]
+
+
+def test_other_errors_are_not_hidden() -> None:
+    def work(device: str) -> str:
+        raise RuntimeError(f"wrong on {device}")
+
+    with pytest.raises(RuntimeError, match="wrong on cuda"):
+        where_it_fits(work, "cuda")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store."""
+    return tmp_path
+
+
+@pytest.fixture
+def models(store: Path) -> list[Artifact]:
+    """A base and two models."""
+    return [tiny_model(store, seed=seed, dtype="float32", tied=False) for seed in range(3)]
+
+
+def made(store: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors that a stage makes."""
+    artifact = run_stage(store, stage, config, inputs=inputs)
+    (file,) = artifact.path.glob("*.safetensors")
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
+@on_a_gpu
+@pytest.mark.parametrize("method", BY_MATRIX, ids=lambda values: "-".join(map(str, list(values.values())[:2])))
+def test_a_gpu_merges_as_the_cpu_does(
+    store: Path, models: list[Artifact], method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config: dict[str, Any] = {"method": method, "dtype": "float32"}
+    inputs: dict[str, Any] = {"models": models[1:]}
+    if method["uses"] == "regmean":
+        inputs["method.data"] = tiny_dataset(store, CHATS)
+    else:
+        inputs["base"] = models[0]
+    on_cpu = made(store, "merge", config, inputs)
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    on_gpu = made(store, "merge", config, inputs)
+    assert torch.cuda.max_memory_allocated() > before, "it was on the GPU"
+    for name, tensor in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], tensor, rtol=1e-3, atol=2e-5)
+
+
+@on_a_gpu
+def test_an_adapter_comes_out_of_a_model_on_a_gpu_too(
+    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"model": models[1], "base": models[0]}
+    on_cpu = made(store, "extract_lora", {"r": 8}, inputs)
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    on_gpu = made(store, "extract_lora", {"r": 8}, inputs)
+    for name in (name for name in on_cpu if "lora_A" in name):
+        other = name.replace("lora_A", "lora_B")
+        torch.testing.assert_close(on_gpu[other] @ on_gpu[name], on_cpu[other] @ on_cpu[name], rtol=1e-3, atol=2e-5)
+
+
+@on_a_gpu
+def test_a_gpu_without_room_leaves_the_merge_to_the_cpu(
+    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"method": {"uses": "iso_c"}, "dtype": "float32"}
+    inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
+    on_cpu = made(store, "merge", config, inputs)
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1e-6)
+    try:
+        without_room = made(store, "merge", config, inputs)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert all(torch.equal(without_room[name], tensor) for name, tensor in on_cpu.items())
