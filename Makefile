@@ -21,8 +21,10 @@ quickstart: setup
 		--ask "set the kitchen speaker to 25 percent" \
 		--ask "remind me at 4 pm to clean the oven"
 
+# A file of tests to a process, each with one thread: processes that share the cores with several slow each other down.
 test: setup
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered --cov-report=xml --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term:skip-covered --cov-report=xml --durations=15
 
 lint: setup
 	$(BIN)/ruff check core plugins tests docs

@@ -18,6 +18,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("luthier", deadline=None)
 settings.load_profile("luthier")
 
+LONG = ("recipes", "docs", "e2e")
+"""Folders of tests that run whole recipes, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs come first: else one process is left with them when the others are done."""
+    items.sort(key=lambda item: LONG.index(item.path.parent.name) if item.path.parent.name in LONG else len(LONG))
+
+
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
