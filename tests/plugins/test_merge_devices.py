@@ -28,13 +28,19 @@ def test_small_matrices_are_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> 
     assert fastest(devices.WORTH_IT - 1) == "cpu"
 
 
-def test_what_does_not_fit_on_the_gpu_is_done_on_the_cpu() -> None:
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+], ids=str)  # fmt: skip
+def test_what_does_not_fit_on_the_gpu_is_done_on_the_cpu(error: RuntimeError) -> None:
     asked: list[str] = []
 
     def work(device: str) -> str:
         asked.append(device)
         if device == "cuda":
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return "done"
 
     assert where_it_fits(work, "cuda") == "done"

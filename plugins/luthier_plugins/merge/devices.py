@@ -10,6 +10,8 @@ import torch
 
 WORTH_IT = 1 << 16
 """Entries of a matrix from which on a GPU decomposes it faster than a core does, the copies included."""
+SHORT = ("out of memory", "ALLOC_FAILED", "cusolverDnCreate")
+"""What errors of CUDA and its libraries say when memory is short: not all of them are `torch.OutOfMemoryError`."""
 Result = TypeVar("Result")
 
 _local = threading.local()
@@ -27,8 +29,9 @@ def where_it_fits(work: Callable[[str], Result], device: str) -> Result:
             # A stream for each thread: a decomposition alone leaves most of a GPU idle.
             with torch.cuda.stream(_stream()):
                 return work(device)
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in SHORT):
+                raise
         # Here, because the error holds on to what was on the GPU.
         torch.cuda.empty_cache()
     return work("cpu")
