@@ -64,6 +64,7 @@ def test_bad_recipes_are_messages_and_no_tracebacks(tmp_path: Path, text: str, m
     with pytest.raises(RecipeError) as caught:
         Recipe.load(path)
     assert message in str(caught.value)
+    assert "value error" not in str(caught.value).lower(), "the words of the config alone"
 
 
 def test_every_path_has_its_line() -> None:

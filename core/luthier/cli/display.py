@@ -172,7 +172,7 @@ def _report(name: str, content: dict[str, Any], labels: list[str]) -> Table:
 
 def _form(value: Any) -> str:
     """Three decimals, or two digits of what would be nothing but zeros."""
-    return ".2g" if isinstance(value, float) and 0 < abs(value) < SMALL else ".3f"
+    return "#.2g" if isinstance(value, float) and 0 < abs(value) < SMALL else ".3f"
 
 
 def _files(export: Artifact) -> Table:

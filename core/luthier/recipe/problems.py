@@ -43,6 +43,9 @@ def from_validation(
             message = f"'{item['loc'][-1]}' is missing"
         elif item["type"] == "component":
             message, _, hint = message.partition("\n  ")
+        elif item["type"] == "value_error":
+            # What a config's own check says is a sentence as it is.
+            message = message.removeprefix("Value error, ")
         elif isinstance(item["input"], (str, int, float, bool)):
             message = f"{message[0].lower()}{message[1:]}, not {item['input']!r}"
         problem = document.problem((*prefix, *location), message, hint or None)

@@ -193,7 +193,8 @@ class MergeConfig(StageConfig):
             except ValidationError as error:
                 first = error.errors()[0]
                 where = ".".join(map(str, first["loc"]))
-                raise ValueError(f"`settings` of slice {place}: {where}: {first['msg']}") from error
+                why = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"`settings` of slice {place}: {where}: {why}") from error
             found[place] = Use(self.method.component, own)
         return found
 
