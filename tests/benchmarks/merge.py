@@ -175,8 +175,9 @@ def many_tensors(folder: Path) -> dict[int, float]:
     from luthier.api import MergePlace
     from luthier.artifacts.models import safetensors_header
     from luthier.registry import default_registry
-    from luthier_plugins.merge.engine import Engine, Role, Settings, Task
+    from luthier_plugins.merge.engine import Engine, Settings
     from luthier_plugins.merge.files import Files
+    from luthier_plugins.merge.tasks import Role, Task
     from luthier_plugins.merge.writer import Described, Output
     from safetensors.torch import save_file
 

@@ -9,11 +9,11 @@ from luthier.api import ModelError
 from luthier.api.merging import Divisor, cancel
 from luthier.artifacts.models import has_tokenizer, same_tokenizer
 from luthier_plugins.merge.config import MergeConfig, as_method
-from luthier_plugins.merge.engine import Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, layers_of
 from luthier_plugins.merge.reader import Source
 from luthier_plugins.merge.stacking import kinds_by
+from luthier_plugins.merge.tasks import Task
 
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
         "intermediate_size", "num_experts", "num_local_experts", "num_experts_per_tok", "hidden_act",

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 WORTH_IT = 1 << 16
-"""Entries of a matrix from which on a GPU decomposes it faster than a core does, the copies included."""
+"""Entries from which on a GPU decomposes a matrix faster than a core does, the copies included."""
 SHORT = ("out of memory", "ALLOC_FAILED", "cusolverDnCreate")
 """What errors of CUDA and its libraries say when memory is short: not all of them are `torch.OutOfMemoryError`."""
 Result = TypeVar("Result")

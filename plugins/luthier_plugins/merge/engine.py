@@ -13,20 +13,18 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from luthier.api import Merge, MergePart, MergePlace, ModelError, Scan
-from luthier.artifacts.models import safetensors_header
-from luthier.train.merging import Grid, Noise, in_order, measured
+from luthier.api import Merge, MergePart, ModelError
+from luthier.train.merging import Grid, measured
 from luthier_plugins.merge.devices import fastest, where_it_fits
-from luthier_plugins.merge.files import SIZES, Files, Scratch
-from luthier_plugins.merge.reader import Source
+from luthier_plugins.merge.files import SIZES, Scratch
+from luthier_plugins.merge.tasks import Look, ScanOf, Span, Task, read_part
 from luthier_plugins.merge.writer import Output
 from torch import Tensor
 
@@ -40,61 +38,17 @@ MEMORY = 2 << 30
 """Bytes that whole-matrix methods may hold at once, unless one matrix alone needs more."""
 MATRIX_COPIES = 6
 """How many copies of a matrix a decomposition needs beside its inputs, at most."""
-Span = tuple[int, int]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-Look = Callable[[MergePart], Tensor]
-Walk = Callable[[Look, int, bool], Iterator[Tensor]]
-"""Gives what a look at every so many-th part returns; whole numbers may be added up when the flag says so."""
-
-
-@dataclass(frozen=True, slots=True)
-class Role:
-    """Where one model's part in a parameter comes from, and what it is multiplied with."""
-
-    weights: Source
-    name: str
-    scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One tensor of the merged model.
-
-    Attributes:
-        place: What it is.
-        roles: Where it comes from, a role a model; one role and no method: it is copied as it is.
-        base: Where the base's part comes from.
-        numbers: The models' weights for it.
-        noise: The random numbers of this tensor.
-        slice: The slice it is of, by place.
-        method: How it is merged, where not as the others are.
-    """
-
-    place: MergePlace
-    roles: Sequence[Role]
-    base: Role | None = None
-    numbers: Sequence[float] = ()
-    noise: Noise | None = None
-    extras: Sequence[tuple[Files, str]] = ()
-    copied: bool = False
-    slice: int | None = None
-    method: Merge | None = None
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.place.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the engine works; none of it but the device changes a bit of the result."""
+    """How the engine works; none of it changes a bit of the result."""
 
     workers: int = 1
     chunk: int = CHUNK
     memory: int = MEMORY
-    device: str | None = None
-    """Where whole matrices are merged; by default where it is faster."""
     niceness: int = 0
     """How much further than this process the workers stand back behind others, as in nice(1)."""
 
@@ -198,7 +152,7 @@ class Engine:
             def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
                 return (look(part) for part in (parts[::every] if parts else self._parts(task, spans[::every])))
 
-            found = measured(self._method(task), _Scan(task, walk))
+            found = measured(self._method(task), ScanOf(task, walk))
             for part in parts or self._parts(task, spans):
                 self._write(task, part, found)
         return task.entries
@@ -245,7 +199,7 @@ class Engine:
                 )  # fmt: skip
                 return self._method(task).merge(part).cpu().reshape(-1)
 
-            merged = where_it_fits(work, self.settings.device or fastest(task.entries))
+            merged = where_it_fits(work, fastest(task.entries))
             _check_size(merged, task.entries, task)
             for first in range(0, merged.numel(), self.settings.chunk):
                 self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)
@@ -269,7 +223,7 @@ class Engine:
             for found in _ahead(pool, work, jobs(spans[::every]), 2 * self.settings.workers):
                 yield from found
 
-        found = measured(self._method(task), _Scan(task, walk))
+        found = measured(self._method(task), ScanOf(task, walk))
 
         def work(job: Sequence[Span]) -> None:
             for part in self._parts(task, job):
@@ -298,52 +252,6 @@ def _check_size(merged: Tensor, entries: int, task: Task) -> None:
                          where=task.place.name, hint="tell the method's author")  # fmt: skip
 
 
-def read_part(task: Task, span: Span, scratch: Scratch, *, whole: bool = False) -> MergePart:
-    """Read a part into scratch buffers: it is valid until the next one is read there.
-
-    Args:
-        whole: Leave out what the method has prepared: a method on whole matrices reads it in its own shape.
-    """
-    columns = Grid.of(task.place.shape).columns
-    rows, start = span[1] - span[0], span[0] * columns
-    inputs: list[Tensor] = []
-    for role in [*task.roles, *([task.base] if task.base else [])]:
-        buffer = scratch.floats(len(inputs), rows * columns).view(rows, columns)
-        role.weights.read(role.name, start, buffer, scratch)
-        if role.scale != 1.0:
-            buffer.mul_(role.scale)
-        inputs.append(buffer)
-    extras: list[Tensor] = []
-    for files, name in () if whole else task.extras:
-        buffer = scratch.floats(len(inputs) + len(extras), rows * columns)
-        files.floats(name, start, buffer, scratch)
-        extras.append(buffer.view(rows, columns))
-    base = inputs.pop() if task.base else None
-    return MergePart(task.place, start, inputs, task.numbers, base, None, extras, task.noise)
-
-
-def scan_of(task: Task) -> Scan:
-    """A walk over one parameter in this thread."""
-    scratch = Scratch()
-    spans = list(Grid.of(task.place.shape).spans())
-    return _Scan(task, lambda look, every, _: (look(read_part(task, span, scratch)) for span in spans[::every]))
-
-
-class _Scan:
-    """A `luthier.api.Scan` over what `walk` gives."""
-
-    def __init__(self, task: Task, walk: Walk) -> None:
-        self.place = task.place
-        self.weights = task.numbers
-        self._walk = walk
-
-    def __call__(self, look: Look) -> Tensor:
-        return in_order(self._walk(look, 1, True))
-
-    def each(self, look: Look, every: int = 1) -> list[Tensor]:
-        return list(self._walk(look, every, False))
-
-
 def _condensed(values: Iterator[Tensor]) -> list[Tensor]:
     """The values of one job; whole numbers are added up at once, since their order does not matter."""
     found: list[Tensor] = []
@@ -370,32 +278,3 @@ def _ahead(
     finally:
         for future in pending:
             future.cancel()
-
-
-class Extras:
-    """Finds what a method has prepared for a parameter: from every model, or nothing.
-
-    Args:
-        prepared: For each model, the file of each parameter.
-    """
-
-    def __init__(self, prepared: Sequence[Mapping[str, Path]]) -> None:
-        self._prepared = prepared
-        self._opened: dict[Path, Files] = {}
-
-    def of(self, name: str) -> list[tuple[Files, str]]:
-        """The files of a parameter, opened, and its name in them."""
-        if not self._prepared or not all(name in files for files in self._prepared):
-            return []
-        return [(self._open(files[name]), name) for files in self._prepared]
-
-    def close(self) -> None:
-        """Close the files."""
-        for files in self._opened.values():
-            files.close()
-        self._opened.clear()
-
-    def _open(self, path: Path) -> Files:
-        if path not in self._opened:
-            self._opened[path] = Files(path.parent, safetensors_header(path))
-        return self._opened[path]

@@ -10,10 +10,10 @@ from typing import Any
 from luthier.api import MergePlace
 from luthier.train.merging import Noise
 from luthier_plugins.merge.config import MergeConfig, SliceSource
-from luthier_plugins.merge.engine import Role, Task
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.reader import Source
 from luthier_plugins.merge.stacking import kinds_by, restacked
+from luthier_plugins.merge.tasks import Role, Task
 from luthier_plugins.merge.writer import Described
 
 LAYER = re.compile(r"^(?P<head>.*?\b(?:layers|h|blocks|block)\.)(?P<number>\d+)(?P<tail>\..*)$")

@@ -33,10 +33,11 @@ from luthier_plugins.merge.check import (
     weights_that_cancel,
 )
 from luthier_plugins.merge.config import MergeConfig, as_method
-from luthier_plugins.merge.engine import Engine, Extras, Settings
+from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
 from luthier_plugins.merge.reader import Source, Weights, dump_json, full_of, label_of
+from luthier_plugins.merge.tasks import Extras
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.vocabulary import Vocabulary, own_tokens, respell, tokens_of, vocabulary_of
 from luthier_plugins.merge.voice import Voice, give_voice, voice_of

@@ -13,10 +13,10 @@ from luthier.api import Facts, MergePart, MergePlace, StageContext
 from luthier_plugins.merge.check import check_same
 from luthier_plugins.merge.diff.config import DiffConfig
 from luthier_plugins.merge.diff.page import page
-from luthier_plugins.merge.engine import Role, Task, scan_of
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.layout import LAYER, Inputs, depth_of, layers_of
 from luthier_plugins.merge.merging import open_inputs
+from luthier_plugins.merge.tasks import Role, Task, scan_of
 from torch import Tensor
 
 

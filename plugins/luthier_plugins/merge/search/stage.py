@@ -20,11 +20,12 @@ from luthier.artifacts.room import check_room
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier_plugins.merge.check import check
-from luthier_plugins.merge.engine import Engine, Extras, Settings
+from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, lay_out
 from luthier_plugins.merge.merging import merge_into, open_inputs, prepared_by
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
+from luthier_plugins.merge.tasks import Extras
 from luthier_plugins.merge.verify import Verifier
 from luthier_plugins.merge.writer import size_of
 from pydantic import ValidationError
