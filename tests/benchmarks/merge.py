@@ -222,6 +222,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("/tmp/luthier-merge-benchmark"))
     options = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # mergekit's modules came with their bytecode; ours keep theirs from the first run on.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     double = 2 * options.layers + 4

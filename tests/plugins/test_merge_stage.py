@@ -30,7 +30,7 @@ from luthier.train import merging
 from luthier.train.loading import fold, load_model, load_tokenizer
 from luthier.train.measure import items_of
 from luthier.train.text import encode_text
-from luthier_plugins.merge import verify
+from luthier_plugins.merge import look
 from luthier_plugins.merge.check import check_same, rope_of
 from luthier_plugins.merge.config import MergeConfig
 from luthier_plugins.merge.engine import Engine, Settings
@@ -816,7 +816,7 @@ def test_whole_numbers_are_copied_from_the_base_and_listed(
 
     pair = [changed(model, tmp_path / model.key, counted(place)) for place, model in enumerate(models[:2])]
     # transformers has no place for such a tensor: that it is written is looked at here.
-    monkeypatch.setattr("luthier_plugins.merge.verify.look", lambda folder: {})
+    monkeypatch.setattr("luthier_plugins.merge.verify.looked", lambda folder: {})
     merged = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": pair[:1], "base": pair[1]})
     assert merged.facts["copied"] == ["model.steps"]
     assert weights(merged)["model.steps"].tolist() == [1, 2**40 + 1]
@@ -895,7 +895,7 @@ def test_what_is_written_is_looked_at(
     shutil.copytree(models[0].path, folder)
     assert Verifier(folder).verdict() == {"loaded": "memory", "forward": "finite"}
     with monkeypatch.context() as patch:
-        patch.setattr(verify, "ROOM", 0.0)
+        patch.setattr(look, "ROOM", 0.0)
         assert Verifier(folder).verdict() == {"loaded": "meta device"}
         lacking = changed(models[1], tmp_path / "lacking", without_one)
         with pytest.raises(ModelError, match="missing keys"):
