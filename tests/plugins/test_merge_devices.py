@@ -1,4 +1,4 @@
-"""Whole matrices on a GPU, with the CPU behind it."""
+"""Merging on a GPU, with the CPU behind it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from luthier.api import Artifact
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier_plugins.merge import devices
+from luthier.train import merging
+from luthier_plugins.merge import devices, on_gpu
 from luthier_plugins.merge.devices import fastest, where_it_fits
 from safetensors.torch import load_file
 
@@ -19,6 +20,12 @@ CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assis
 BY_MATRIX: list[dict[str, Any]] = [
     {"uses": "iso_c"}, {"uses": "tsv_m"}, {"uses": "regmean", "data": "d"}, {"uses": "mergekit", "name": "ties"},
     {"uses": "mergekit", "name": "dare_ties", "parameters": {"density": 0.5}},
+]  # fmt: skip
+BY_ENTRY: list[dict[str, Any]] = [
+    {"uses": "ties", "density": 0.3}, {"uses": "breadcrumbs", "density": 0.3, "gamma": 0.05},
+    {"uses": "breadcrumbs_ties", "density": 0.3, "gamma": 0.05}, {"uses": "dare_ties", "density": 0.3},
+    {"uses": "dare_linear", "density": 0.3, "normalize": True}, {"uses": "della", "density": 0.3, "epsilon": 0.1},
+    {"uses": "della_linear", "density": 0.3, "epsilon": 0.1},
 ]  # fmt: skip
 
 
@@ -96,6 +103,28 @@ def test_a_gpu_merges_as_the_cpu_does(
 
 
 @on_a_gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", BY_ENTRY, ids=lambda values: str(values["uses"]))
+def test_methods_by_entry_give_the_same_bits_on_a_gpu(
+    store: Path, method: dict[str, Any], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In bfloat16 the differences to the base have few values: many are equal.
+    models = [tiny_model(store, seed=seed, dtype=dtype, tied=False) for seed in range(4)]
+    config: dict[str, Any] = {"method": method, "dtype": "float32", "weights": [0.7, 1.0, -0.4]}
+    inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
+    on_cpu = made(store, "merge", config, inputs)
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    # Several parts in a parameter, and several of the CPU's in one of the GPU's.
+    monkeypatch.setattr(on_gpu, "PARTS", 2)
+    monkeypatch.setattr(merging, "BLOCK", 1 << 12)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    there = made(store, "merge", config, inputs)
+    assert torch.cuda.max_memory_allocated() > before, "it was on the GPU"
+    assert all(torch.equal(there[name], tensor) for name, tensor in on_cpu.items())
+
+
+@on_a_gpu
 def test_an_adapter_comes_out_of_a_model_on_a_gpu_too(
     store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -109,10 +138,13 @@ def test_an_adapter_comes_out_of_a_model_on_a_gpu_too(
 
 
 @on_a_gpu
+@pytest.mark.parametrize(
+    "method", [{"uses": "iso_c"}, {"uses": "ties", "density": 0.3}], ids=lambda values: values["uses"]
+)
 def test_a_gpu_without_room_leaves_the_merge_to_the_cpu(
-    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+    store: Path, models: list[Artifact], method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = {"method": {"uses": "iso_c"}, "dtype": "float32"}
+    config = {"method": method, "dtype": "float32"}
     inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
     on_cpu = made(store, "merge", config, inputs)
     monkeypatch.setattr(devices, "WORTH_IT", 0)

@@ -195,8 +195,9 @@ def test_ties_keeps_what_agrees_with_the_elected_sign() -> None:
 class Walk:
     """A scan over one tensor in parts of some rows."""
 
-    def __init__(self, tensor: Tensor, height: int) -> None:
+    def __init__(self, tensor: Tensor, height: int, on_gpu: bool) -> None:
         self.place = MergePlace("w", tuple(tensor.shape), models=1)
+        self.on_gpu = on_gpu
         self.weights = [1.0]
         self._parts = [tensor[first : first + height] for first in range(0, len(tensor), height)]
         self._starts = [first * tensor.shape[1] for first in range(0, len(tensor), height)]
@@ -214,21 +215,23 @@ class Walk:
 values = st.sampled_from([0.0, 1.0, 0.5, 2.0, 1e-30, 3.0, 1.0000001])
 
 
-@pytest.mark.parametrize(("in_memory", "held"), [(0, 0), (0, 1 << 24), (1 << 22, 0)])
+@pytest.mark.parametrize(
+    ("in_memory", "held", "on_gpu"), [(0, 0, False), (0, 1 << 24, False), (1 << 22, 0, False), (1 << 22, 1 << 24, True)]
+)
 @given(st.lists(values, min_size=12, max_size=12), st.integers(0, 12), st.integers(1, 4))
 def test_selection_is_a_stable_sort_by_size_lowest_index_first(
-    in_memory: int, held: int, items: list[float], count: int, height: int
+    in_memory: int, held: int, on_gpu: bool, items: list[float], count: int, height: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selection, "IN_MEMORY", in_memory)
         patch.setattr(selection, "HELD", held)
-        check_selection(items, count, height)
+        check_selection(items, count, height, on_gpu)
 
 
-def check_selection(items: list[float], count: int, height: int) -> None:
+def check_selection(items: list[float], count: int, height: int, on_gpu: bool) -> None:
     """All ways to select have to give what sorting gives."""
     tensor = torch.tensor(items).view(4, 3) + 0.0
-    scan = Walk(tensor, height)
+    scan = Walk(tensor, height, on_gpu)
     ((cut,),) = largest(scan, lambda part: part.tensors, [[count]])
     held = torch.cat(scan.each(lambda part: cut.holds(part.tensors[0], part.start))).flatten()
     order = sorted(range(12), key=lambda index: (-items[index], index))
@@ -256,6 +259,9 @@ def test_parts_are_whole_rows_whatever_the_shape() -> None:
     for shape in [(3,), (1000, 1000), (4, 700, 900), (2, 1 << 19), (), (0, 5)]:
         grid = Grid.of(shape)
         spans = list(grid.spans())
+        assert list(grid.spans(3)) == [
+            (some[0][0], some[-1][1]) for some in (spans[n : n + 3] for n in range(0, len(spans), 3))
+        ]
         assert [first for first, _ in spans[1:]] == [last for _, last in spans[:-1]]
         assert (spans[-1][1] if spans else 0) == grid.rows
 

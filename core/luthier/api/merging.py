@@ -222,7 +222,7 @@ class MergePart:
         """
         assert self.draw is not None, "the engine gives every part its random numbers"
         first = self.tensors[model]
-        return self.draw(model, self.start, first.numel()).view(first.shape)
+        return self.draw(model, self.start, first.numel()).view(first.shape).to(first.device)
 
 
 class Scan(Protocol):
@@ -236,6 +236,11 @@ class Scan(Protocol):
     @property
     def weights(self) -> Sequence[float]:
         """The models' weights for it."""
+        ...
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the parts lie in a GPU's memory, where looking again takes next to no time."""
         ...
 
     def __call__(self, look: Callable[[MergePart], Tensor]) -> Tensor:
@@ -252,6 +257,8 @@ class Merge(Protocol):
 
     A method of the granularity ``statistics`` also has ``measure(scan)``: it looks at the whole parameter first, and
     its result is every part's `found`. One that learns from data has ``prepare(context, models)``, see `Preparing`.
+    One that does much with each entry may say ``suits_gpu = True``: where there is a GPU, its parts lie there, and are
+    larger than elsewhere.
     """
 
     granularity: Granularity

@@ -39,10 +39,10 @@ class Grid:
         """Rows in a part; a matter of the shape alone, so that results do not hang on workers or memory."""
         return max(1, BLOCK // max(1, self.columns))
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """The first row of each part, and the row behind its last."""
-        for first in range(0, self.rows if self.columns else 0, self.height):
-            yield first, min(first + self.height, self.rows)
+    def spans(self, parts: int = 1) -> Iterator[tuple[int, int]]:
+        """The first row of each part, or of so many parts at once, and the row behind its last."""
+        for first in range(0, self.rows if self.columns else 0, parts * self.height):
+            yield first, min(first + parts * self.height, self.rows)
 
 
 class Noise:
@@ -76,6 +76,7 @@ class TensorScan:
     place: MergePlace
     weights: Sequence[float]
     parts: Callable[[], Iterator[MergePart]]
+    on_gpu: bool = False
 
     def __call__(self, look: Callable[[MergePart], Tensor]) -> Tensor:
         return in_order(look(part) for part in self.parts())

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from luthier.api import Merge, MergePart, ModelError
 from luthier.train.merging import Grid, measured
+from luthier_plugins.merge import on_gpu
 from luthier_plugins.merge.devices import fastest, where_it_fits
 from luthier_plugins.merge.files import SIZES, Scratch
 from luthier_plugins.merge.tasks import Look, ScanOf, Span, Task, read_part
@@ -115,7 +117,8 @@ class Engine:
         done = 0
         small: list[Task] = []
         for task in tasks:
-            if task.copied or self._method(task).granularity == "matrix" or task.entries <= 2 * self.settings.chunk:
+            whole = task.copied or self._method(task).granularity == "matrix" or self._suits_gpu(task)
+            if whole or task.entries <= 2 * self.settings.chunk:
                 small.append(task)
                 continue
             self._split(pool, task)
@@ -145,17 +148,36 @@ class Engine:
             self._copy(task)
         elif self._method(task).granularity == "matrix":
             self._matrix(task)
+        elif self._suits_gpu(task):
+            with self._gpu.of(on_gpu.size_of(task)):
+                where_it_fits(lambda device: self._by_parts(task, device), "cuda")
         else:
-            spans = list(Grid.of(task.place.shape).spans())
-            parts = self._kept(task, spans) if self._keeps(task) else None
-
-            def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
-                return (look(part) for part in (parts[::every] if parts else self._parts(task, spans[::every])))
-
-            found = measured(self._method(task), ScanOf(task, walk))
-            for part in parts or self._parts(task, spans):
-                self._write(task, part, found)
+            self._by_parts(task, "cpu")
         return task.entries
+
+    def _by_parts(self, task: Task, device: str) -> None:
+        spans = list(Grid.of(task.place.shape).spans())
+        parts: Sequence[MergePart] | None = None
+        if device != "cpu":
+            parts = on_gpu.uploaded(task, self._scratch)
+        elif self._keeps(task):
+            parts = self._kept(task, spans)
+
+        def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
+            return (look(part) for part in (parts[::every] if parts else self._parts(task, spans[::every])))
+
+        found = measured(self._method(task), ScanOf(task, walk, on_gpu=device != "cpu"))
+        for part in parts or self._parts(task, spans):
+            self._write(task, part, found)
+
+    def _suits_gpu(self, task: Task) -> bool:
+        """Whether a parameter's parts are worked on on a GPU."""
+        suits = getattr(self._method(task), "suits_gpu", False) and not task.copied and not task.extras
+        return suits and fastest(task.entries) != "cpu" and on_gpu.size_of(task) <= self._gpu.limit
+
+    @cached_property
+    def _gpu(self) -> _Budget:
+        return _Budget(on_gpu.room())
 
     def _keeps(self, task: Task) -> bool:
         """Whether a parameter is read into memory once, because it is looked at twice."""
@@ -169,7 +191,7 @@ class Engine:
         return [read_part(task, span, scratch) for span, scratch in zip(spans, held, strict=False)]
 
     def _write(self, task: Task, part: MergePart, found: Any) -> None:
-        merged = self._method(task).merge(replace(part, found=found))
+        merged = self._method(task).merge(replace(part, found=found)).cpu()
         _check_size(merged, part.tensors[0].numel(), task)
         self.output.write(task.place.name, part.start, merged, self._scratch)
 

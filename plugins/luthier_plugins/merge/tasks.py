@@ -121,9 +121,10 @@ def scan_of(task: Task) -> Scan:
 class ScanOf:
     """A `luthier.api.Scan` over what `walk` gives."""
 
-    def __init__(self, task: Task, walk: Walk) -> None:
+    def __init__(self, task: Task, walk: Walk, *, on_gpu: bool = False) -> None:
         self.place = task.place
         self.weights = task.numbers
+        self.on_gpu = on_gpu
         self._walk = walk
 
     def __call__(self, look: Look) -> Tensor:

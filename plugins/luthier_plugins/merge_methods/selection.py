@@ -116,13 +116,19 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
         A cut for each count.
     """
     entries = math.prod(scan.place.shape)
+    wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
+    if scan.on_gpu:
+        return _by_kind(_by_histograms(scan, values, wanted), counts)
     if entries <= IN_MEMORY:
         # The values of each kind, and a copy of one of them to partition.
         with _room.taken(4 * entries * (len(counts) + 1)) as fits:
             if fits:
                 return _in_memory(scan, values, counts)
-    wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
-    rows = iter(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted))
+    return _by_kind(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted), counts)
+
+
+def _by_kind(cuts: Sequence[Cut], counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
+    rows = iter(cuts)
     return [[next(rows) for _ in several] for several in counts]
 
 
@@ -250,7 +256,7 @@ def _locate(histogram: Tensor, count: int) -> tuple[int, int]:
 
 def _lower(values: Sequence[Tensor], kinds: Sequence[int], bins: Sequence[int]) -> Tensor:
     """Of the keys in each bin, the histogram of their lower halves."""
-    result = torch.zeros(len(kinds), BINS, dtype=torch.int64)
+    result = torch.zeros(len(kinds), BINS, dtype=torch.int64, device=values[0].device)
     for row, (kind, bin_) in enumerate(zip(kinds, bins, strict=True)):
         # What is below or above the bin falls into a bin on either side.
         keys = _keys(values[kind]).sub((bin_ << HALF) - 1).clamp_(0, BINS + 1)

@@ -68,7 +68,7 @@ def by_chance(part: MergePart, model: int, delta: Tensor, density: float, rescal
     if density <= 0:
         return torch.zeros_like(delta)
     kept = part.uniform(model).lt_(density).mul_(delta)
-    return kept.div_(density) if rescale else kept
+    return kept.div_(_exact(density, kept)) if rescale else kept
 
 
 def by_rank_and_chance(
@@ -91,7 +91,7 @@ def by_rank_and_chance(
         )
     order = delta.abs().argsort(dim=1, stable=True)
     width = delta.shape[1]
-    steps = torch.arange(width, dtype=torch.float32) / max(1, width - 1)
+    steps = (torch.arange(width, dtype=torch.float32) / max(1, width - 1)).to(delta.device)
     chance = torch.empty_like(delta).scatter_(1, order, steps.expand_as(delta).contiguous())
     chance.mul_(2 * epsilon).add_(density - epsilon)
     kept = part.uniform(model).lt_(chance).mul_(delta)
@@ -129,5 +129,10 @@ def combine(
             total.div_(mass.clamp_(min=SMALLEST) if min(weights) > 0 else mass.add_(mass.clone().eq_(0)))
     elif normalize:
         # All of them 0: nothing changes.
-        total.div_(sum(weights) or 1.0)
+        total.div_(_exact(sum(weights) or 1.0, total))
     return (total if scale == 1 else total.mul_(scale)).add_(part.base)
+
+
+def _exact(divisor: float, like: Tensor) -> Tensor:
+    """A number to divide by: a GPU multiplies with the inverse of a plain one, which rounds otherwise."""
+    return torch.tensor(divisor, dtype=like.dtype, device=like.device)

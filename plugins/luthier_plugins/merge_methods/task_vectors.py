@@ -39,6 +39,7 @@ class DareLinear:
     """Task arithmetic on task vectors with entries dropped at random (Yu et al. 2023, arXiv:2311.03099)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
+    suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = False
 
     def __init__(self, config: DareConfig) -> None:
@@ -64,6 +65,7 @@ class Della:
     """Drops the small entries of a row more likely, then elects signs (Deep et al. 2024, arXiv:2406.11617)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
+    suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = True
 
     def __init__(self, config: DellaConfig) -> None:
@@ -95,6 +97,7 @@ class Ties:
     """
 
     granularity: ClassVar[Granularity] = "statistics"
+    suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = True
 
     def __init__(self, config: TiesConfig | BreadcrumbsConfig) -> None:
