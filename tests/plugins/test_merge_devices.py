@@ -125,6 +125,21 @@ def test_methods_by_entry_give_the_same_bits_on_a_gpu(
 
 
 @on_a_gpu
+def test_what_is_computed_on_the_way_is_the_same_on_a_gpu(
+    store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters, and rows of a vocabulary that is new."""
+    adapter = run_stage(store, "extract_lora", {"r": 4}, inputs={"model": models[1], "base": models[0]})
+    foreign = tiny_model(store, seed=5, dtype="float32", tied=False, vocab_size=310, texts=["Zwölf Boxkämpfer"] * 9)
+    config: dict[str, Any] = {"method": BY_ENTRY[0], "dtype": "float32", "tokenizer": "union"}
+    inputs: dict[str, Any] = {"models": [adapter, foreign], "base": models[0]}
+    on_cpu = made(store, "merge", config, inputs)
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    on_the_gpu = made(store, "merge", config, inputs)
+    assert all(torch.equal(on_the_gpu[name], tensor) for name, tensor in on_cpu.items())
+
+
+@on_a_gpu
 def test_an_adapter_comes_out_of_a_model_on_a_gpu_too(
     store: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

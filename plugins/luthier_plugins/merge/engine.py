@@ -158,8 +158,10 @@ class Engine:
     def _by_parts(self, task: Task, device: str) -> None:
         spans = list(Grid.of(task.place.shape).spans())
         parts: Sequence[MergePart] | None = None
+        scratch = self._scratch
         if device != "cpu":
-            parts = on_gpu.uploaded(task, self._scratch)
+            scratch = self._scratch_on_gpu
+            parts = on_gpu.uploaded(task, scratch)
         elif self._keeps(task):
             parts = self._kept(task, spans)
 
@@ -168,7 +170,7 @@ class Engine:
 
         found = measured(self._method(task), ScanOf(task, walk, on_gpu=device != "cpu"))
         for part in parts or self._parts(task, spans):
-            self._write(task, part, found)
+            self._write(task, part, found, scratch)
 
     def _suits_gpu(self, task: Task) -> bool:
         """Whether a parameter's parts are worked on on a GPU."""
@@ -190,10 +192,10 @@ class Engine:
         held.extend(Scratch() for _ in range(len(spans) - len(held)))
         return [read_part(task, span, scratch) for span, scratch in zip(spans, held, strict=False)]
 
-    def _write(self, task: Task, part: MergePart, found: Any) -> None:
-        merged = self._method(task).merge(replace(part, found=found)).cpu()
+    def _write(self, task: Task, part: MergePart, found: Any, scratch: Scratch) -> None:
+        merged = self._method(task).merge(replace(part, found=found))
         _check_size(merged, part.tensors[0].numel(), task)
-        self.output.write(task.place.name, part.start, merged, self._scratch)
+        self.output.write(task.place.name, part.start, merged, scratch)
 
     def _copy(self, task: Task) -> None:
         role = task.roles[0]
@@ -249,7 +251,7 @@ class Engine:
 
         def work(job: Sequence[Span]) -> None:
             for part in self._parts(task, job):
-                self._write(task, part, found)
+                self._write(task, part, found, self._scratch)
 
         for _ in _ahead(pool, work, jobs(spans), 2 * self.settings.workers):
             pass
@@ -261,6 +263,12 @@ class Engine:
         if not hasattr(self._local, "scratch"):
             self._local.scratch = Scratch()
         return self._local.scratch
+
+    @property
+    def _scratch_on_gpu(self) -> on_gpu.OnGpu:
+        if not hasattr(self._local, "on_gpu"):
+            self._local.on_gpu = on_gpu.OnGpu()
+        return self._local.on_gpu
 
     def _parts(self, task: Task, spans: Iterable[Span]) -> Iterator[MergePart]:
         for span in spans:

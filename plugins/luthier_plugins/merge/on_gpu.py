@@ -30,22 +30,16 @@ def size_of(task: Task) -> int:
     return 4 * (len(task.roles) + (task.base is not None)) * (task.entries + COPIES * at_once)
 
 
-def uploaded(task: Task, scratch: Scratch) -> list[MergePart]:
-    """All parts of a parameter, in the GPU's memory; the CPU holds no more than one of its own parts meanwhile."""
-    grid = Grid.of(task.place.shape)
-    there = [torch.empty(grid.rows, grid.columns, device="cuda")
-             for _ in range(len(task.roles) + (task.base is not None))]  # fmt: skip
-    for first, last in grid.spans():
-        read = read_part(task, (first, last), scratch)
-        for whole, part in zip(there, [*read.tensors, *_given(read.base)], strict=True):
-            whole[first:last].copy_(part)
-    base = there.pop() if task.base else None
-    return [
-        MergePart(task.place, first * grid.columns, [whole[first:last] for whole in there], task.numbers,
-                  None if base is None else base[first:last], draw=task.noise)
-        for first, last in grid.spans(PARTS)
-    ]  # fmt: skip
+class OnGpu(Scratch):
+    """Buffers in the GPU's memory, never the same one twice: what was read stays."""
+
+    def __init__(self) -> None:
+        super().__init__(pinned=True)
+
+    def floats(self, place: int, count: int) -> Tensor:
+        return torch.empty(count, device="cuda")
 
 
-def _given(tensor: Tensor | None) -> list[Tensor]:
-    return [] if tensor is None else [tensor]
+def uploaded(task: Task, scratch: OnGpu) -> list[MergePart]:
+    """All parts of a parameter; the CPU holds the bytes of one of them in one model meanwhile."""
+    return [read_part(task, span, scratch) for span in Grid.of(task.place.shape).spans(PARTS)]

@@ -13,7 +13,7 @@ import torch
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.artifacts.models import TensorHeader, own_tensors, read_json, tensor_headers
-from luthier_plugins.merge.files import Files, Scratch
+from luthier_plugins.merge.files import Files, Scratch, by_way_of_the_cpu
 from luthier_plugins.merge.lowrank import LowRank, in_file
 from torch import Tensor
 
@@ -39,7 +39,8 @@ class Source(Protocol):
     config: dict[str, Any]
 
     def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
-        """Fill `out`, float32 of shape (rows, columns), with whole rows of a tensor from the entry `start` on.
+        """Fill `out`, float32 of shape (rows, columns), on the CPU or a GPU, with whole rows of a tensor from the entry
+        `start` on.
 
         Raises:
             ModelError: an entry is NaN or infinite.
@@ -110,13 +111,19 @@ class Weights:
         self.files.raw(name, first, out)
 
     def read(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
-        if self.adapter is None or not self.adapter.read(name, start, out, scratch):
+        adapter = self.adapter
+        if adapter is None or not adapter.changes(name):
             self.files.floats(name, start, out.view(-1), scratch)
-        if self.adapter is not None:
-            self.adapter.add(name, start // out.shape[1], out)
+        else:
+            by_way_of_the_cpu(out, lambda here: self._adapted(adapter, name, start, here, scratch))
         # The sum is finite unless an entry is not, or the sum itself overflows: look closer then.
         if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
             raise ModelError(NOT_FINITE, where=self._where(name, start, out, scratch), hint=FROM_TRAINING)
+
+    def _adapted(self, adapter: LowRank, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
+        if not adapter.read(name, start, out, scratch):
+            self.files.floats(name, start, out.view(-1), scratch)
+        adapter.add(name, start // out.shape[1], out)
 
 
 def whole(source: Source, name: str) -> Tensor:

@@ -15,7 +15,7 @@ from luthier.api import ModelError
 from luthier.artifacts.models import EMBEDDINGS, TensorHeader, carry_text_files, read_json
 from luthier_plugins.merge.check import is_vocabulary
 from luthier_plugins.merge.config import TokenRows
-from luthier_plugins.merge.files import Scratch
+from luthier_plugins.merge.files import Scratch, by_way_of_the_cpu
 from luthier_plugins.merge.layout import Inputs
 from luthier_plugins.merge.reader import Source, dump_json
 from torch import Tensor
@@ -285,6 +285,9 @@ class _Respelled:
         if not is_vocabulary(name):
             self._model.read(name, start, out, scratch)
             return
+        by_way_of_the_cpu(out, lambda here: self._spelled(name, start, here, scratch))
+
+    def _spelled(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
         # A bias comes as one row of columns, an embedding as rows.
         width = math.prod(self.headers[name].shape[1:])
         flat = out.view(-1, width)

@@ -95,7 +95,7 @@ class Output:
         """Write entries of a tensor, from the entry `start` on.
 
         Args:
-            values: float32; they are stored in the tensor's own dtype.
+            values: float32, on the CPU or a GPU; they are stored in the tensor's own dtype.
 
         Raises:
             ModelError: a value is NaN or infinite, or does not fit into the dtype.
@@ -104,7 +104,8 @@ class Output:
         dtype = DTYPES[about.dtype]
         raw = scratch.raw(values.numel() * SIZES[about.dtype])
         stored = raw.view(dtype)
-        stored.copy_(values.reshape(-1))
+        flat = values.reshape(-1)
+        stored.copy_(flat.to(dtype) if values.is_cuda else flat)
         # The sum is finite unless a value is not, or the sum itself overflows: look closer then.
         if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
             raise ModelError("the merged tensor has NaN or infinite values", where=name,
