@@ -13,6 +13,8 @@ PARTS = 16
 """How many of the CPU's parts are one there: launching work on less takes longer than the work."""
 COPIES = 4
 """How many copies of a part methods make beside it, at most, input by input."""
+SORTED = 32
+"""Bytes an entry that sorting one model's values takes, for methods that look at a whole parameter."""
 SHARE = 0.8
 """The share of the free memory that may be taken."""
 
@@ -27,7 +29,7 @@ def size_of(task: Task) -> int:
     """Bytes that merging a parameter takes there."""
     grid = Grid.of(task.place.shape)
     at_once = min(task.entries, PARTS * grid.height * grid.columns)
-    return 4 * (len(task.roles) + (task.base is not None)) * (task.entries + COPIES * at_once)
+    return 4 * (len(task.roles) + (task.base is not None)) * (task.entries + COPIES * at_once) + SORTED * task.entries
 
 
 class OnGpu(Scratch):

@@ -77,6 +77,10 @@ class Cut:
         return chosen
 
 
+NOTHING = Cut(math.inf, 0, 0)
+"""The largest none of a parameter's values."""
+
+
 class Room:
     """What the threads of a process may hold together.
 
@@ -116,19 +120,15 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
         A cut for each count.
     """
     entries = math.prod(scan.place.shape)
-    wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
     if scan.on_gpu:
-        return _by_kind(_by_histograms(scan, values, wanted), counts)
+        return _by_sorting(scan, values, counts)
     if entries <= IN_MEMORY:
         # The values of each kind, and a copy of one of them to partition.
         with _room.taken(4 * entries * (len(counts) + 1)) as fits:
             if fits:
                 return _in_memory(scan, values, counts)
-    return _by_kind(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted), counts)
-
-
-def _by_kind(cuts: Sequence[Cut], counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
-    rows = iter(cuts)
+    wanted = [(kind, count) for kind, several in enumerate(counts) for count in several]
+    rows = iter(_bracketed(scan, values, wanted, entries) or _by_histograms(scan, values, wanted))
     return [[next(rows) for _ in several] for several in counts]
 
 
@@ -191,7 +191,7 @@ def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], en
             return None
         places = np.cumsum([0, *map(len, several[:-1])])
         ordered = np.partition(flat, len(flat) - rest) if count else flat
-        found.append(_cut_of(flat, ordered, rest if count else 0, places, np.array(starts)))
+        found.append(_partitioned(flat, ordered, rest if count else 0, places, np.array(starts)))
     return found
 
 
@@ -211,11 +211,32 @@ def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> l
         flat = held[kind].numpy()
         ranks = [len(flat) - count for count in several if count]
         ordered = np.partition(flat, ranks) if ranks else flat
-        result.append([_cut_of(flat, ordered, count, starts, starts) for count in several])
+        result.append([_partitioned(flat, ordered, count, starts, starts) for count in several])
     return result
 
 
-def _cut_of(flat: Any, ordered: Any, count: int, places: Any, starts: Any) -> Cut:
+def _by_sorting(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
+    """`largest` on a GPU, where nothing is as fast as sorting."""
+    starts = np.array([int(start) for start in scan.each(lambda part: torch.tensor(part.start))])
+    result: list[list[Cut]] = []
+    for kind, several in enumerate(counts):
+        # One kind at a time: that, sorted, with the places that sorting keeps, takes the most memory.
+        flat = torch.cat(scan.each(lambda part, kind=kind: values(part)[kind].flatten()))
+        ordered = flat.sort(descending=True).values
+        cuts: list[Cut] = []
+        for count in several:
+            if not count:
+                cuts.append(NOTHING)
+                continue
+            value = ordered[count - 1]
+            missing = int((ordered[:count] == value).sum())
+            equal = (flat == value).nonzero().flatten().cpu().numpy()
+            cuts.append(_cut(float(value), missing, equal, starts, starts))
+        result.append(cuts)
+    return result
+
+
+def _partitioned(flat: Any, ordered: Any, count: int, places: Any, starts: Any) -> Cut:
     """The cut at a rank of partitioned values.
 
     Args:
@@ -226,15 +247,19 @@ def _cut_of(flat: Any, ordered: Any, count: int, places: Any, starts: Any) -> Cu
         starts: Where each part begins in the parameter.
     """
     if not count:
-        return Cut(math.inf, 0, 0)
+        return NOTHING
     value = ordered[len(flat) - count]
-    missing = np.count_nonzero(ordered[len(flat) - count :] == value)
-    equal = np.flatnonzero(flat == value)
+    missing = int(np.count_nonzero(ordered[len(flat) - count :] == value))
+    return _cut(float(value), missing, np.flatnonzero(flat == value), places, starts)
+
+
+def _cut(value: float, missing: int, equal: Any, places: Any, starts: Any) -> Cut:
+    """The cut with all values above `value`, and the first `missing` of those equal to it, which are at `equal`."""
     if missing == len(equal):
-        return Cut(float(value), EVERYTHING, 0)
+        return Cut(value, EVERYTHING, 0)
     last = equal[missing - 1]
     part = np.searchsorted(places, last, side="right") - 1
-    return Cut(float(value), int(starts[part]), int(missing - np.searchsorted(equal, places[part])))
+    return Cut(value, int(starts[part]), int(missing - np.searchsorted(equal, places[part])))
 
 
 def _keys(values: Tensor) -> Tensor:
@@ -256,7 +281,7 @@ def _locate(histogram: Tensor, count: int) -> tuple[int, int]:
 
 def _lower(values: Sequence[Tensor], kinds: Sequence[int], bins: Sequence[int]) -> Tensor:
     """Of the keys in each bin, the histogram of their lower halves."""
-    result = torch.zeros(len(kinds), BINS, dtype=torch.int64, device=values[0].device)
+    result = torch.zeros(len(kinds), BINS, dtype=torch.int64)
     for row, (kind, bin_) in enumerate(zip(kinds, bins, strict=True)):
         # What is below or above the bin falls into a bin on either side.
         keys = _keys(values[kind]).sub((bin_ << HALF) - 1).clamp_(0, BINS + 1)
@@ -273,7 +298,7 @@ def _tied(
     total: Sequence[int],
 ) -> list[Cut]:
     """Where to stop among equal values, in the order of the parts."""
-    cuts = [Cut(value, EVERYTHING, 0) if count else Cut(math.inf, 0, 0)
+    cuts = [Cut(value, EVERYTHING, 0) if count else NOTHING
             for value, (_, count) in zip(cutoffs, wanted, strict=True)]  # fmt: skip
     open_rows = [row for row, (_, count) in enumerate(wanted) if count and missing[row] < total[row]]
     if not open_rows:
