@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from luthier.api import Artifact
+from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
-from luthier_plugins.merge import devices, on_gpu
+from luthier_plugins.merge import devices, engine, on_gpu
 from luthier_plugins.merge.devices import fastest, where_it_fits
+from luthier_plugins.merge.files import Scratch
 from safetensors.torch import load_file
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -79,6 +81,39 @@ def made(store: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any]
     artifact = run_stage(store, stage, config, inputs=inputs)
     (file,) = artifact.path.glob("*.safetensors")
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("method", BY_ENTRY, ids=lambda values: str(values["uses"]))
+def test_larger_parts_that_stay_in_memory_give_the_same_bits(
+    store: Path, models: list[Artifact], method: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way over a GPU, with the CPU's memory in the place of the GPU's: what a machine without one can show."""
+    config: dict[str, Any] = {"method": method, "dtype": "float32"}
+    inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
+    streamed = made(store, "merge", config, inputs)
+    asked: list[int] = []
+
+    def floats(self: object, place: int, count: int) -> torch.Tensor:
+        asked.append(count)
+        return torch.empty(count)
+
+    monkeypatch.setattr(engine, "fastest", lambda entries: "cuda")
+    monkeypatch.setattr(on_gpu, "room", lambda: 1 << 30)
+    monkeypatch.setattr(on_gpu.OnGpu, "__init__", Scratch.__init__)
+    monkeypatch.setattr(on_gpu.OnGpu, "floats", floats)
+    monkeypatch.setattr(on_gpu, "PARTS", 2)
+    monkeypatch.setattr(merging, "BLOCK", 1 << 12)
+    resident = made(store, "merge", config, inputs)
+    assert asked
+    assert all(torch.equal(resident[name], tensor) for name, tensor in streamed.items())
+
+
+@pytest.mark.parametrize(("name", "expected"), [("slerp", True), ("ties", True), ("dare_ties", False)])
+def test_methods_of_mergekit_go_to_a_gpu_unless_they_draw_numbers(name: str, expected: bool) -> None:
+    registry = default_registry()
+    component = registry.get("merge", "mergekit")
+    config = registry.config_class(component).model_validate({"name": name}, context={"components": registry})
+    assert registry.impl_class(component)(config).suits_gpu is expected
 
 
 @on_a_gpu

@@ -257,8 +257,8 @@ class Merge(Protocol):
 
     A method of the granularity ``statistics`` also has ``measure(scan)``: it looks at the whole parameter first, and
     its result is every part's `found`. One that learns from data has ``prepare(context, models)``, see `Preparing`.
-    One that does much with each entry may say ``suits_gpu = True``: where there is a GPU, its parts lie there, and are
-    larger than elsewhere.
+    Its attribute ``suits_gpu``, where it has one, says whether tensors may be on a GPU: whole matrices are unless it is
+    False, parts of parameters only where it is True, and then they are larger than elsewhere.
     """
 
     granularity: Granularity

@@ -4,7 +4,7 @@ Small parameters are shared out among the workers; a large one is split, and all
 the same rows (`luthier.train.merging.Grid`), and sums are added up in the order of the parts: the result hangs
 neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part. Methods
 that look at a parameter before they merge it keep `KEPT` bytes more, those that select entries by rank another 160 MiB
-at most, however many workers there are.
+at most, however many workers there are. A GPU is used where the method says so (`luthier.api.Merge`).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class Engine:
         done = 0
         small: list[Task] = []
         for task in tasks:
-            whole = task.copied or self._method(task).granularity == "matrix" or self._suits_gpu(task)
+            whole = task.copied or self._method(task).granularity == "matrix" or self._fits_gpu(task)
             if whole or task.entries <= 2 * self.settings.chunk:
                 small.append(task)
                 continue
@@ -148,7 +148,7 @@ class Engine:
             self._copy(task)
         elif self._method(task).granularity == "matrix":
             self._matrix(task)
-        elif self._suits_gpu(task):
+        elif self._fits_gpu(task):
             with self._gpu.of(on_gpu.size_of(task)):
                 where_it_fits(lambda device: self._by_parts(task, device), "cuda")
         else:
@@ -172,10 +172,15 @@ class Engine:
         for part in parts or self._parts(task, spans):
             self._write(task, part, found, scratch)
 
-    def _suits_gpu(self, task: Task) -> bool:
+    def _device(self, task: Task) -> str:
+        """Where a parameter is worked on, as far as there is memory."""
+        method = self._method(task)
+        suits = getattr(method, "suits_gpu", method.granularity == "matrix")
+        return fastest(task.entries) if suits else "cpu"
+
+    def _fits_gpu(self, task: Task) -> bool:
         """Whether a parameter's parts are worked on on a GPU."""
-        suits = getattr(self._method(task), "suits_gpu", False) and not task.copied and not task.extras
-        return suits and fastest(task.entries) != "cpu" and on_gpu.size_of(task) <= self._gpu.limit
+        return self._device(task) != "cpu" and not task.extras and on_gpu.size_of(task) <= self._gpu.limit
 
     @cached_property
     def _gpu(self) -> _Budget:
@@ -223,7 +228,7 @@ class Engine:
                 )  # fmt: skip
                 return self._method(task).merge(part).cpu().reshape(-1)
 
-            merged = where_it_fits(work, fastest(task.entries))
+            merged = where_it_fits(work, self._device(task))
             _check_size(merged, task.entries, task)
             for first in range(0, merged.numel(), self.settings.chunk):
                 self.output.write(task.place.name, first, merged[first : first + self.settings.chunk], self._scratch)

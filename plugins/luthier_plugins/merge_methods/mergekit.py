@@ -52,6 +52,8 @@ class Mergekit:
         self._weighs_base = known.get("weight") == "input"
         self._settings = {name: _setting(value) for name, value in config.parameters.items()}
         self.config = config
+        # A GPU would draw other masks than a CPU.
+        self.suits_gpu = config.name in WITHOUT_CHANCE
         self._lock = threading.Lock()
 
     @property
@@ -72,9 +74,7 @@ class Mergekit:
         if self._takes_weights:
             weights = dict(zip(models, part.weights, strict=True))
             parameters["weight"] = {"base": 1.0, **weights} if self._weighs_base and uses_base else weights
-        # A GPU would draw other masks than a CPU, so those methods stay here.
-        place = part.tensors[0].device if self.config.name in WITHOUT_CHANCE else "cpu"
-        given = [tensor.to(place, copy=True) for tensor in tensors if tensor is not None]
+        given = [tensor.clone() for tensor in tensors if tensor is not None]
         with self._seeded(part):
             merged: Tensor = self._merge_tensors(
                 given, self._method, parameters=parameters, ids=ids, base_index=0 if uses_base else None
