@@ -121,6 +121,33 @@ base_model: ./base
 parameters: {rescale: true}
 dtype: float32
 """,
+    "module": """\
+modules:
+  default:
+    models:
+      - {model: ./a, parameters: {density: [{filter: mlp, value: 0.25}], weight: 0.5}}
+      - {model: ./b, parameters: {weight: 0.5}}
+    parameters: {density: [{filter: self_attn, value: 0.75}]}
+merge_method: ties
+base_model: ./base
+parameters: {density: 0.5}
+dtype: float32
+""",
+    "each slice its own base": """\
+slices:
+  - sources:
+      - {model: ./base, layer_range: [0, 2]}
+      - {model: ./a, layer_range: [0, 2], parameters: {weight: 0.7}}
+      - {model: ./b, layer_range: [0, 2], parameters: {weight: 0.4}}
+  - sources:
+      - {model: ./b, layer_range: [2, 4]}
+      - {model: ./a, layer_range: [2, 4], parameters: {weight: 0.5}}
+    base_model: ./b
+    residual_weight: 0.5
+merge_method: task_arithmetic
+base_model: ./base
+dtype: float32
+""",
     "nuslerp": """\
 models:
   - {model: ./a, parameters: {weight: 0.3}}
@@ -215,7 +242,7 @@ OURS = {
     "filters with a default": "breadcrumbs", "filters that slices complete": "slerp", "each slice its own": "slerp",
     "each source its own": "ties", "stacked changes": "task_arithmetic", "doubled": "passthrough", "fallback": "ties",
     "linear": "linear", "slerp": "slerp", "ties": "ties", "stack": "passthrough", "stock": "model_stock",
-    "rescaled": "mergekit", "nuslerp": "nuslerp",
+    "rescaled": "mergekit", "nuslerp": "nuslerp", "module": "ties", "each slice its own base": "task_arithmetic",
 }  # fmt: skip
 
 
@@ -244,7 +271,8 @@ def test_a_file_gives_what_mergekit_gives(models: Path, tmp_path: Path, name: st
     config = MergeConfig.model_validate({"config": str(file)}, context={"components": registry})
     made = {str(models / label): Weights(artifact) for label, artifact in artifacts(models).items()}
     places = config.models or [source.model for part in config.slices for source in part.sources]
-    inputs = Inputs([made[place] for place in places], made[config.base] if config.base else None)
+    own_bases = {place: made[part.base] for place, part in enumerate(config.slices) if part.base}
+    inputs = Inputs([made[place] for place in places], made[config.base] if config.base else None, own_bases)
     check(config, inputs)
     layout = lay_out(config, inputs, 0, config.dtype)
     output = Output(tmp_path, layout.tensors, 1 << 30)
@@ -285,7 +313,10 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
     ("change", "message"),
     [
         ({"merge_method": None}, "it has no merge_method"),
-        ({"modules": {}}, "`modules` of mergekit files are not supported"),
+        ({"modules": {}}, "`modules` of the mergekit file are none"),
+        ({"modules": {"text": {}, "vision": {}}}, "are text, vision: Luthier merges models of one module"),
+        ({"modules": ["default"]}, "of the mergekit file are \\['default'\\]"),
+        ({"modules": {"default": {}}, "models": None}, "has neither `models` nor `slices`"),
         ({"colour": "red"}, "has 'colour', which is not supported"),
         ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),
         ({"models": ["./a"]}, "no list of entries that have `model`"),
@@ -319,6 +350,11 @@ def test_what_mergekit_does_not_look_at_is_left_out_and_told(models: Path, tmp_p
     found, expected = load_file(tmp_path / "made" / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
     for key, tensor in found.items():
         assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5), key
+
+
+def test_a_weight_of_residuals_that_mergekit_does_not_look_at_is_told(models: Path) -> None:
+    (models / "residual.yml").write_text(FILES["each slice its own base"])
+    assert as_config({"config": str(models / "residual.yml")}, None)["unused"] == ["residual_weight"]
 
 
 def test_the_parameters_of_mergekits_methods_are_known() -> None:
@@ -379,10 +415,6 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
         ("slices: []\nmerge_method: linear\n", "is not as mergekit wants it"),
         ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not as mergekit wants it|dictionary"),
         ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not as mergekit wants it"),
-        ("slices: [{sources: [{model: ./a, layer_range: [0, 2]}], base_model: ./b}]\n"
-         "merge_method: ties\nbase_model: ./base\nparameters: {weight: 1}\n", "another base than the others"),
-        ("slices: [{sources: [{model: ./a, layer_range: [0, 2]}], residual_weight: 0.1}]\nmerge_method: linear\n"
-         "parameters: {weight: 1}\n", "`residual_weight` of a slice"),
     ],
 )  # fmt: skip
 def test_odd_mergekit_files_are_messages(models: Path, text: str, message: str) -> None:

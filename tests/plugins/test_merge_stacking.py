@@ -158,6 +158,43 @@ def test_a_slice_has_settings_and_layers_of_the_base_of_its_own(tmp_path: Path) 
             torch.testing.assert_close(merged[f"model.layers.{layer}.{tail}"], expected(numbers, tail, values))
 
 
+def test_a_slice_has_a_base_of_its_own(tmp_path: Path) -> None:
+    base, one, two = (tiny_model(tmp_path, seed=seed, layers=2, tied=False, dtype="float32") for seed in range(3))
+    slices = [{"sources": [{"layers": [0, 1], "weight": 0.5}]}, {"sources": [{"layers": [1, 2], "weight": 0.5}]}]
+    config = {"method": "task_arithmetic", "slices": slices}
+    inputs = {"slices.0.sources.0.model": one, "slices.1.sources.0.model": one, "slices.1.base": two}
+    for shared in ({"base": base}, {"slices.0.base": base}):
+        merged = load_file(run_stage(tmp_path, "merge", config, inputs={**inputs, **shared}).path / "model.safetensors")
+        first, second, third = (load_file(model.path / "model.safetensors") for model in (base, one, two))
+        for name, ancestor in (("model.layers.0.mlp.up_proj.weight", first), ("model.embed_tokens.weight", first),
+                               ("model.layers.1.mlp.up_proj.weight", third), ("lm_head.weight", third)):  # fmt: skip
+            torch.testing.assert_close(merged[name], (ancestor[name] + second[name]) / 2)
+
+
+def test_a_slice_whose_own_base_has_too_few_layers_is_refused(tmp_path: Path) -> None:
+    base, one = (tiny_model(tmp_path, seed=seed, layers=2, dtype="float32") for seed in range(2))
+    short = tiny_model(tmp_path, seed=2, layers=1, dtype="float32")
+    config = {"method": "task_arithmetic", "slices": [{"sources": [{"layers": [1, 2]}]}]}
+    with pytest.raises(ModelError, match=r"has 1 layers; a slice takes \[1, 2\]"):
+        run_stage(tmp_path, "merge", config, inputs={"slices.0.sources.0.model": one, "base": base,
+                                                     "slices.0.base": short})  # fmt: skip
+
+
+def test_every_slice_has_a_base_or_none_where_the_method_takes_one() -> None:
+    context = {"components": default_registry()}
+    bare = {"sources": [{"model": "a", "layers": [0, 1]}] * 2}
+    own = {**bare, "base": "b"}
+    for method, slices, message in [
+        ("ties", [own, bare], "name the models' ancestor as `base`"),
+        ("nuslerp", [own, bare], "some slices have a `base` and others have none"),
+        ("linear", [own, own], "linear does not look at a base"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            MergeConfig.model_validate({"method": method, "slices": slices}, context=context)
+    for method, slices in (("ties", [own, {**own, "base_layers": [2, 3]}]), ("nuslerp", [own, own])):
+        assert MergeConfig.model_validate({"method": method, "slices": slices}, context=context).base is None
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [({"settings": {"densty": 0.5}}, "`settings` of slice 0: densty"),

@@ -209,10 +209,11 @@ def unstackable(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     outside = _outside(lead)
     placed = iter(inputs.models)
     kinds = kinds_by(inputs.all)
-    for part in config.slices:
+    for place, part in enumerate(config.slices):
         models = [(next(placed), source.layers) for source in part.sources]
-        if inputs.base is not None:
-            models.append((inputs.base, part.of_base))
+        base = inputs.base_of(place)
+        if base is not None:
+            models.append((base, part.of_base))
         short = False
         for model, layers in models:
             count = layers_of(list(model.headers)).get(head, 0)

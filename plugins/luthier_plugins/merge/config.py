@@ -54,8 +54,10 @@ class Slice(Config):
 
     sources: list[SliceSource] = Field(min_length=1)
     """Where they come from; all sources have the same number of layers."""
+    base: ModelInput | None = None
+    """The common ancestor for this slice; by default that of the whole merge."""
     base_layers: tuple[int, int] | None = None
-    """The layers of `base` that changes are measured from; by default those of the first source's places."""
+    """The layers of the base that changes are measured from; by default those of the first source's places."""
     settings: dict[str, Any] = {}
     """Parameters of the method for this slice alone, such as ``{t: 0.2}``."""
 
@@ -171,7 +173,7 @@ class MergeConfig(StageConfig):
             problems += settings_problems(as_method(use), use.name, [], [counts[place]])
         named = [rows.token for rows in self.tokens]
         problems += [f"`tokens` names {token!r} twice" for token in named if named.count(token) > 1]
-        if any(part.base_layers for part in self.slices) and self.base is None:
+        if any(part.base_layers and part.base is None for part in self.slices) and self.base is None:
             problems.append("`base_layers` are layers of the `base`: name it")
         if problems:
             raise ValueError("; ".join(dict.fromkeys(problems)))
@@ -203,9 +205,12 @@ class MergeConfig(StageConfig):
         least, most = method.models
         found = [f"{name} takes {_several(least, most)}, not {count}" for count in counts
                  if count < least or (most is not None and count > most)]  # fmt: skip
-        if method.base == "required" and self.base is None:
+        own = [part.base is not None for part in self.slices]
+        if method.base == "required" and self.base is None and not (own and all(own)):
             found.append(f"{name} merges task vectors: name the models' ancestor as `base`")
-        if method.base == "unused" and self.base is not None:
+        if method.base == "optional" and self.base is None and any(own) and not all(own):
+            found.append("some slices have a `base` and others have none: name one for all, or one in each")
+        if method.base == "unused" and (self.base is not None or any(own)):
             found.append(f"{name} does not look at a base: leave `base` out, or count it among `models`")
         beside = [source.weight for part in self.slices for source in part.sources]
         if not method.weighted and (self.weights is not None or any(weight != 1.0 for weight in beside)):

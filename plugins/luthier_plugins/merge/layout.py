@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.api import MergePlace
@@ -41,15 +41,31 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The models of a merge, opened."""
+    """The models of a merge, opened.
+
+    Attributes:
+        models: Those that are merged.
+        base: Their common ancestor.
+        own_bases: That of some slices, by their place, where it is another.
+    """
 
     models: Sequence[Source]
     base: Source | None
+    own_bases: Mapping[int, Source] = field(default_factory=dict[int, Source])
+
+    def base_of(self, slice: int | None) -> Source | None:
+        """The common ancestor of what is merged in a slice."""
+        return self.base if slice is None else self.own_bases.get(slice, self.base)
+
+    @property
+    def bases(self) -> list[Source]:
+        """Every base once."""
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.own_bases.values()]))
 
     @property
     def all(self) -> list[Source]:
         """Every model once, the base first."""
-        return list(dict.fromkeys([*([self.base] if self.base else []), *self.models]))
+        return list(dict.fromkeys([*([self.base] if self.base else []), *self.models, *self.own_bases.values()]))
 
     @property
     def lead(self) -> Source:
@@ -156,7 +172,7 @@ class _Maker:
             target = f"{head}{number}{tail}"
             roles = [self._role(model, f"{head}{source.layers[0] + step}{tail}", source, depth)
                      for model, source in part]  # fmt: skip
-            base = f"{head}{base_layer if self.inputs.base else first}{tail}"
+            base = f"{head}{base_layer if self.inputs.base_of(place) else first}{tail}"
             self._add(target, roles, [source.weight for _, source in part], depth, base, slice=place)
 
     def _add(
@@ -164,6 +180,7 @@ class _Maker:
         slice: int | None = None,
     ) -> None:  # fmt: skip
         lead = self.inputs.lead
+        ancestor = self.inputs.base_of(slice)
         header = lead.headers.get(base_name or name) or roles[0].weights.headers[roles[0].name]
         shape = header.shape
         if header.dtype not in DTYPES:
@@ -174,7 +191,7 @@ class _Maker:
             return
         place = MergePlace(name, shape, depth, len(roles), tuple(role.name for role in roles))
         numbers = [place.value(weight, model) for model, weight in enumerate(weights)]
-        base = Role(self.inputs.base, base_name or name) if self.inputs.base else None
+        base = Role(ancestor, base_name or name) if ancestor else None
         noise = Noise(self.seed, [role.weights.content for role in roles], name)
         self.tensors[name] = Described(self.dtype or header.dtype, shape)
         self.tasks.append(Task(place, roles, base, numbers, noise, slice=slice))

@@ -65,6 +65,8 @@ MORE: dict[str, set[str]] = {
 }
 """Parameters that mergekit's methods have and ours do not: with one of them, mergekit's own code is used. Any other
 parameter is one that mergekit does not look at either: it is left out, and told."""
+MODULE = "default"
+"""What mergekit calls the only module of models that have one."""
 DTYPES = {"float32", "float16", "bfloat16"}
 
 
@@ -87,17 +89,34 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     if not isinstance(content, dict) or "merge_method" not in content:
         raise ValueError(f"'{path}' is no mergekit file: it has no merge_method")
     found = cast("Values", content)
+    module: Values = {}
     if "modules" in found:
-        raise ValueError("`modules` of mergekit files are not supported: merge each module's model on its own")
+        module, found = _only_module(found)
     odd = sorted(set(found) - KNOWN)
     if odd:
         raise ValueError(f"the mergekit file has '{odd[0]}', which is not supported")
     try:
-        reader = _Reader(found, path.parent)
+        reader = _Reader(found, path.parent, module)
         translated = reader.config()
     except (TypeError, AttributeError, IndexError, KeyError) as error:
         raise ValueError(f"the mergekit file '{path}' is not as mergekit wants it: {error}") from error
     return {**translated, **({"unused": reader.unused} if reader.unused else {}), **own}
+
+
+def _only_module(content: Values) -> tuple[Values, Values]:
+    """The module of a file for models of one module, and the file as if it were written without.
+
+    Raises:
+        ValueError: there are others.
+    """
+    modules: Any = content["modules"]
+    if not isinstance(modules, dict) or list(cast("Values", modules)) != [MODULE]:
+        named = ", ".join(map(str, cast("Values", modules))) if isinstance(modules, dict) else str(modules)
+        raise ValueError(f"`modules` of the mergekit file are {named or 'none'}: Luthier merges models of one module, "
+                         f"which is called {MODULE}")  # fmt: skip
+    module = dict(modules[MODULE] or {})
+    rest = {key: value for key, value in content.items() if key != "modules"}
+    return module, {**rest, **{key: module[key] for key in ("models", "slices") if module.get(key)}}
 
 
 def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
@@ -156,15 +175,22 @@ def _resolved(name: str, scopes: Sequence[Values], default: Any, rest: Any = Non
 
 
 class _Reader:
-    """Translates one file."""
+    """Translates one file.
 
-    def __init__(self, content: Values, folder: Path) -> None:
+    Args:
+        content: What it says.
+        folder: What its paths start from.
+        module: What it says of the model's only module, if it does.
+    """
+
+    def __init__(self, content: Values, folder: Path, module: Values) -> None:
         self.content = content
         self.folder = folder
         self.method = str(content["merge_method"])
         self.unused: list[str] = []
         self.misplaced: set[str] = set()
-        self.shared = self._cleaned(content)
+        # What all models and slices fall back on, the nearest first.
+        self.shared = [*([self._cleaned(module)] if module else []), self._cleaned(content)]
 
     def config(self) -> Values:
         base = self._place(self.content["base_model"]) if "base_model" in self.content else None
@@ -244,10 +270,10 @@ class _Reader:
         if base is not None and self.method not in WITHOUT_BASE:
             result["base"] = base
         parameters = [own for _, own in entries]
-        given = {key for values in (*parameters, self.shared) for key in values}
-        method = self._method(parameters, [self.shared], given)
+        given = {key for values in (*parameters, *self.shared) for key in values}
+        method = self._method(parameters, self.shared, given)
         if method["uses"] != "mergekit" and self.method in WEIGHTED:
-            result["weights"] = [self._weight([own, self.shared]) for own in parameters]
+            result["weights"] = [self._weight([own, *self.shared]) for own in parameters]
         return {**result, "method": method}
 
     def _of_slices(self, slices: Sequence[Values], base: str | None) -> Values:
@@ -258,7 +284,7 @@ class _Reader:
         parts = [part for part, _, _ in made]
         if any(other != method for other in methods):
             # What the whole file says, and in each slice all that is otherwise there.
-            method = self._method([], [self.shared], given, strict=False)
+            method = self._method([], self.shared, given, strict=False)
             for part, own in zip(parts, methods, strict=True):
                 settings = {key: value for key, value in own.items() if method.get(key) != value}
                 part |= {"settings": settings} if settings else {}
@@ -270,11 +296,9 @@ class _Reader:
     def _slice(self, entry: Values, base: str | None) -> tuple[Values, list[Values], list[Values]]:
         """One slice; the parameters of each source; and what they fall back on: the slice's, then the file's."""
         if entry.get("residual_weight") is not None:
-            raise ValueError("`residual_weight` of a slice in the mergekit file is not supported")
+            self.misplaced.add("residual_weight")
         own_base = self._place(entry["base_model"]) if entry.get("base_model") else base
-        if own_base != base and self.method not in WITHOUT_BASE:
-            raise ValueError("a slice of the mergekit file has another base than the others, which is not supported")
-        outer = [self._cleaned(entry), self.shared]
+        outer = [self._cleaned(entry), *self.shared]
         sources: list[tuple[Values, Values]] = []
         base_layers: list[int] | None = None
         for source in _entries(entry, "sources"):
@@ -283,7 +307,7 @@ class _Reader:
             if "layer_range" not in source:
                 raise ValueError("a source in the mergekit file has no layer_range")
             layers = list(source["layer_range"])
-            if place == base and self.method not in WITHOUT_BASE:
+            if place == own_base and self.method not in WITHOUT_BASE:
                 base_layers = layers
                 continue
             made_of: Values = {"model": place, "layers": layers}
@@ -296,8 +320,10 @@ class _Reader:
             sources.insert(0 if first else len(sources), (made_of, own))
         if not sources and base_layers is not None:
             # Nothing changes the base there: it stands for a model that is the same.
-            sources.append(({"model": base, "layers": base_layers}, {}))
+            sources.append(({"model": own_base, "layers": base_layers}, {}))
         part: Values = {"sources": [made_of for made_of, _ in sources]}
+        if own_base != base and self.method not in WITHOUT_BASE:
+            part["base"] = own_base
         if base_layers not in (None, sources[0][0]["layers"]):
             part["base_layers"] = base_layers
         # A scale stands beside every source now.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
@@ -55,7 +55,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
     method: Merge = context.component(config.method)
     with ExitStack() as stack:
         artifacts = _artifacts(config, context)
-        inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config))
+        inputs = open_inputs(artifacts, _base(config, context), context, stack, partial(check, config),
+                             _own_bases(config, context))  # fmt: skip
         left_out = sorted({name for model in inputs.all if isinstance(model, Weights) for name in model.left_out})
         draft = _drafted(config, inputs, context)
         inputs, vocabulary, layout = draft.inputs, draft.vocabulary, draft.layout
@@ -180,12 +181,13 @@ def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: S
 
 def _tell_other_ancestors(inputs: Inputs, context: StageContext) -> None:
     """Say so where an adapter does not sit on the base: right for an adapter on a tuned model, else a mistake."""
-    base = inputs.base.artifact if inputs.base else None
+    bases = {full_of(base.artifact).key: base.label for base in inputs.bases}
     for model in inputs.models:
         under = full_of(model.artifact)
-        if base is not None and model.artifact.kind == "adapter" and under.key != full_of(base).key:
-            context.warn(f"{model.label} sits on {label_of(under)}, not on the base {label_of(base)}: what counts as "
-                         "its change is the difference of the two as well")  # fmt: skip
+        if bases and model.artifact.kind == "adapter" and under.key not in bases:
+            named = " or ".join(bases.values())
+            context.warn(f"{model.label} sits on {label_of(under)}, not on the base {named}: what counts as its change "
+                         "is the difference of the two as well")  # fmt: skip
 
 
 def _settle(output: Output, context: StageContext) -> None:
@@ -229,12 +231,18 @@ def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
     return context.input("base") if config.base and as_method(config.method).base != "unused" else None
 
 
+def _own_bases(config: MergeConfig, context: StageContext) -> dict[int, Artifact]:
+    """The bases of the slices that have one of their own."""
+    return {place: context.input(f"slices.{place}.base") for place, part in enumerate(config.slices) if part.base}
+
+
 def open_inputs(
     artifacts: Sequence[Artifact],
     base: Artifact | None,
     context: StageContext,
     stack: ExitStack,
     look: Callable[[Inputs], None] = lambda inputs: None,
+    own_bases: Mapping[int, Artifact] | None = None,
 ) -> Inputs:
     """Open every model once; an adapter that cannot be added on the way is folded by PEFT.
 
@@ -245,10 +253,12 @@ def open_inputs(
         stack: Closes them.
         look: Refuses what does not fit before anything is folded, which takes time and room; adapters that will be
             count as their bases for it.
+        own_bases: The bases of slices that have another one, by their place.
     """
+    others = dict(own_bases or {})
     opened: dict[str, Weights] = {}
     reasons: dict[str, str] = {}
-    for artifact in [*artifacts, *([base] if base else [])]:
+    for artifact in [*artifacts, *([base] if base else []), *others.values()]:
         if artifact.key in opened:
             continue
         try:
@@ -259,7 +269,8 @@ def open_inputs(
         stack.callback(opened[artifact.key].close)
 
     def inputs() -> Inputs:
-        return Inputs([opened[artifact.key] for artifact in artifacts], opened[base.key] if base else None)
+        return Inputs([opened[artifact.key] for artifact in artifacts], opened[base.key] if base else None,
+                      {place: opened[artifact.key] for place, artifact in others.items()})  # fmt: skip
 
     if reasons:
         look(inputs())

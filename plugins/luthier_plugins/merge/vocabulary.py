@@ -140,7 +140,7 @@ def _donors(inputs: Inputs, own: Mapping[str, Mapping[str, int]], tokens: Iterab
     found: dict[str, Origin] = {}
     for token in tokens:
         having = [model for model in inputs.all if token in own[model.artifact.key]]
-        if inputs.base in having:
+        if inputs.base is not None and inputs.base in having:
             having = [inputs.base]
         found[token] = tuple((model, own[model.artifact.key][token]) for model in having if model is not None)
     return found
@@ -251,7 +251,8 @@ def respell(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
             elif place < _rows(vocabulary.speaker):
                 rows[place] = ((vocabulary.speaker, place),)
         found[id(model)] = _Respelled(model, rows, told)
-    return Inputs([found[id(model)] for model in inputs.models], found[id(inputs.base)] if inputs.base else None)
+    return Inputs([found[id(model)] for model in inputs.models], found[id(inputs.base)] if inputs.base else None,
+                  {place: found[id(model)] for place, model in inputs.own_bases.items()})  # fmt: skip
 
 
 class _Respelled:
