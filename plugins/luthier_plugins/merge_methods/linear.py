@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from luthier.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import LinearConfig
 from torch import Tensor
@@ -21,7 +22,8 @@ class Linear:
         first = part.tensors[0]
         total = sum(part.weights)
         # Added up as differences to the first model, so that merging equal models changes no bit.
-        merged = first.clone() if self.normalize else first * total
+        merged = first if self.normalize else first * total
         for tensor, weight in zip(part.tensors[1:], part.weights[1:], strict=True):
-            merged.add_(tensor.sub(first), alpha=weight / total if self.normalize else weight)
+            change, share = tensor.sub(first), weight / total if self.normalize else weight
+            merged = torch.add(merged, change, alpha=share, out=change)
         return merged
