@@ -78,5 +78,15 @@ def test_a_model_that_fails_is_looked_at_with_all_of_transformers(model: Path) -
     assert json.loads(run(code, given=f"{model}\n")) == FOUND
 
 
+def test_libraries_that_need_what_is_left_out_are_imported_whole(model: Path) -> None:
+    code = (
+        "import sys; from luthier_plugins.merge import lean, look\n"
+        "def importing():\n    lean.import_transformers()\n    from torch._dynamo.utils import counters\n"
+        "look.import_transformers = importing\n"
+        "look.main()\n"
+    )
+    assert json.loads(run(code, given=f"{model}\n")) == FOUND
+
+
 def test_a_merge_that_was_given_up_is_not_looked_at() -> None:
     assert run("from luthier_plugins.merge import look; look.main()") == ""

@@ -313,9 +313,14 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
     ("change", "message"),
     [
         ({"merge_method": None}, "it has no merge_method"),
-        ({"modules": {}}, "`modules` of the mergekit file are none"),
-        ({"modules": {"text": {}, "vision": {}}}, "are text, vision: Luthier merges models of one module"),
-        ({"modules": ["default"]}, "of the mergekit file are \\['default'\\]"),
+        ({"modules": {}, "models": None}, "`modules` of the mergekit file are none"),
+        (
+            {"modules": {"text": {}, "vision": {}}, "models": None},
+            "are text, vision: Luthier merges models of one module",
+        ),
+        ({"modules": ["default"], "models": None}, "of the mergekit file are \\['default'\\]"),
+        ({"modules": {"default": 3}, "models": None}, "is not as mergekit wants it"),
+        ({"modules": {"default": {}}}, "has `modules`, and `models` or `slices` beside them"),
         ({"modules": {"default": {}}, "models": None}, "has neither `models` nor `slices`"),
         ({"colour": "red"}, "has 'colour', which is not supported"),
         ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),

@@ -180,18 +180,19 @@ def test_a_slice_whose_own_base_has_too_few_layers_is_refused(tmp_path: Path) ->
                                                      "slices.0.base": short})  # fmt: skip
 
 
-def test_every_slice_has_a_base_or_none_where_the_method_takes_one() -> None:
+def test_slices_have_a_base_where_the_method_needs_one() -> None:
     context = {"components": default_registry()}
     bare = {"sources": [{"model": "a", "layers": [0, 1]}] * 2}
     own = {**bare, "base": "b"}
     for method, slices, message in [
         ("ties", [own, bare], "name the models' ancestor as `base`"),
-        ("nuslerp", [own, bare], "some slices have a `base` and others have none"),
         ("linear", [own, own], "linear does not look at a base"),
     ]:
         with pytest.raises(ValueError, match=message):
             MergeConfig.model_validate({"method": method, "slices": slices}, context=context)
-    for method, slices in (("ties", [own, {**own, "base_layers": [2, 3]}]), ("nuslerp", [own, own])):
+    with pytest.raises(ValueError, match="in slices with the one `base`"):
+        MergeConfig.model_validate({"method": "ties", "slices": [own], "tokenizer": "union"}, context=context)
+    for method, slices in (("ties", [own, {**own, "base_layers": [2, 3]}]), ("nuslerp", [own, bare])):
         assert MergeConfig.model_validate({"method": method, "slices": slices}, context=context).base is None
 
 

@@ -208,8 +208,9 @@ class MergeConfig(StageConfig):
         own = [part.base is not None for part in self.slices]
         if method.base == "required" and self.base is None and not (own and all(own)):
             found.append(f"{name} merges task vectors: name the models' ancestor as `base`")
-        if method.base == "optional" and self.base is None and any(own) and not all(own):
-            found.append("some slices have a `base` and others have none: name one for all, or one in each")
+        if any(own) and (self.tokenizer != "base" or self.tokens):
+            found.append("models of other tokenizers are merged in slices with the one `base`: its rows stand for "
+                         "tokens that a model lacks")  # fmt: skip
         if method.base == "unused" and (self.base is not None or any(own)):
             found.append(f"{name} does not look at a base: leave `base` out, or count it among `models`")
         beside = [source.weight for part in self.slices for source in part.sources]

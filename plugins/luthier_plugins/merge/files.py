@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from luthier.api import ModelError
 from luthier.artifacts.models import TensorHeader
+from luthier.train.merging import Grid
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,12 +25,21 @@ def bytes_of(raw: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def by_way_of_the_cpu(out: Tensor, fill: Callable[[Tensor], None]) -> None:
-    """Fill a tensor that may be on a GPU with what is computed on the CPU: the same bits wherever it is."""
-    here = torch.empty(out.shape) if out.is_cuda else out
-    fill(here)
-    if here is not out:
-        out.copy_(here)
+def by_way_of_the_cpu(out: Tensor, fill: Callable[[Tensor, int], None]) -> None:
+    """Fill rows that may be on a GPU with what is computed on the CPU: the same bits wherever they are.
+
+    Args:
+        out: Shape (rows, columns); whole parts, as the CPU works on them, or one.
+        fill: Fills rows on the CPU, given the number of entries before them.
+    """
+    if not out.is_cuda:
+        fill(out, 0)
+        return
+    # Part by part: a product of matrices has other bits in another number of rows.
+    for first, last in Grid(*out.shape).spans():
+        here = torch.empty(last - first, out.shape[1])
+        fill(here, first * out.shape[1])
+        out[first:last].copy_(here)
 
 
 class Scratch:
@@ -97,7 +107,7 @@ class Files:
             return
         raw = scratch.raw(out.numel() * size)
         self.raw(name, start * size, raw)
-        # Made float32 where it is needed: half as much is copied to a GPU.
+        # Made float32 where it is needed: most models are stored in less, and less is copied to a GPU then.
         out.copy_(raw.view(dtype).to(out.device))
 
     def whole(self, name: str) -> Tensor:

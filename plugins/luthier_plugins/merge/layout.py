@@ -58,11 +58,6 @@ class Inputs:
         return self.base if slice is None else self.own_bases.get(slice, self.base)
 
     @property
-    def bases(self) -> list[Source]:
-        """Every base once."""
-        return list(dict.fromkeys([*([self.base] if self.base else []), *self.own_bases.values()]))
-
-    @property
     def all(self) -> list[Source]:
         """Every model once, the base first."""
         return list(dict.fromkeys([*([self.base] if self.base else []), *self.models, *self.own_bases.values()]))
@@ -179,21 +174,22 @@ class _Maker:
         self, name: str, roles: Sequence[Role], weights: Sequence[Any], depth: float, base_name: str | None = None,
         slice: int | None = None,
     ) -> None:  # fmt: skip
-        lead = self.inputs.lead
         ancestor = self.inputs.base_of(slice)
-        header = lead.headers.get(base_name or name) or roles[0].weights.headers[roles[0].name]
+        origin, origin_name = ancestor or self.inputs.lead, base_name or name
+        header = origin.headers.get(origin_name) or roles[0].weights.headers[roles[0].name]
         shape = header.shape
         if header.dtype not in DTYPES:
-            source = Role(lead, base_name or name) if (base_name or name) in lead.headers else roles[0]
+            source = Role(origin, origin_name) if origin_name in origin.headers else roles[0]
             self.tensors[name] = Described(header.dtype, shape)
             self.tasks.append(Task(MergePlace(name, shape), [source], copied=True, slice=slice))
             self.copied.append(name)
             return
         place = MergePlace(name, shape, depth, len(roles), tuple(role.name for role in roles))
         numbers = [place.value(weight, model) for model, weight in enumerate(weights)]
-        base = Role(ancestor, base_name or name) if ancestor else None
+        base = Role(ancestor, origin_name) if ancestor else None
         noise = Noise(self.seed, [role.weights.content for role in roles], name)
-        self.tensors[name] = Described(self.dtype or header.dtype, shape)
+        stored = self.dtype or self.inputs.lead.headers.get(origin_name, header).dtype
+        self.tensors[name] = Described(stored, shape)
         self.tasks.append(Task(place, roles, base, numbers, noise, slice=slice))
 
     def _layout(self, config: dict[str, Any]) -> Layout:

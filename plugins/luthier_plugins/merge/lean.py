@@ -2,7 +2,8 @@
 
 transformers imports torch's compiler for a few decorators, and torch's distributed tensors for its type checks; with
 them come inductor, FSDP and hundreds of modules more that a look at a model on one machine never uses. A short-lived
-process that does nothing else goes without them. Who asks more of the compiler later gets the real one.
+process that does nothing else goes without them. Who asks more of the compiler's module later gets the real one; an
+import of a part of it fails before that, and the look begins again with everything (`luthier_plugins.merge.look`).
 
 This changes what other code in the process sees: never call it where training may follow.
 """

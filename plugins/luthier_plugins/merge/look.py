@@ -10,13 +10,15 @@ import gc
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from luthier_plugins.merge.lean import import_transformers
 
 ROOM = 0.5
 """The share of the free memory that a model may take for the forward pass."""
+ALL = "all"
 TOKENS = 2
 """Tokens in the forward pass: one that attends to another. More only multiply the time (bfloat16 is slow on CPUs)."""
 
@@ -61,25 +63,38 @@ def _look(folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Entry point of ``python -m luthier_plugins.merge.look``: a folder in, a JSON line out.
+    """Entry point of ``python -m luthier_plugins.merge.look [all [FOLDER]]``: a folder in, a JSON line out.
 
     The folder comes in on stdin, so that transformers is imported while the merge goes on; or it is an argument.
     """
     # Nearly all of this process is importing, and what is imported stays: a tenth of the time.
     gc.disable()
-    lean = len(sys.argv) == 1
-    if lean:
-        import_transformers().utils.logging.disable_progress_bar()
-    folder = sys.stdin.readline().strip() if lean else sys.argv[1]
+    lean = sys.argv[1:2] != [ALL]
+    try:
+        transformers = import_transformers() if lean else import_module("transformers")
+    # Whatever another version of the libraries needs that is left out.
+    except Exception:
+        if lean:
+            _again()
+        raise
+    transformers.utils.logging.disable_progress_bar()
+    folder = sys.argv[2] if len(sys.argv) > 2 else sys.stdin.readline().strip()
     # The end of the input without a folder: the merge was given up.
     if folder:
         found = looked(Path(folder))
         if lean and "problem" in found:
-            # What the lean import leaves out must not be what a model fails for. The same process, for who stops it.
-            os.execv(sys.executable, [sys.executable, "-m", "luthier_plugins.merge.look", folder])
+            _again(folder)
         print(json.dumps(found), flush=True)
     # The libraries' own way out takes most of a second, and the merge waits for this process.
     os._exit(0)
+
+
+def _again(*folder: str) -> NoReturn:
+    """Begin once more with all of transformers: what a lean import leaves out must not be what a model fails for.
+
+    It is the same process, for who stops it, and its input has not been read further than its folder.
+    """
+    os.execv(sys.executable, [sys.executable, "-m", "luthier_plugins.merge.look", ALL, *folder])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from luthier.artifacts.adapters import HUB_ID
 
 Values = dict[str, Any]
 KNOWN = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source",
-         "tokenizer", "chat_template", "name"}  # fmt: skip
+         "tokenizer", "chat_template", "name", "modules"}  # fmt: skip
 OURS: dict[str, dict[str, str]] = {
     "linear": {"normalize": "normalize"},
     "slerp": {"t": "t"},
@@ -89,13 +89,11 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     if not isinstance(content, dict) or "merge_method" not in content:
         raise ValueError(f"'{path}' is no mergekit file: it has no merge_method")
     found = cast("Values", content)
-    module: Values = {}
-    if "modules" in found:
-        module, found = _only_module(found)
     odd = sorted(set(found) - KNOWN)
     if odd:
         raise ValueError(f"the mergekit file has '{odd[0]}', which is not supported")
     try:
+        module, found = _only_module(found)
         reader = _Reader(found, path.parent, module)
         translated = reader.config()
     except (TypeError, AttributeError, IndexError, KeyError) as error:
@@ -104,12 +102,16 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
 
 
 def _only_module(content: Values) -> tuple[Values, Values]:
-    """The module of a file for models of one module, and the file as if it were written without.
+    """What a file says of the only module, if it does, and the file as if it were written without.
 
     Raises:
         ValueError: there are others.
     """
+    if "modules" not in content:
+        return {}, content
     modules: Any = content["modules"]
+    if "models" in content or "slices" in content:
+        raise ValueError("the mergekit file has `modules`, and `models` or `slices` beside them")
     if not isinstance(modules, dict) or list(cast("Values", modules)) != [MODULE]:
         named = ", ".join(map(str, cast("Values", modules))) if isinstance(modules, dict) else str(modules)
         raise ValueError(f"`modules` of the mergekit file are {named or 'none'}: Luthier merges models of one module, "

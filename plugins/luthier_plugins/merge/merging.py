@@ -176,18 +176,17 @@ def _tell_doubts(config: MergeConfig, inputs: Inputs, layout: Layout, context: S
     idle = idle_filters(settings, sorted(names))
     if idle:
         context.warn(f"no parameter's name contains {', '.join(map(repr, idle))}: such a filter does nothing")
-    _tell_other_ancestors(inputs, context)
+    _tell_other_ancestors(config, inputs, context)
 
 
-def _tell_other_ancestors(inputs: Inputs, context: StageContext) -> None:
+def _tell_other_ancestors(config: MergeConfig, inputs: Inputs, context: StageContext) -> None:
     """Say so where an adapter does not sit on the base: right for an adapter on a tuned model, else a mistake."""
-    bases = {full_of(base.artifact).key: base.label for base in inputs.bases}
-    for model in inputs.models:
+    slices = [place for place, part in enumerate(config.slices) for _ in part.sources] or [None] * len(inputs.models)
+    for model, base in dict.fromkeys(zip(inputs.models, map(inputs.base_of, slices), strict=True)):
         under = full_of(model.artifact)
-        if bases and model.artifact.kind == "adapter" and under.key not in bases:
-            named = " or ".join(bases.values())
-            context.warn(f"{model.label} sits on {label_of(under)}, not on the base {named}: what counts as its change "
-                         "is the difference of the two as well")  # fmt: skip
+        if base is not None and model.artifact.kind == "adapter" and under.key != full_of(base.artifact).key:
+            context.warn(f"{model.label} sits on {label_of(under)}, not on the base {base.label}: what counts as its "
+                         "change is the difference of the two as well")  # fmt: skip
 
 
 def _settle(output: Output, context: StageContext) -> None:
@@ -228,7 +227,7 @@ def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
 
 
 def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
-    return context.input("base") if config.base and as_method(config.method).base != "unused" else None
+    return context.input("base") if config.base else None
 
 
 def _own_bases(config: MergeConfig, context: StageContext) -> dict[int, Artifact]:

@@ -20,9 +20,13 @@ SHARE = 0.8
 
 
 def room() -> int:
-    """Bytes that may be taken."""
-    free, _ = torch.cuda.mem_get_info()
-    return int(SHARE * free)
+    """Bytes that may be taken; none where the GPU cannot be asked, because others have all of it."""
+    try:
+        free, _ = torch.cuda.mem_get_info()
+    except RuntimeError:
+        return 0
+    # What torch keeps for later counts as taken there.
+    return int(SHARE * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
 
 
 def size_of(task: Task) -> int:

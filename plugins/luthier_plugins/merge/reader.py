@@ -115,7 +115,7 @@ class Weights:
         if adapter is None or not adapter.changes(name):
             self.files.floats(name, start, out.view(-1), scratch)
         else:
-            by_way_of_the_cpu(out, lambda here: self._adapted(adapter, name, start, here, scratch))
+            by_way_of_the_cpu(out, lambda here, before: self._adapted(adapter, name, start + before, here, scratch))
         # The sum is finite unless an entry is not, or the sum itself overflows: look closer then.
         if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
             raise ModelError(NOT_FINITE, where=self._where(name, start, out, scratch), hint=FROM_TRAINING)

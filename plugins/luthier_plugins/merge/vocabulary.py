@@ -286,7 +286,7 @@ class _Respelled:
         if not is_vocabulary(name):
             self._model.read(name, start, out, scratch)
             return
-        by_way_of_the_cpu(out, lambda here: self._spelled(name, start, here, scratch))
+        by_way_of_the_cpu(out, lambda here, before: self._spelled(name, start + before, here, scratch))
 
     def _spelled(self, name: str, start: int, out: Tensor, scratch: Scratch) -> None:
         # A bias comes as one row of columns, an embedding as rows.

@@ -230,7 +230,7 @@ def _by_sorting(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> 
                 continue
             value = ordered[count - 1]
             missing = int((ordered[:count] == value).sum())
-            equal = (flat == value).nonzero().flatten().cpu().numpy()
+            equal = (flat == value).nonzero().flatten()
             cuts.append(_cut(float(value), missing, equal, starts, starts))
         result.append(cuts)
     return result
@@ -257,9 +257,9 @@ def _cut(value: float, missing: int, equal: Any, places: Any, starts: Any) -> Cu
     """The cut with all values above `value`, and the first `missing` of those equal to it, which are at `equal`."""
     if missing == len(equal):
         return Cut(value, EVERYTHING, 0)
-    last = equal[missing - 1]
+    last = int(equal[missing - 1])
     part = np.searchsorted(places, last, side="right") - 1
-    return Cut(value, int(starts[part]), int(missing - np.searchsorted(equal, places[part])))
+    return Cut(value, int(starts[part]), missing - int((equal < int(places[part])).sum()))
 
 
 def _keys(values: Tensor) -> Tensor:
