@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import click
 from luthier.api import KINDS, PerModel
 from luthier.api.config import configs_of
+from luthier.api.descriptions import descriptions
 from luthier.api.merging import Filtered
 from luthier.cli.main import VERBS, Verbs, luthier
 from luthier.registry import default_registry
@@ -39,8 +40,9 @@ def components() -> str:
 
 def _rows(config: type[BaseModel], inside: str = "") -> Iterator[str]:
     """A line for each key, and for the keys of configs inside of it."""
+    told = descriptions(config)
     for key, field in config.model_fields.items():
-        about = " ".join((field.description or "").split())
+        about = " ".join(told.get(key, "").split())
         if words := _words(field.annotation):
             about = f"{about} One of {', '.join(f'`{word}`' for word in words)}.".strip()
         yield f"| `{inside}{key}` | {_default(field)} | {about} |"

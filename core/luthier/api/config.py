@@ -29,7 +29,6 @@ class Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         frozen=True,
-        use_attribute_docstrings=True,
         validate_default=True,
         protected_namespaces=(),
         allow_inf_nan=False,

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, cast
 
 from luthier.api.component import KINDS, Kind
+from luthier.api.descriptions import Described
 from luthier.api.errors import PluginError
 from luthier.registry import Registry
 
@@ -50,7 +51,9 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
 def _component(registry: Registry, kind: Kind, name: str, definitions: dict[str, Any]) -> dict[str, Any]:
     component = registry.get(kind, name)
     reference = f"#/$defs/{kind}-{name}-"
-    schema = registry.config_class(component).model_json_schema(ref_template=reference + "{model}")
+    schema = registry.config_class(component).model_json_schema(
+        ref_template=reference + "{model}", schema_generator=Described
+    )
     for inner, value in schema.pop("$defs", {}).items():
         definitions[f"{kind}-{name}-{inner}"] = _linked(value)
     schema = _linked(schema)
