@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train.loading import fold, load_model
 from luthier.train.merging import Noise, merge_tensors
+from luthier_plugins.merge import pool
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.reader import content_of
@@ -162,6 +165,28 @@ def test_an_extracted_adapter_of_full_rank_is_the_tuned_model(store: Path, base:
     for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
         delta, kept = expected[name] - full(base)[name], full(small)[name] - full(base)[name]
         assert float(kept.square().sum() / delta.square().sum()) >= 0.6 - 1e-3
+
+
+def test_adapters_have_the_same_bits_on_any_number_of_cores(
+    store: Path, base: Artifact, adapters: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = [tiny_model(store, seed=seed, dtype="float32", hidden_size=256, intermediate_size=512) for seed in range(2)]
+    jobs: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("extract_lora", {"r": 8}, {"model": wide[0], "base": wide[1]}),
+        ("merge_adapters", {"space": "delta", "r": 3}, {"models": adapters}),
+        ("merge_adapters", {"space": "core", "r": 3}, {"models": adapters}),
+    ]
+    before = torch.get_num_threads()
+    for stage, config, inputs in jobs:
+        found: list[bytes] = []
+        for count in (1, 2, 5):
+            monkeypatch.setattr(pool, "cores", lambda count=count: count)
+            torch.set_num_threads(count)
+            made = run_stage(store, stage, config, inputs=inputs)
+            found.append((made.path / ADAPTER_WEIGHTS).read_bytes())
+            assert torch.get_num_threads() == count, "left as it was"
+        torch.set_num_threads(before)
+        assert found[0] == found[1] == found[2]
 
 
 def test_an_adapter_needs_to_know_how_much_to_keep(base: Artifact) -> None:

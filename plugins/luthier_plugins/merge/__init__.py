@@ -6,9 +6,9 @@ PACKAGE = "luthier_plugins.merge"
 STAGES = (
     ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 4),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
-     "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 2),
+     "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 3),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
-     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 3),
+     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 4),
     ("moe", "A mixture of experts out of dense models", "moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
      "search.config:SearchConfig", "search.stage:Search", 2),

@@ -15,10 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from luthier.api import Merge, MergePart, ModelError
@@ -26,6 +25,7 @@ from luthier.train.merging import Grid, measured
 from luthier_plugins.merge import on_gpu
 from luthier_plugins.merge.devices import fastest, where_it_fits
 from luthier_plugins.merge.files import SIZES, Scratch
+from luthier_plugins.merge.pool import MATRIX_COPIES, MEMORY, Budget, ahead, threads
 from luthier_plugins.merge.tasks import Look, ScanOf, Span, Task, read_part
 from luthier_plugins.merge.writer import Output
 from torch import Tensor
@@ -36,12 +36,6 @@ KEPT = 1 << 27
 """Bytes that all workers together keep of parameters that are looked at twice, so that these are not read twice."""
 COPY = 1 << 22
 """Bytes copied at once."""
-MEMORY = 2 << 30
-"""Bytes that whole-matrix methods may hold at once, unless one matrix alone needs more."""
-MATRIX_COPIES = 6
-"""How many copies of a matrix a decomposition needs beside its inputs, at most."""
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,27 +47,6 @@ class Settings:
     memory: int = MEMORY
     niceness: int = 0
     """How much further than this process the workers stand back behind others, as in nice(1)."""
-
-
-@dataclass(slots=True)
-class _Budget:
-    """Admits whole matrices as far as the memory goes; one alone is always admitted."""
-
-    limit: int
-    used: int = 0
-    condition: threading.Condition = field(default_factory=threading.Condition)
-
-    @contextmanager
-    def of(self, size: int) -> Iterator[None]:
-        with self.condition:
-            self.condition.wait_for(lambda: self.used == 0 or self.used + size <= self.limit)
-            self.used += size
-        try:
-            yield
-        finally:
-            with self.condition:
-                self.used -= size
-                self.condition.notify_all()
 
 
 class Engine:
@@ -92,18 +65,12 @@ class Engine:
         self.settings = settings
         self.progress = progress
         self._local = threading.local()
-        self._budget = _Budget(settings.memory)
+        self._budget = Budget(settings.memory)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Merge all tensors. What a method raises is raised here; the other jobs are given up then."""
-        before = torch.get_num_threads()
-        # One compute thread each: the pool is over tensors and parts.
-        torch.set_num_threads(1)
-        try:
-            with ThreadPoolExecutor(self.settings.workers, initializer=self._stand_back) as pool:
-                self._run(pool, tasks)
-        finally:
-            torch.set_num_threads(before)
+        with threads(self.settings.workers, self._stand_back) as pool:
+            self._run(pool, tasks)
 
     def _stand_back(self) -> None:
         # Elsewhere it would be the whole process, and for good.
@@ -183,8 +150,8 @@ class Engine:
         return self._device(task) != "cpu" and not task.extras and on_gpu.size_of(task) <= self._gpu.limit
 
     @cached_property
-    def _gpu(self) -> _Budget:
-        return _Budget(on_gpu.room())
+    def _gpu(self) -> Budget:
+        return Budget(on_gpu.room())
 
     def _keeps(self, task: Task) -> bool:
         """Whether a parameter is read into memory once, because it is looked at twice."""
@@ -249,7 +216,7 @@ class Engine:
                 looks = (look(part) for part in self._parts(task, job))
                 return _condensed(looks) if add else list(looks)
 
-            for found in _ahead(pool, work, jobs(spans[::every]), 2 * self.settings.workers):
+            for found in ahead(pool, work, jobs(spans[::every]), 2 * self.settings.workers):
                 yield from found
 
         found = measured(self._method(task), ScanOf(task, walk))
@@ -258,7 +225,7 @@ class Engine:
             for part in self._parts(task, job):
                 self._write(task, part, found, self._scratch)
 
-        for _ in _ahead(pool, work, jobs(spans), 2 * self.settings.workers):
+        for _ in ahead(pool, work, jobs(spans), 2 * self.settings.workers):
             pass
 
     # -- parts ------------------------------------------------------------------------------------
@@ -296,20 +263,3 @@ def _condensed(values: Iterator[Tensor]) -> list[Tensor]:
         else:
             found.append(value)
     return found
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Job], Result], jobs: Sequence[Job], window: int
-) -> Iterator[Result]:
-    """The results in the order of the jobs, with at most `window` of them under way or waiting."""
-    pending: list[Future[Result]] = []
-    try:
-        for job in jobs:
-            pending.append(pool.submit(work, job))
-            if len(pending) >= window:
-                yield pending.pop(0).result()
-        while pending:
-            yield pending.pop(0).result()
-    finally:
-        for future in pending:
-            future.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +35,7 @@ from luthier_plugins.merge.config import MergeConfig, as_method
 from luthier_plugins.merge.engine import Engine, Settings
 from luthier_plugins.merge.layout import Inputs, Layout, lay_out
 from luthier_plugins.merge.lowrank import Unfoldable
+from luthier_plugins.merge.pool import cores
 from luthier_plugins.merge.reader import Source, Weights, dump_json, full_of, label_of
 from luthier_plugins.merge.tasks import Extras
 from luthier_plugins.merge.verify import Verifier
@@ -298,7 +298,7 @@ def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) 
 
 
 def _settings(config: MergeConfig, verifier: Verifier) -> Settings:
-    workers = config.workers or len(os.sched_getaffinity(0))
+    workers = config.workers or cores()
     # The other process has the longer way to go, when the model is small: it goes first where there are few cores.
     niceness = STAND_BACK if verifier.apart else 0
     return Settings(workers, config.chunk, config.memory, niceness=niceness)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import math
+from contextlib import ExitStack, closing
+from typing import Literal
 
 from luthier.api import Facts, ModelError, StageContext
 from luthier.train.adapters import linear_modules
@@ -12,6 +14,7 @@ from luthier_plugins.merge.check import check_stored, is_vocabulary
 from luthier_plugins.merge.files import DTYPES
 from luthier_plugins.merge.lowrank import TRANSPOSED, in_file
 from luthier_plugins.merge.merging import open_inputs
+from luthier_plugins.merge.pool import by_matrix
 from luthier_plugins.merge.reader import full_of, whole
 
 
@@ -38,19 +41,26 @@ class ExtractLora:
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []
-            for done, (name, header) in enumerate(base.headers.items()):
-                context.progress(done, len(base.headers), "tensors")
-                if header.dtype not in DTYPES:
-                    continue
+            names = [name for name, header in base.headers.items() if header.dtype in DTYPES]
+
+            def work(name: str) -> tuple[Factors, float] | Literal["same", "left out"]:
                 delta = whole(tuned, name) - whole(base, name)
                 if not bool(delta.any()):
-                    continue
+                    return "same"
                 if name not in modules or (is_vocabulary(name) and not self.config.head):
-                    left_out.append(name)
-                    continue
+                    return "left out"
                 # The head of such models is a linear layer like others.
                 matrix = delta.T if turned and not is_vocabulary(name) else delta
-                factors[modules[name]], kept[name] = low_rank(matrix, self.config.r, self.config.energy)
+                return low_rank(matrix, self.config.r, self.config.energy)
+
+            found_by_name = by_matrix(work, names, lambda name: math.prod(base.headers[name].shape))
+            results = stack.enter_context(closing(found_by_name))
+            for done, (name, found) in enumerate(zip(names, results, strict=True)):
+                context.progress(done, len(names), "tensors")
+                if found == "left out":
+                    left_out.append(name)
+                elif found != "same":
+                    factors[modules[name]], kept[name] = found
         if not factors:
             raise ModelError("no linear layer differs between the two models", hint="is `base` the right one?")
         if left_out:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any
@@ -16,6 +17,7 @@ from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapte
 from luthier_plugins.merge.files import DTYPES, Files
 from luthier_plugins.merge.layout import depth_of, layers_of
 from luthier_plugins.merge.lowrank import LowRank, Unfoldable
+from luthier_plugins.merge.pool import by_matrix
 from luthier_plugins.merge.reader import FROM_TRAINING, NOT_FINITE, content_of, label_of
 from torch import Tensor
 
@@ -40,13 +42,18 @@ class MergeAdapters:
             adapters = [_opened(artifact, files, stack) for artifact in artifacts]
             targets = {name: adapter for adapter, _ in reversed(adapters) for name in adapter.targets}
             names = [name for name in headers if name in targets]
-            for done, name in enumerate(names):
-                context.progress(done, len(names), "matrices")
+
+            def work(name: str) -> tuple[Factors, float]:
                 # The update of a linear layer has the shape (out, in) also where its weight is stored as (in, out).
                 shape = headers[name].shape[:: -1 if targets[name].targets[name].transposed else 1]
                 pairs = [_factors(adapter, name, shape, label) for adapter, label in adapters]
                 merge = _Merge(self.config, method, name, depth_of(name, counts), Noise(context.seed, contents, name))
-                factors[targets[name].module(name)], share = merge.of(pairs)
+                return merge.of(pairs)
+
+            results = stack.enter_context(closing(by_matrix(work, names, lambda name: math.prod(headers[name].shape))))
+            for done, (name, (pair, share)) in enumerate(zip(names, results, strict=True)):
+                context.progress(done, len(names), "matrices")
+                factors[targets[name].module(name)] = pair
                 kept.append(share)
         turned = any(adapter.targets[name].transposed for name, adapter in targets.items())
         facts = write_adapter(context.out, factors, base, artifacts[0], transposed=turned)
