@@ -76,6 +76,12 @@ def models(store: Path) -> list[Artifact]:
     return [tiny_model(store, seed=seed, dtype="float32", tied=False) for seed in range(3)]
 
 
+def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a GPU be used for small parameters and models too."""
+    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    monkeypatch.setattr(on_gpu, "WORTH_IT", 0)
+
+
 def made(store: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors that a stage makes."""
     artifact = run_stage(store, stage, config, inputs=inputs)
@@ -98,6 +104,7 @@ def gpu_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         taken.append(count)
         return torch.empty(count).as_subclass(There)
 
+    monkeypatch.setattr(on_gpu, "WORTH_IT", 0)
     monkeypatch.setattr(on_gpu, "room", lambda: 1 << 30)
     monkeypatch.setattr(on_gpu.OnGpu, "__init__", Scratch.__init__)
     monkeypatch.setattr(on_gpu.OnGpu, "floats", floats)
@@ -157,11 +164,17 @@ def test_a_gpu_that_others_have_has_no_room(monkeypatch: pytest.MonkeyPatch) -> 
     assert on_gpu.room() == int(on_gpu.SHARE * 130)
 
 
-def test_what_is_larger_than_the_gpu_stays_on_the_cpu(
-    store: Path, models: list[Artifact], gpu_of_the_cpu: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("name", "value"), [("room", lambda: 0), ("WORTH_IT", 1 << 40)])
+def test_what_is_larger_than_the_gpu_or_not_worth_it_stays_on_the_cpu(
+    store: Path,
+    models: list[Artifact],
+    gpu_of_the_cpu: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: Any,
 ) -> None:
     monkeypatch.setattr(engine, "fastest", lambda entries: "cuda")
-    monkeypatch.setattr(on_gpu, "room", lambda: 0)
+    monkeypatch.setattr(on_gpu, name, value)
     made(store, "merge", {"method": BY_ENTRY[0]}, {"models": models[1:], "base": models[0]})
     assert not gpu_of_the_cpu
 
@@ -186,13 +199,13 @@ def test_a_gpu_merges_as_the_cpu_does(
     else:
         inputs["base"] = models[0]
     on_cpu = made(store, "merge", config, inputs)
-    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    whatever_the_size(monkeypatch)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.max_memory_allocated()
-    on_gpu = made(store, "merge", config, inputs)
+    there = made(store, "merge", config, inputs)
     assert torch.cuda.max_memory_allocated() > before, "it was on the GPU"
     for name, tensor in on_cpu.items():
-        torch.testing.assert_close(on_gpu[name], tensor, rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(there[name], tensor, rtol=1e-3, atol=2e-5)
 
 
 @on_a_gpu
@@ -206,7 +219,7 @@ def test_methods_by_entry_give_the_same_bits_on_a_gpu(
     config: dict[str, Any] = {"method": method, "dtype": "float32", "weights": [0.7, 1.0, -0.4]}
     inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
     on_cpu = made(store, "merge", config, inputs)
-    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    whatever_the_size(monkeypatch)
     # Several parts in a parameter, and several of the CPU's in one of the GPU's.
     monkeypatch.setattr(on_gpu, "PARTS", 2)
     monkeypatch.setattr(merging, "BLOCK", 1 << 12)
@@ -225,7 +238,7 @@ def test_what_is_computed_on_the_way_is_the_same_on_a_gpu(
     config, inputs = with_adapter_and_new_vocabulary(store, models)
     monkeypatch.setattr(merging, "BLOCK", 63 * 64)
     on_cpu = made(store, "merge", config, inputs)
-    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    whatever_the_size(monkeypatch)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.max_memory_allocated()
     assert same_bits(on_cpu, made(store, "merge", config, inputs))
@@ -238,11 +251,11 @@ def test_an_adapter_comes_out_of_a_model_on_a_gpu_too(
 ) -> None:
     inputs = {"model": models[1], "base": models[0]}
     on_cpu = made(store, "extract_lora", {"r": 8}, inputs)
-    monkeypatch.setattr(devices, "WORTH_IT", 0)
-    on_gpu = made(store, "extract_lora", {"r": 8}, inputs)
+    whatever_the_size(monkeypatch)
+    there = made(store, "extract_lora", {"r": 8}, inputs)
     for name in (name for name in on_cpu if "lora_A" in name):
         other = name.replace("lora_A", "lora_B")
-        torch.testing.assert_close(on_gpu[other] @ on_gpu[name], on_cpu[other] @ on_cpu[name], rtol=1e-3, atol=2e-5)
+        torch.testing.assert_close(there[other] @ there[name], on_cpu[other] @ on_cpu[name], rtol=1e-3, atol=2e-5)
 
 
 @on_a_gpu
@@ -255,7 +268,7 @@ def test_a_gpu_without_room_leaves_the_merge_to_the_cpu(
     config = {"method": method, "dtype": "float32"}
     inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
     on_cpu = made(store, "merge", config, inputs)
-    monkeypatch.setattr(devices, "WORTH_IT", 0)
+    whatever_the_size(monkeypatch)
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1e-6)
     try:

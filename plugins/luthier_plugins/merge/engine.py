@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,6 +65,7 @@ class Engine:
         self.progress = progress
         self._local = threading.local()
         self._budget = Budget(settings.memory)
+        self._gpu = Budget(0)
 
     def run(self, tasks: Sequence[Task]) -> None:
         """Merge all tensors. What a method raises is raised here; the other jobs are given up then."""
@@ -82,6 +82,8 @@ class Engine:
     def _run(self, pool: ThreadPoolExecutor, tasks: Sequence[Task]) -> None:
         total = sum(task.entries for task in tasks)
         done = 0
+        if sum(task.entries for task in tasks if self._suits_gpu(task)) >= on_gpu.WORTH_IT:
+            self._gpu = Budget(on_gpu.room())
         small: list[Task] = []
         for task in tasks:
             whole = task.copied or self._method(task).granularity == "matrix" or self._fits_gpu(task)
@@ -145,13 +147,14 @@ class Engine:
         suits = getattr(method, "suits_gpu", method.granularity == "matrix")
         return fastest(task.entries) if suits else "cpu"
 
-    def _fits_gpu(self, task: Task) -> bool:
-        """Whether a parameter's parts are worked on on a GPU."""
-        return self._device(task) != "cpu" and not task.extras and on_gpu.size_of(task) <= self._gpu.limit
+    def _suits_gpu(self, task: Task) -> bool:
+        """Whether a parameter's parts may be worked on on a GPU."""
+        matrix = self._method(task).granularity == "matrix"
+        return not (task.copied or matrix or task.extras) and self._device(task) != "cpu"
 
-    @cached_property
-    def _gpu(self) -> Budget:
-        return Budget(on_gpu.room())
+    def _fits_gpu(self, task: Task) -> bool:
+        """Whether they are."""
+        return self._suits_gpu(task) and on_gpu.size_of(task) <= self._gpu.limit
 
     def _keeps(self, task: Task) -> bool:
         """Whether a parameter is read into memory once, because it is looked at twice."""

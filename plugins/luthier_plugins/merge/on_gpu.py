@@ -15,6 +15,8 @@ COPIES = 4
 """How many copies of a part methods make beside it, at most, input by input."""
 SORTED = 32
 """Bytes an entry that sorting one model's values takes, for methods that look at a whole parameter."""
+WORTH_IT = 1 << 26
+"""Entries that must be merged there all in all: below, starting a GPU takes longer than it saves."""
 SHARE = 0.8
 """The share of the free memory that may be taken."""
 
