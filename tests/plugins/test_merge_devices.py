@@ -79,7 +79,7 @@ def models(store: Path) -> list[Artifact]:
 def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a GPU be used for small parameters and models too."""
     monkeypatch.setattr(devices, "WORTH_IT", 0)
-    monkeypatch.setattr(on_gpu, "WORTH_IT", 0)
+    monkeypatch.setattr(on_gpu, "WORTH_IT", 1)
 
 
 def made(store: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -104,7 +104,7 @@ def gpu_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         taken.append(count)
         return torch.empty(count).as_subclass(There)
 
-    monkeypatch.setattr(on_gpu, "WORTH_IT", 0)
+    monkeypatch.setattr(on_gpu, "WORTH_IT", 1)
     monkeypatch.setattr(on_gpu, "room", lambda: 1 << 30)
     monkeypatch.setattr(on_gpu.OnGpu, "__init__", Scratch.__init__)
     monkeypatch.setattr(on_gpu.OnGpu, "floats", floats)
