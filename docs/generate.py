@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import click
-from luthier.api import KINDS, PerModel
+from luthier.api import KINDS
 from luthier.api.config import configs_of
 from luthier.api.descriptions import descriptions
-from luthier.api.merging import Filtered
 from luthier.cli.main import VERBS, Verbs, luthier
+from luthier.merging.api import Filtered, PerModel
 from luthier.registry import default_registry
 from pydantic import BaseModel
 
@@ -48,8 +48,9 @@ def _rows(config: type[BaseModel], inside: str = "") -> Iterator[str]:
         yield f"| `{inside}{key}` | {_default(field)} | {about} |"
         marks = {list: "[]", dict: ".<name>"}.get(get_origin(field.annotation), "")
         # A setting is written in the same ways everywhere: the how-to tells how.
-        for nested in dict.fromkeys(inner for inner in configs_of(field.annotation)
-                                    if inner not in (Filtered, PerModel)):  # fmt: skip
+        for nested in dict.fromkeys(
+            inner for inner in configs_of(field.annotation) if inner not in (Filtered, PerModel)
+        ):
             yield from _rows(nested, f"{inside}{key}{marks}.")
 
 

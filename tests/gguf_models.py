@@ -12,17 +12,36 @@ from safetensors.torch import load_file, save_file
 
 ROWS = 320
 SIZES: dict[str, Any] = {
-    "vocab_size": ROWS, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": ROWS,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 LATENT: dict[str, Any] = {
-    "num_key_value_heads": 4, "moe_intermediate_size": 256, "n_routed_experts": 4, "n_shared_experts": 1,
-    "num_experts_per_tok": 2, "first_k_dense_replace": 1, "kv_lora_rank": 256, "qk_rope_head_dim": 32,
-    "qk_nope_head_dim": 64, "v_head_dim": 64,
-}  # fmt: skip
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + 0.01 * place for place in range(32)],
-        "long_factor": [1.0 + 0.1 * place for place in range(32)],
-        "original_max_position_embeddings": 512}  # fmt: skip
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 256,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 256,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0 + 0.01 * place for place in range(32)],
+    "long_factor": [1.0 + 0.1 * place for place in range(32)],
+    "original_max_position_embeddings": 512,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
 LATENT_YARN = {**YARN, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
 """As in DeepSeek's own models, for which attention is sharper the more the context is stretched."""
@@ -32,28 +51,59 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    "qwen2-moe": ("Qwen2MoeConfig", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
-                                     "num_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2-moe-tied": ("Qwen2MoeConfig", {"moe_intermediate_size": 256, "shared_expert_intermediate_size": 256,
-                                          "num_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True}),
-    "qwen3-moe": ("Qwen3MoeConfig", {"moe_intermediate_size": 256, "num_experts": 4, "num_experts_per_tok": 2,
-                                     "head_dim": 64, "norm_topk_prob": True}),
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        {
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen2-moe-tied": (
+        "Qwen2MoeConfig",
+        {
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+            "num_experts": 4,
+            "num_experts_per_tok": 4,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3-moe": (
+        "Qwen3MoeConfig",
+        {
+            "moe_intermediate_size": 256,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "head_dim": 64,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma": ("GemmaConfig", {"head_dim": 64}),
     "gemma2": ("Gemma2Config", {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16}),
-    "gemma3": ("Gemma3TextConfig", {"num_hidden_layers": 7, "head_dim": 64, "query_pre_attn_scalar": 64,
-                                    "sliding_window": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"num_hidden_layers": 7, "head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 16},
+    ),
     "phi3": ("Phi3Config", {}),
-    "phi3-long": ("Phi3Config", {"rope_parameters": LONG, "original_max_position_embeddings": 512,
-                                "max_position_embeddings": 1024}),
+    "phi3-long": (
+        "Phi3Config",
+        {"rope_parameters": LONG, "original_max_position_embeddings": 512, "max_position_embeddings": 1024},
+    ),
     "deepseek-v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256}),
     "deepseek-v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
     "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN}),
-    "deepseek-v2-yarn": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256, "rope_parameters":
-                                              {**LATENT_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
-    "deepseek-v3-yarn": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1,
-                                              "rope_parameters": LATENT_YARN}),
+    "deepseek-v2-yarn": (
+        "DeepseekV2Config",
+        {**LATENT, "q_lora_rank": 256, "rope_parameters": {**LATENT_YARN, "mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
+    "deepseek-v3-yarn": (
+        "DeepseekV3Config",
+        {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1, "rope_parameters": LATENT_YARN},
+    ),
     "deepseek-v3": ("DeepseekV3Config", {**LATENT, "q_lora_rank": 256, "n_group": 2, "topk_group": 1}),
-}  # fmt: skip
+}
 
 
 def make_model(folder: Path, name: str, **more: Any) -> Path:

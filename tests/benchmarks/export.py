@@ -40,9 +40,17 @@ def make_model(folder: Path, tokenizer: Path, layers: int) -> int:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers,
-                         num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True,
-                         max_position_embeddings=2048, eos_token_id=151645)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+        eos_token_id=151645,
+    )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for path in tokenizer.iterdir():
         if path.is_file():
@@ -66,9 +74,11 @@ def ours(folder: Path, out: Path, kind: str) -> dict[str, float]:
     started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-c", WORK, str(folder), str(out), kind],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
         env={**ALLOCATOR, **os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
+    )
     return {**json.loads(done.stdout), "whole": time.perf_counter() - started}
 
 
@@ -88,20 +98,25 @@ def main() -> None:
     size = make_model(model, options.tokenizer, options.layers)
     print(f"the model: {size / 2e6:,.0f} M parameters, {size / (1 << 20):,.0f} MiB")
     f16 = options.folder / "theirs-F16.gguf"
-    theirs = timed([options.converter_python, str(options.converter), str(model), "--outfile", str(f16),
-                    "--outtype", "f16"])  # fmt: skip
+    theirs = timed(
+        [options.converter_python, str(options.converter), str(model), "--outfile", str(f16), "--outtype", "f16"]
+    )
     ours(model, options.folder / "ours.gguf", "F16")
     found = ours(model, options.folder / "ours.gguf", "F16")
-    print(f"F16: llama.cpp's converter {theirs:.1f} s; ours {found['whole']:.1f} s ({found['seconds']:.1f} s without "
-          f"imports), {found['memory']:.0f} MiB ({found['memory'] * (1 << 20) / size:.0%} of the model)")  # fmt: skip
+    print(
+        f"F16: llama.cpp's converter {theirs:.1f} s; ours {found['whole']:.1f} s ({found['seconds']:.1f} s without "
+        f"imports), {found['memory']:.0f} MiB ({found['memory'] * (1 << 20) / size:.0%} of the model)"
+    )
     python = Path(os.environ["LUTHIER_ORACLES"]) / "llama-cpp" / "bin" / "python"
     script = Path(__file__).parents[1] / "oracle" / "quantize.py"
     for kind in ("Q8_0", "Q4_K_M"):
         theirs = timed([str(python), str(script), str(f16), str(options.folder), kind])
         found = ours(model, options.folder / "ours.gguf", kind)
-        print(f"{kind}: llama_model_quantize {theirs:.1f} s from F16; ours {found['whole']:.1f} s "
-              f"({found['seconds']:.1f} s without imports) from safetensors, {found['memory']:.0f} MiB "
-              f"({found['memory'] * (1 << 20) / size:.0%} of the model)")  # fmt: skip
+        print(
+            f"{kind}: llama_model_quantize {theirs:.1f} s from F16; ours {found['whole']:.1f} s "
+            f"({found['seconds']:.1f} s without imports) from safetensors, {found['memory']:.0f} MiB "
+            f"({found['memory'] * (1 << 20) / size:.0%} of the model)"
+        )
     shutil.rmtree(options.folder)
 
 

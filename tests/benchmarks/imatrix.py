@@ -53,8 +53,22 @@ def main() -> None:
     blocks = [ids[first : first + BLOCK] for first in range(0, BLOCK * options.blocks, BLOCK)]
 
     def theirs(chunks: int) -> float:
-        command = [str(options.program), "-m", "f16.gguf", "-f", "text.txt", "-c", str(BLOCK), "-t", "2", "--no-ppl",
-                   "--chunks", str(chunks), "-o", "theirs.gguf"]  # fmt: skip
+        command = [
+            str(options.program),
+            "-m",
+            "f16.gguf",
+            "-f",
+            "text.txt",
+            "-c",
+            str(BLOCK),
+            "-t",
+            "2",
+            "--no-ppl",
+            "--chunks",
+            str(chunks),
+            "-o",
+            "theirs.gguf",
+        ]
         started = time.perf_counter()
         subprocess.run(command, cwd=options.folder, check=True, capture_output=True)
         return time.perf_counter() - started

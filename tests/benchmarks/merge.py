@@ -36,11 +36,11 @@ import torch
 from memory import Watched
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
-from luthier_plugins.merge.config import MergeConfig
-from luthier_plugins.merge.engine import Engine, Settings
-from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.reader import Weights
-from luthier_plugins.merge.writer import Output
+from luthier.merging.config import MergeConfig
+from luthier.merging.engine import Engine, Settings
+from luthier.merging.layout import Inputs, lay_out
+from luthier.merging.reader import Weights
+from luthier.merging.writer import Output
 
 store, out, values, models, base, workers = json.loads(sys.argv[1])
 registry = default_registry()
@@ -53,7 +53,7 @@ with Watched() as watched:
     inputs = Inputs([Weights(made[name]) for name in models], Weights(made[base]) if base else None)
     layout = lay_out(config, inputs, 0, None)
     output = Output(Path(out), layout.tensors, 5_000_000_000)
-    Engine(method, output, Settings(workers), lambda done, total: None).run(layout.tasks)
+    Engine(method, output, Settings(workers), lambda done, total: None).run(layout.jobs)
     output.close()
 print(json.dumps({"seconds": watched.seconds, "memory": watched.memory}))
 """
@@ -66,18 +66,27 @@ def make_models(folder: Path, layers: int) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
-                         num_key_value_heads=16, vocab_size=32000, max_position_embeddings=512)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        vocab_size=32000,
+        max_position_embeddings=512,
+    )
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     nano = Path(str(files("luthier"))) / "models" / "nano-base"
     for place, name in enumerate(["base", *NAMES]):
         generator = torch.Generator().manual_seed(place)
         if place:
-            model.load_state_dict({
-                key: (tensor.float() + 0.002 * torch.randn(tensor.shape, generator=generator)).to(torch.bfloat16)
-                for key, tensor in base.items()
-            })  # fmt: skip
+            model.load_state_dict(
+                {
+                    key: (tensor.float() + 0.002 * torch.randn(tensor.shape, generator=generator)).to(torch.bfloat16)
+                    for key, tensor in base.items()
+                }
+            )
         model.save_pretrained(folder / name)
         for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             shutil.copyfile(nano / text, folder / name / text)
@@ -87,8 +96,12 @@ def recipe_of(layers: int) -> str:
     """Every model as a stage, and every merge."""
     stages: dict[str, Any] = {name: {"uses": "base", "source": f"./{layers}/{name}"} for name in ["base", *NAMES]}
     for name, (ours, _, count, has_base) in METHODS.items():
-        stages[f"by-{name}"] = {"uses": "merge", "models": NAMES[:count], "method": ours,
-                                **({"base": "base"} if has_base else {})}  # fmt: skip
+        stages[f"by-{name}"] = {
+            "uses": "merge",
+            "models": NAMES[:count],
+            "method": ours,
+            **({"base": "base"} if has_base else {}),
+        }
     return json.dumps({"luthier": 1, "name": f"bench{layers}", "stages": stages})
 
 
@@ -110,8 +123,11 @@ def by_mergekit(folder: Path, layers: int, name: str) -> float:
     if has_base:
         content["base_model"] = f"./{layers}/base"
     if name == "slerp":
-        content |= {"base_model": f"./{layers}/a", "parameters": parameters,
-                    "models": [{"model": item["model"]} for item in models]}  # fmt: skip
+        content |= {
+            "base_model": f"./{layers}/a",
+            "parameters": parameters,
+            "models": [{"model": item["model"]} for item in models],
+        }
     file = folder / f"{name}.yml"
     file.write_text(json.dumps(content))
     out = folder / "theirs"
@@ -140,13 +156,21 @@ def by_engine(folder: Path, name: str) -> dict[str, float]:
     ours, _, count, has_base = METHODS[name]
     out = folder / "engine"
     out.mkdir(exist_ok=True)
-    arguments = [str(folder / "store"), str(out), ours, NAMES[:count], "base" if has_base else None,
-                 len(os.sched_getaffinity(0))]  # fmt: skip
+    arguments = [
+        str(folder / "store"),
+        str(out),
+        ours,
+        NAMES[:count],
+        "base" if has_base else None,
+        len(os.sched_getaffinity(0)),
+    ]
     done = subprocess.run(
         [sys.executable, "-c", WORK, json.dumps(arguments)],
-        capture_output=True, text=True, check=True,
+        capture_output=True,
+        text=True,
+        check=True,
         env={**ALLOCATOR, **os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )  # fmt: skip
+    )
     shutil.rmtree(out)
     return json.loads(done.stdout)
 
@@ -172,13 +196,13 @@ def floor(folder: Path, layers: int, name: str) -> float:
 def many_tensors(folder: Path) -> dict[int, float]:
     """Seconds to merge models of so many small tensors."""
     import torch
-    from luthier.api import MergePlace
+    from luthier.api import MergedParameter
     from luthier.artifacts.models import safetensors_header
+    from luthier.merging.engine import Engine, Settings
+    from luthier.merging.files import Files
+    from luthier.merging.jobs import Operand, TensorJob
+    from luthier.merging.writer import Described, Output
     from luthier.registry import default_registry
-    from luthier_plugins.merge.engine import Engine, Settings
-    from luthier_plugins.merge.files import Files
-    from luthier_plugins.merge.tasks import Role, Task
-    from luthier_plugins.merge.writer import Described, Output
     from safetensors.torch import save_file
 
     class Plain:
@@ -201,11 +225,13 @@ def many_tensors(folder: Path) -> dict[int, float]:
         save_file({f"t{number}": torch.ones(16, 16) for number in range(count)}, place / "x.safetensors")
         plain: Any = Plain(place / "x.safetensors")
         tensors = {name: Described("F32", header.shape) for name, header in plain.headers.items()}
-        tasks = [Task(MergePlace(name, about.shape, 0.0, 2), [Role(plain, name)] * 2, None, [1.0, 1.0])
-                 for name, about in tensors.items()]  # fmt: skip
+        jobs = [
+            TensorJob(MergedParameter(name, about.shape, 0.0, 2), [Operand(plain, name)] * 2, None, [1.0, 1.0])
+            for name, about in tensors.items()
+        ]
         started = time.perf_counter()
         output = Output(place, tensors, 1 << 40)
-        Engine(method, output, Settings(2), lambda done, total: None).run(tasks)
+        Engine(method, output, Settings(2), lambda done, total: None).run(jobs)
         output.close()
         found[count] = time.perf_counter() - started
         shutil.rmtree(place)
@@ -233,19 +259,29 @@ def main() -> None:
         (options.folder / f"bench{layers}.yaml").write_text(recipe_of(layers))
     only = [word for name in ["base", *NAMES] for word in ("--only", name)]
     timed([program, "run", f"bench{options.layers}.yaml", "--store", "store", *only], options.folder)
-    print(f"{'method':<10} {'mergekit':>9} {'luthier run':>12} {'merge alone':>12} {'floor':>7} "
-          f"{'run: times as fast':>19} {'alone':>6} {'over the floor: mergekit':>25} {'run':>5} {'alone':>6} "
-          f"{'MiB':>5}")  # fmt: skip
+    print(
+        f"{'method':<10} {'mergekit':>9} {'luthier run':>12} {'merge alone':>12} {'floor':>7} "
+        f"{'run: times as fast':>19} {'alone':>6} {'over the floor: mergekit':>25} {'run':>5} {'alone':>6} "
+        f"{'MiB':>5}"
+    )
     for name in options.methods:
-        rounds = [(floor(options.folder, options.layers, name), by_mergekit(options.folder, options.layers, name),
-                   by_luthier(options.folder, options.layers, name), by_engine(options.folder, name))
-                  for _ in range(options.repeats)]  # fmt: skip
+        rounds = [
+            (
+                floor(options.folder, options.layers, name),
+                by_mergekit(options.folder, options.layers, name),
+                by_luthier(options.folder, options.layers, name),
+                by_engine(options.folder, name),
+            )
+            for _ in range(options.repeats)
+        ]
         least, theirs, run_ = (statistics.median(found[place] for found in rounds) for place in range(3))
         alone = statistics.median(found[3]["seconds"] for found in rounds)
         memory = max(found[3]["memory"] for found in rounds)
-        print(f"{name:<10} {theirs:8.1f}s {run_:11.1f}s {alone:11.1f}s {least:6.1f}s {theirs / run_:19.1f} "
-              f"{theirs / alone:6.1f} {theirs / least:25.1f} {run_ / least:5.1f} {alone / least:6.1f} {memory:5.0f}",
-              flush=True)  # fmt: skip
+        print(
+            f"{name:<10} {theirs:8.1f}s {run_:11.1f}s {alone:11.1f}s {least:6.1f}s {theirs / run_:19.1f} "
+            f"{theirs / alone:6.1f} {theirs / least:25.1f} {run_ / least:5.1f} {alone / least:6.1f} {memory:5.0f}",
+            flush=True,
+        )
     if not options.times:
         shutil.rmtree(options.folder / "store")
         timed([program, "run", f"bench{double}.yaml", "--store", "store", *only], options.folder)

@@ -23,11 +23,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=1024, hidden_size=896, intermediate_size=4864, num_hidden_layers=options.layers,
-                         num_attention_heads=14, num_key_value_heads=2, max_position_embeddings=2048)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=1024,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=options.layers,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+    )
     model = Qwen2ForCausalLM(config).eval()
-    names = [f"{name}.weight" for name, module in model.named_modules()
-             if isinstance(module, torch.nn.Linear) and ".layers." in name]  # fmt: skip
+    names = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    ]
     ids = torch.randint(0, 1024, (options.tokens // 512, 512))
     grid = Grid(4, 128, symmetric=False)
     started = time.perf_counter()
@@ -38,8 +48,10 @@ def main() -> None:
     for _ in rounded_on_data(model, names, ids.tolist(), grid):
         pass
     feedback = time.perf_counter() - started
-    print(f"{options.layers} layers, {options.tokens:,} tokens: to nearest {nearest / options.layers:.2f} s a layer, "
-          f"on data {feedback / options.layers:.1f} s a layer")  # fmt: skip
+    print(
+        f"{options.layers} layers, {options.tokens:,} tokens: to nearest {nearest / options.layers:.2f} s a layer, "
+        f"on data {feedback / options.layers:.1f} s a layer"
+    )
 
 
 if __name__ == "__main__":

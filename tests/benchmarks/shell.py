@@ -63,8 +63,11 @@ def overhead(console: Console) -> None:
     stages = {name: artifact.manifest for name, node in nodes.items() if (artifact := store.find(node.key))}
     work = sum(manifest["seconds"]["run"] for manifest in stages.values())
     load = sum(manifest["seconds"]["load"] for manifest in stages.values())
-    runs = [events for path in store.runs.glob("*-quickstart-*/events.jsonl")
-            if (events := [json.loads(line) for line in path.read_text().splitlines()])]  # fmt: skip
+    runs = [
+        events
+        for path in store.runs.glob("*-quickstart-*/events.jsonl")
+        if (events := [json.loads(line) for line in path.read_text().splitlines()])
+    ]
     whole = [events for events in runs if sum(event["event"] == "stage_finished" for event in events) == len(nodes)]
     if not whole:
         console.print("no whole run of the quickstart in the store: remove .luthier and run `make quickstart`")

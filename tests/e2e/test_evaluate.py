@@ -10,7 +10,7 @@ import pytest
 import torch
 from luthier import Recipe, plan, run
 from luthier.artifacts.datasets import read_split
-from luthier.train.loading import load_model, load_tokenizer
+from luthier.modeling.loading import load_model, load_tokenizer
 
 RECIPE = """\
 luthier: 1

@@ -10,8 +10,8 @@ import pytest
 import torch
 from luthier import run
 from luthier.artifacts.datasets import read_split
-from luthier.train.loading import load_model, load_tokenizer
-from luthier.train.preference import encode_pair
+from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.training.preference import encode_pair
 
 RECIPE = """\
 luthier: 1
@@ -78,7 +78,7 @@ def test_validation_and_regularizers_count_in_preference_training(
     tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from luthier.testing import run_stage, tiny_dataset, tiny_model
-    from luthier.train import preference
+    from luthier.training import preference
 
     class Pull:
         """A penalty that is easy to see: the squared distance from where training began, times a lot."""
@@ -91,8 +91,14 @@ def test_validation_and_regularizers_count_in_preference_training(
             return 1e4 * sum((now - then).square().sum() for now, then in pairs)
 
     model = tiny_model(tmp_path, dtype="float32")
-    rows = [{"prompt": [{"role": "user", "content": f"say {n}"}], "chosen": [{"role": "assistant", "content": "yes"}],
-             "rejected": [{"role": "assistant", "content": "no"}]} for n in range(4)]  # fmt: skip
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"say {n}"}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for n in range(4)
+    ]
     data = tiny_dataset(tmp_path, rows)
     held_out = tiny_dataset(tmp_path, rows, split="validation")
     (data.path / "validation.parquet").write_bytes((held_out.path / "validation.parquet").read_bytes())

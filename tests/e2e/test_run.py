@@ -62,12 +62,16 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
     ("text", "message"),
     [
         ('[\n  {"messages": []}\n]\n', "is one JSON array"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}\n',
-         "surrogate"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [1]}]}\n',
-         "has tool calls"),
+        (
+            '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}\n',
+            "surrogate",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [1]}]}\n',
+            "has tool calls",
+        ),
     ],
-)  # fmt: skip
+)
 def test_data_that_is_something_else_is_one_message(recipe: Path, chats: Path, cli, text: str, message: str) -> None:
     chats.write_text(text)
     done = cli("run", "small.yaml")

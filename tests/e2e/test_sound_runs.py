@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_message(chats: Path, tmp_path: 
 
     done = subprocess.run(
         [*MAIN, "run", "tuned.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False, preexec_fn=no_room
-    )  # fmt: skip
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "store" in done.stderr
@@ -192,8 +192,10 @@ def test_a_vocabulary_that_the_config_tells_wrongly_is_refused(tmp_path: Path) -
 def test_data_of_another_format_is_a_message(tmp_path: Path, stage: dict, rows: str, message: str) -> None:
     raw = {"text": {"text": "a b"}, "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}[rows]
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(raw)}\n" * 4)
-    recipe = {"luthier": 1, "stages": {"model": {"uses": "base"}, "rows": {"uses": "data", "source": "rows.jsonl"},
-                                       "x": stage}}  # fmt: skip
+    recipe = {
+        "luthier": 1,
+        "stages": {"model": {"uses": "base"}, "rows": {"uses": "data", "source": "rows.jsonl"}, "x": stage},
+    }
     result = run(Recipe.from_mapping(recipe, folder=tmp_path), store=tmp_path / "s")
     assert result.exit_code == 1
     assert message in str(result.stages["x"].error)

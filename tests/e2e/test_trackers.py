@@ -38,10 +38,13 @@ def test_metrics_reach_every_tracker(tmp_path: Path, chats: Path) -> None:
 def test_orpo_learns_to_prefer(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     pairs = [
-        {"prompt": [{"role": "user", "content": text}], "chosen": [{"role": "assistant", "content": "yes"}],
-         "rejected": [{"role": "assistant", "content": "no"}]}
+        {
+            "prompt": [{"role": "user", "content": text}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
         for text in ("one", "two", "three", "four")
-    ]  # fmt: skip
+    ]
     data = tiny_dataset(tmp_path, pairs)
     config = {"steps": 25, "learning_rate": 3e-3, "beta": 0.5, "log_every": 5}
     tuned = run_stage(tmp_path, "orpo", config, inputs={"model": model, "data": data})

@@ -31,6 +31,7 @@ def llama_imatrix(environment: Callable[..., Path]) -> Path:
         options = ["-DCMAKE_BUILD_TYPE=Release", "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF"]
         build = str(folder / "build")
         subprocess.run(["cmake", "-S", str(source), "-B", build, *options], check=True, capture_output=True)
-        subprocess.run(["cmake", "--build", build, "--parallel", "2", "--target", "llama-imatrix"], check=True,
-                       capture_output=True)  # fmt: skip
+        subprocess.run(
+            ["cmake", "--build", build, "--parallel", "2", "--target", "llama-imatrix"], check=True, capture_output=True
+        )
     return program

@@ -30,8 +30,24 @@ def test_importances_are_those_of_llama_imatrix(name: str, llama_imatrix: Path, 
         list(source.write(tmp_path / "f32.gguf", "F32", "x"))
     (tmp_path / "text.txt").write_text(TEXT)
     size = str(CONTEXT)
-    command = [str(llama_imatrix), "-m", "f32.gguf", "-f", "text.txt", "-c", size, "-b", size, "-ub", size,
-               "-o", "theirs.gguf", "-t", "2", "--no-ppl"]  # fmt: skip
+    command = [
+        str(llama_imatrix),
+        "-m",
+        "f32.gguf",
+        "-f",
+        "text.txt",
+        "-c",
+        size,
+        "-b",
+        size,
+        "-ub",
+        size,
+        "-o",
+        "theirs.gguf",
+        "-t",
+        "2",
+        "--no-ppl",
+    ]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     theirs = {tensor.name: np.array(tensor.data) for tensor in gguf.GGUFReader(tmp_path / "theirs.gguf").tensors}
     ids = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids

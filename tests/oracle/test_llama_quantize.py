@@ -27,10 +27,14 @@ def python(environment: Callable[..., Path]) -> Path:
 @pytest.mark.parametrize("weighed", [False, True], ids=["plain", "imatrix"])
 @pytest.mark.parametrize(
     ("name", "layers"),
-    [*((name, 0) for name in MODELS if name not in ("gemma", "deepseek-v2-lite")),
-     # Deep enough that the first and the last eighths of the layers are some.
-     ("llama", 17), ("qwen2-moe", 17), ("deepseek-v2", 17)],
-)  # fmt: skip
+    [
+        *((name, 0) for name in MODELS if name not in ("gemma", "deepseek-v2-lite")),
+        # Deep enough that the first and the last eighths of the layers are some.
+        ("llama", 17),
+        ("qwen2-moe", 17),
+        ("deepseek-v2", 17),
+    ],
+)
 def test_every_tensor_is_the_same_byte_for_byte(
     name: str, layers: int, weighed: bool, python: Path, tmp_path: Path
 ) -> None:
@@ -43,14 +47,19 @@ def test_every_tensor_is_the_same_byte_for_byte(
         if weighed:
             random = np.random.default_rng(0)
             importances = {
-                part.name: random.random((len(part.sources), part.shape[-1]) if len(part.sources) > 1 else
-                                         part.shape[-1], dtype=np.float32) + 0.01
+                part.name: random.random(
+                    (len(part.sources), part.shape[-1]) if len(part.sources) > 1 else part.shape[-1], dtype=np.float32
+                )
+                + 0.01
                 for part in source.parts
                 if is_quantized(part.name, part.shape) and part.name != "token_embd.weight"
-            }  # fmt: skip
+            }
             # llama.cpp wants them for each matrix of a stack, of heads too.
-            stacked = {part.name: np.broadcast_to(importances[part.name], (*part.shape[:-2], part.shape[-1]))
-                       for part in source.parts if part.name in importances}  # fmt: skip
+            stacked = {
+                part.name: np.broadcast_to(importances[part.name], (*part.shape[:-2], part.shape[-1]))
+                for part in source.parts
+                if part.name in importances
+            }
             np.savez(tmp_path / "imatrix.npz", **stacked)
             command += ["--imatrix", str(tmp_path / "imatrix.npz")]
             source.weigh(importances)

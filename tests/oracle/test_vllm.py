@@ -20,8 +20,13 @@ from luthier.cli.verify import verify_command
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 
 ROWS = [("Where is the letter?", "in the drawer"), ("How many geese?", "twelve"), ("Who is there?", "a friend")] * 4
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2",
-            "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}  # fmt: skip
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 BROKEN = ("torchvision", "torchaudio", "torchcodec")
 """Packages that it installs and that do not load beside the build of torch for the CPU."""
 
@@ -50,9 +55,22 @@ def vllm(python: Path, folder: Path, log: Path) -> Generator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1",
-               "--port", str(port), "--enforce-eager", "--max-model-len", "256", "--generation-config",
-               "vllm"]  # fmt: skip
+    command = [
+        str(python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--enforce-eager",
+        "--max-model-len",
+        "256",
+        "--generation-config",
+        "vllm",
+    ]
     with (
         log.open("w") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **SETTINGS}) as process,

@@ -12,9 +12,9 @@ import torch
 from gguf_models import make_gpt2, make_model
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, ModelError, RecipeError
+from luthier.merging.mergekit_yaml import as_config
+from luthier.modeling.loading import fold, load_model
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.loading import fold, load_model
-from luthier_plugins.merge.mergekit_yaml import as_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -65,14 +65,18 @@ def merged(recipe: dict, place: Path, store: Path) -> dict[str, torch.Tensor]:
 def test_an_adapter_from_outside_is_merged_like_any_model(place: Path, tmp_path: Path, written: str) -> None:
     soup = {"uses": "merge", "dtype": "float32"}
     stages = {
-        "stage": {"base": {"uses": "base", "source": "./model"},
-                  "light": {"uses": "adapter", "source": "./light", "model": "base"},
-                  "soup": {**soup, "models": ["base", "light"]}},
+        "stage": {
+            "base": {"uses": "base", "source": "./model"},
+            "light": {"uses": "adapter", "source": "./light", "model": "base"},
+            "soup": {**soup, "models": ["base", "light"]},
+        },
         "folder": {"soup": {**soup, "models": ["./model", "./light"]}},
         "plus": {"soup": {**soup, "models": ["./model", "./model+./light"]}},
-        "stage+folder": {"base": {"uses": "base", "source": "./model"},
-                         "soup": {**soup, "models": ["base", "base+./light"]}},
-    }[written]  # fmt: skip
+        "stage+folder": {
+            "base": {"uses": "base", "source": "./model"},
+            "soup": {**soup, "models": ["base", "base+./light"]},
+        },
+    }[written]
     found = merged(stages, place, tmp_path / "s")
     plain, tuned = load_file(place / "model" / "model.safetensors"), by_peft(place / "model", place / "light")
     assert any(not torch.equal(plain[name], tuned[name]) for name in plain)
@@ -185,8 +189,10 @@ def test_adapters_in_mergekit_files(place: Path, tmp_path: Path, cli) -> None:
         f"models:\n  - {{model: {place}/model+{place}/light, parameters: {{weight: 1}}}}\n"
         "  - {model: org/name+org/lora, parameters: {weight: 1}}\nmerge_method: linear\n"
     )
-    assert as_config({"config": str(file)}, None)["models"] == [f"{place}/model+{place}/light",
-                                                               "hf:org/name+hf:org/lora"]  # fmt: skip
+    assert as_config({"config": str(file)}, None)["models"] == [
+        f"{place}/model+{place}/light",
+        "hf:org/name+hf:org/lora",
+    ]
     file.write_text(
         f"models:\n  - {{model: {place}/model+{place}/light, parameters: {{weight: 1}}}}\n"
         "merge_method: linear\ndtype: float32\n"
@@ -239,11 +245,16 @@ def test_whatever_an_adapter_changes_is_merged_as_peft_folds_it(
     light = outside(tmp_path / "light", model, **settings)
     weights = load_file(light / "adapter_model.safetensors")
     # What is brought whole is another than the base's.
-    save_file({key: tensor * 1.25 for key, tensor in weights.items()}, light / "adapter_model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {key: tensor * 1.25 for key, tensor in weights.items()},
+        light / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     expected = by_peft(model, light)
     if not folded:
-        monkeypatch.setattr("luthier.train.loading.full_weights", lambda *_: pytest.fail("the model was loaded whole"))
+        monkeypatch.setattr(
+            "luthier.modeling.loading.full_weights", lambda *_: pytest.fail("the model was loaded whole")
+        )
     base = run_stage(tmp_path / "s", "base", {"source": str(model)})
     adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
     config = {"dtype": "float32", "method": "passthrough"}
@@ -260,21 +271,27 @@ def test_whatever_an_adapter_changes_is_merged_as_peft_folds_it(
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("gpt2", (["c_attn", "c_proj"], ["c_fc"])), ("gpt2-short", (["c_attn"], ["c_attn", "c_proj"])),
-     ("llama", (["lm_head", "q_proj"], ["lm_head"]))],
-)  # fmt: skip
+    [
+        ("gpt2", (["c_attn", "c_proj"], ["c_fc"])),
+        ("gpt2-short", (["c_attn"], ["c_attn", "c_proj"])),
+        ("llama", (["lm_head", "q_proj"], ["lm_head"])),
+    ],
+)
 def test_adapters_on_transposed_layers_and_heads_merge_and_come_out_of_models_again(
     tmp_path: Path, name: str, targets: tuple[list[str], list[str]]
 ) -> None:
     model = odd_model(tmp_path / "model", name, tied=False)
     base = run_stage(tmp_path / "s", "base", {"source": str(model)})
-    folders = [outside(tmp_path / f"light-{place}", model, target_modules=several, r=2 + place)
-               for place, several in enumerate(targets)]  # fmt: skip
+    folders = [
+        outside(tmp_path / f"light-{place}", model, target_modules=several, r=2 + place)
+        for place, several in enumerate(targets)
+    ]
     if name == "llama":
         stored = [key for key in load_file(folders[0] / "adapter_model.safetensors") if "lora" not in key]
         assert stored, "PEFT stores a copy of the head along with its update"
-    adapters = [run_stage(tmp_path / "s", "adapter", {"source": str(folder)}, inputs={"model": base})
-                for folder in folders]  # fmt: skip
+    adapters = [
+        run_stage(tmp_path / "s", "adapter", {"source": str(folder)}, inputs={"model": base}) for folder in folders
+    ]
     plain, one, two = (
         {key: tensor.clone() for key, tensor in fold(load_model(item)).state_dict().items()}
         for item in (base, *adapters)
@@ -291,8 +308,14 @@ def test_adapters_on_transposed_layers_and_heads_merge_and_come_out_of_models_ag
             torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
 
-PAIRS = [{"prompt": [{"role": "user", "content": f"Say {n}."}], "chosen": [{"role": "assistant", "content": f"{n}"}],
-          "rejected": [{"role": "assistant", "content": "no"}]} for n in range(4)]  # fmt: skip
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"Say {n}."}],
+        "chosen": [{"role": "assistant", "content": f"{n}"}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    for n in range(4)
+]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
@@ -325,8 +348,11 @@ def test_a_whole_tensor_that_an_adapter_changes_is_not_merged_with_others(tmp_pa
     light = outside(tmp_path / "light", model, modules_to_save=["lm_head"])
     base = run_stage(tmp_path / "s", "base", {"source": str(model)})
     weights = load_file(light / "adapter_model.safetensors")
-    save_file({key: tensor * 1.25 for key, tensor in weights.items()}, light / "adapter_model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {key: tensor * 1.25 for key, tensor in weights.items()},
+        light / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
     adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
     with pytest.raises(ModelError, match=r"what this stage does not merge: lm_head\.weight"):
         run_stage(tmp_path / "s", "merge_adapters", inputs={"models": [adapter, adapter]})

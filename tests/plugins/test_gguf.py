@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from luthier.api import Artifact, ModelError
+from luthier.modeling.generate import greedy_answers
+from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.modeling.text import encode_prompt
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.generate import greedy_answers
-from luthier.train.loading import load_model, load_tokenizer
-from luthier.train.text import encode_prompt
 from luthier_plugins.gguf import check, write
 from luthier_plugins.gguf.config import GgufConfig
 from luthier_plugins.gguf.exporter import Gguf
@@ -131,8 +131,14 @@ def test_an_adapter_is_folded_before_it_is_exported(model: Artifact) -> None:
 
 
 def test_rotary_scaling_of_llama_3_is_carried_over(model: Artifact, tmp_path: Path) -> None:
-    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
     folder = tmp_path / model.path.name
     shutil.copytree(model.path, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -156,10 +162,20 @@ def test_real_tokenizers_read_alike_in_llama_cpp(name: str, tmp_path: Path, monk
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     rows = max(entry["id"] for entry in tokenizer["added_tokens"]) + 8
     torch.manual_seed(0)
-    stop = json.loads((folder / "generation_config.json").read_text())["eos_token_id"] if (
-        folder / "generation_config.json").exists() else None  # fmt: skip
-    sizes = LlamaConfig(vocab_size=rows, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                        num_attention_heads=2, max_position_embeddings=512, eos_token_id=stop)  # fmt: skip
+    stop = (
+        json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+        if (folder / "generation_config.json").exists()
+        else None
+    )
+    sizes = LlamaConfig(
+        vocab_size=rows,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=stop,
+    )
     LlamaForCausalLM(sizes).save_pretrained(folder)
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
     export = run_stage(tmp_path / "s", "export", {"format": {"uses": "gguf", "types": ["F16"]}}, inputs={"model": base})

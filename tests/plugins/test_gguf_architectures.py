@@ -14,11 +14,11 @@ import pytest
 import torch
 from gguf_models import MODELS, make_model
 from luthier.api import Artifact, DataError, ModelError
+from luthier.modeling.calibration import tuned_on
+from luthier.modeling.compare import CORPUS
+from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.calibration import tuned_on
-from luthier.train.compare import CORPUS
-from luthier.train.loading import load_model, load_tokenizer
 from luthier_plugins.gguf import exporter
 from luthier_plugins.gguf.architectures.gemma import Gemma2
 from luthier_plugins.gguf.check import Expected, check
@@ -62,9 +62,11 @@ def test_what_old_checkpoints_keep_of_the_rotation_is_left_out(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"types": ["F16", "IQ2_XS"], "imatrix": False}, "IQ2_XS cannot do without importances"),
-     ({"converter": "./x.py", "overrides": {"attn_v": "Q8_0"}}, "a converter script writes F16 only")],
-)  # fmt: skip
+    [
+        ({"types": ["F16", "IQ2_XS"], "imatrix": False}, "IQ2_XS cannot do without importances"),
+        ({"converter": "./x.py", "overrides": {"attn_v": "Q8_0"}}, "a converter script writes F16 only"),
+    ],
+)
 def test_settings_that_cannot_be_are_refused_in_the_plan(settings: dict[str, Any], message: str) -> None:
     registry = default_registry()
     with pytest.raises(ValueError, match=message):
@@ -122,10 +124,15 @@ def spoken(tmp_path: Path, kind: str) -> Artifact:
     texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *(text for text, _ in learned)]
     vocabulary = {text: index for index, text in enumerate(dict.fromkeys(texts))}
     # As in SentencePiece's own vocabularies: whatever two pieces make a piece may be merged, best piece first.
-    merges = [(text[:cut], text[cut:]) for text, _ in learned for cut in range(1, len(text))
-              if text[:cut] in vocabulary and text[cut:] in vocabulary]  # fmt: skip
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True,
-                                     byte_fallback=True))  # fmt: skip
+    merges = [
+        (text[:cut], text[cut:])
+        for text, _ in learned
+        for cut in range(1, len(text))
+        if text[:cut] in vocabulary and text[cut:] in vocabulary
+    ]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     if kind == "metaspace":
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always", split=False)
     elif kind == "llama 2":
@@ -137,8 +144,15 @@ def spoken(tmp_path: Path, kind: str) -> Artifact:
     whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     folder = tmp_path / "model"
     whole.save_pretrained(folder)
-    sizes = LlamaConfig(vocab_size=len(vocabulary) + 5, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
-                        num_attention_heads=2, max_position_embeddings=512, eos_token_id=2)  # fmt: skip
+    sizes = LlamaConfig(
+        vocab_size=len(vocabulary) + 5,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=2,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(sizes).save_pretrained(folder)
     return run_stage(tmp_path / "s", "base", {"source": str(folder)})
@@ -248,8 +262,9 @@ def test_tensors_can_be_given_other_types(tuned: Artifact) -> None:
     store = tuned.path.parents[1]
     config = {"format": {"uses": "gguf", "types": ["Q4_K_M"], "overrides": {"attn_v": "Q8_0", r"blk\.0\.": "F16"}}}
     export = run_stage(store, "export", config, inputs={"model": tuned})
-    found = {tensor.name: tensor.tensor_type.name for tensor in
-             gguf.GGUFReader(export.path / "model-Q4_K_M.gguf").tensors}  # fmt: skip
+    found = {
+        tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(export.path / "model-Q4_K_M.gguf").tensors
+    }
     assert found["blk.0.attn_v.weight"] == found["blk.2.attn_v.weight"] == "Q8_0"
     assert found["blk.0.ffn_up.weight"] == "F16"
     assert found["blk.1.ffn_up.weight"] == "Q4_K"
@@ -301,8 +316,10 @@ def test_a_script_of_the_users_converts_what_luthier_does_not_know(tuned: Artifa
     store = tuned.path.parents[1]
     ready = run_stage(store, "export", inputs={"model": tuned})
     script = tmp_path / "convert.py"
-    script.write_text(f"import shutil, sys\nassert sys.argv[4:] == ['--outtype', 'f16'], sys.argv\n"
-                      f"shutil.copy({str(ready.path / 'model-F16.gguf')!r}, sys.argv[3])\n")  # fmt: skip
+    script.write_text(
+        f"import shutil, sys\nassert sys.argv[4:] == ['--outtype', 'f16'], sys.argv\n"
+        f"shutil.copy({str(ready.path / 'model-F16.gguf')!r}, sys.argv[3])\n"
+    )
     config = {"format": {"uses": "gguf", "converter": str(script)}}
     export = run_stage(store, "export", config, inputs={"model": tuned})
     assert export.facts["files"]["F16"]["kl"] < 1e-4
@@ -336,8 +353,11 @@ def test_what_needs_importances_is_known_before_it_runs() -> None:
     layout = Layout(layers=32, heads=32, kv_heads=32, tied=False, downs=downs)
     names = ["attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", "ffn_gate"]
     for file_type in MOSTLY:
-        kinds = {tensor_type(file_type, f"blk.{layer}.{name}.weight", (256, 256), layout)
-                 for layer in range(32) for name in names}  # fmt: skip
+        kinds = {
+            tensor_type(file_type, f"blk.{layer}.{name}.weight", (256, 256), layout)
+            for layer in range(32)
+            for name in names
+        }
         assert bool(kinds & set(NEEDS_IMATRIX)) == (file_type in NEED_IMATRIX), file_type
 
 
@@ -386,8 +406,15 @@ def test_each_way_of_splitting_is_llama_cpps(name: str, tmp_path: Path) -> None:
     whole = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="</s>")
     folder = tmp_path / "model"
     whole.save_pretrained(folder)
-    sizes = LlamaConfig(vocab_size=len(trained.get_vocab()), hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                        num_attention_heads=2, max_position_embeddings=512, eos_token_id=1)  # fmt: skip
+    sizes = LlamaConfig(
+        vocab_size=len(trained.get_vocab()),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=1,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(sizes).save_pretrained(folder)
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})

@@ -22,15 +22,15 @@ import yaml
 from click.testing import CliRunner
 from gguf_models import MODELS, make_model
 from luthier.api import Artifact, ModelError, StoreError
-from luthier.artifacts.golden import ServerError, ask, streamed
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
+from luthier.modeling.compare import compared
+from luthier.modeling.golden import entries_of
+from luthier.modeling.loading import load_model
 from luthier.registry import default_registry
-from luthier.running.serve import TransformersSpeaker
+from luthier.serving.golden import ServerError, ask, streamed
+from luthier.serving.serve import TransformersSpeaker
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.compare import compared
-from luthier.train.golden import entries_of
-from luthier.train.loading import load_model
 from luthier_plugins.export.config import ExportConfig
 from luthier_plugins.hf.compatible import model_config
 from luthier_plugins.quantizers import grouped
@@ -90,8 +90,10 @@ def test_rotary_settings_of_all_kinds_are_where_old_clients_look() -> None:
     scaled = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0}
     found = model_config({"rope_parameters": scaled}, "float16")
     assert found["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
-    two = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+    two = {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    }
     found = model_config({"rope_parameters": two}, "float16")
     assert (found["rope_theta"], found["rope_local_base_freq"], found["rope_scaling"]["factor"]) == (1e6, 1e4, 8.0)
 
@@ -111,8 +113,9 @@ def test_other_architectures_load_again(name: str, tmp_path: Path) -> None:
 
 def test_an_adapter_is_folded_and_stored_like_its_base(tuned: Artifact) -> None:
     store = tuned.path.parents[1]
-    data = tiny_dataset(store, [{"messages": [{"role": "user", "content": "hi"},
-                                              {"role": "assistant", "content": "Hello"}]}])  # fmt: skip
+    data = tiny_dataset(
+        store, [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello"}]}]
+    )
     config = {"adapter": "lora", "steps": 5, "learning_rate": 1e-2}
     adapter = run_stage(store, "sft", config, inputs={"model": tuned, "data": [data]})
     export = run_stage(store, "export", {"format": "hf"}, inputs={"model": adapter})
@@ -328,9 +331,12 @@ def test_quantizers_choose_the_size_of_their_files(tuned: Artifact, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("quantize", "message"),
-    [({"uses": "gptq", "skip": ["down_proj"]}, "leave `skip` out"), ("nf4", "TGI does not load nf4"),
-     ("torchao", "TGI does not load torchao")],
-)  # fmt: skip
+    [
+        ({"uses": "gptq", "skip": ["down_proj"]}, "leave `skip` out"),
+        ("nf4", "TGI does not load nf4"),
+        ("torchao", "TGI does not load torchao"),
+    ],
+)
 def test_what_tgi_does_not_load_is_refused(quantize: Any, message: str, tuned: Artifact, tmp_path: Path) -> None:
     config = {"format": {"uses": "hf", "quantize": quantize, "serve": ["tgi"]}}
     with pytest.raises(ValueError, match=message):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from luthier.api import DataError
-from luthier.train.text import IGNORED, encode_conversation, packed
+from luthier.modeling.text import IGNORED, encode_conversation, packed
 from transformers import AutoTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "tokenizers"

@@ -35,8 +35,10 @@ def test_a_licence_stays_with_what_is_made_of_a_model(tmp_path: Path) -> None:
             export = run_stage(tmp_path, "export", {"format": form}, inputs={"model": made})
             assert (export.path / "LICENSE").read_text() == "do no harm"
             assert (export.path / "NOTICE.txt").exists()
-    assert "LICENSE" in (run_stage(tmp_path, "export", {"format": "hf"}, inputs={"model": full}).path
-                         / "SHA256SUMS").read_text()  # fmt: skip
+    assert (
+        "LICENSE"
+        in (run_stage(tmp_path, "export", {"format": "hf"}, inputs={"model": full}).path / "SHA256SUMS").read_text()
+    )
 
 
 def test_a_merge_has_the_licences_of_all_models(tmp_path: Path) -> None:
@@ -56,8 +58,10 @@ def test_experts_and_adapters_bring_their_licences(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": TEXT[0]}, {"role": "assistant", "content": TEXT[1]}]
     data = tiny_dataset(tmp_path, [{"messages": turns}] * 4)
     options = {"adapter": {"uses": "lora", "r": 4}, "learning_rate": 1e-3}
-    light = [run_stage(tmp_path, "sft", options | {"steps": steps}, inputs={"model": models[0], "data": [data]})
-             for steps in (1, 2)]  # fmt: skip
+    light = [
+        run_stage(tmp_path, "sft", options | {"steps": steps}, inputs={"model": models[0], "data": [data]})
+        for steps in (1, 2)
+    ]
     (light[1].path / "LICENSE").write_text("mine")
     both = run_stage(tmp_path, "merge_adapters", inputs={"models": light})
     assert {path.read_text() for path in both.path.glob("LICENSE*")} == {"do no harm", "mine"}

@@ -12,18 +12,19 @@ import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
+from luthier.merging.parts import Noise, merge_tensors
+from luthier.merging.reader import content_of
+from luthier.modeling.loading import fold, load_model
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.loading import fold, load_model
-from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge import pool
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
-from luthier_plugins.merge.reader import content_of
 from safetensors.torch import load_file, save_file
 
-CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
-         for n in range(8)]  # fmt: skip
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]} for n in range(8)
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_ties_in_the_full_space_is_ties_of_the_folded_models(
     merged = run_stage(store, "merge_adapters", config, inputs={"models": adapters})
     models = run_stage(
         store, "merge", {"method": method, "dtype": "float32"}, inputs={"models": adapters, "base": base}
-    )  # fmt: skip
+    )
     name = "model.layers.0.self_attn.q_proj.weight"
     exact, plain = load_file(models.path / "model.safetensors")[name], full(base)[name]
     found = full(merged)[name]
@@ -96,9 +97,17 @@ def test_every_method_merges_in_the_core_space(store: Path, adapters: list[Artif
     assert all(bool(torch.isfinite(tensor).all()) for tensor in full(merged).values())
 
 
-@pytest.mark.parametrize("method", [{"uses": "ties", "density": 0.4}, {"uses": "dare_linear", "density": 0.5},
-                                    {"uses": "task_arithmetic", "scale": 0.5}, {"uses": "iso_c"}, {"uses": "tsv_m"}],
-                         ids=lambda value: value["uses"])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"uses": "ties", "density": 0.4},
+        {"uses": "dare_linear", "density": 0.5},
+        {"uses": "task_arithmetic", "scale": 0.5},
+        {"uses": "iso_c"},
+        {"uses": "tsv_m"},
+    ],
+    ids=lambda value: value["uses"],
+)
 @pytest.mark.parametrize("space", ["core", "delta"])
 def test_what_is_merged_in_a_space_is_what_the_method_makes_there(
     store: Path, base: Artifact, adapters: list[Artifact], method: dict, space: str
@@ -125,10 +134,15 @@ def test_what_is_merged_in_a_space_is_what_the_method_makes_there(
         # The space that the factors span together, with the same bases: QR of the factors side by side.
         pairs = [load_file(adapter.path / "adapter_model.safetensors") for adapter in adapters]
         start = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-        scales = [settings["lora_alpha"] / settings["r"] for settings in
-                  (json.loads((adapter.path / "adapter_config.json").read_text()) for adapter in adapters)]  # fmt: skip
-        left = torch.linalg.qr(torch.cat([pair[f"{start}B.weight"].float() * scale
-                                          for pair, scale in zip(pairs, scales, strict=True)], dim=1))[0]  # fmt: skip
+        scales = [
+            settings["lora_alpha"] / settings["r"]
+            for settings in (json.loads((adapter.path / "adapter_config.json").read_text()) for adapter in adapters)
+        ]
+        left = torch.linalg.qr(
+            torch.cat(
+                [pair[f"{start}B.weight"].float() * scale for pair, scale in zip(pairs, scales, strict=True)], dim=1
+            )
+        )[0]
         right = torch.linalg.qr(torch.cat([pair[f"{start}A.weight"].float() for pair in pairs], dim=0).T)[0]
         expected = left @ by_method([left.T @ update @ right for update in updates]) @ right.T
     u, s, vh = torch.linalg.svd(expected)
@@ -209,9 +223,10 @@ def test_equal_experts_behind_a_router_without_preference_are_the_dense_model(st
     torch.testing.assert_close(sparse, dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "made", "used"), [("qwen2", "Qwen2MoeForCausalLM", 3),
-                                                    ("qwen2", "Qwen2MoeForCausalLM", 2),
-                                                    ("qwen3", "Qwen3MoeForCausalLM", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "made", "used"),
+    [("qwen2", "Qwen2MoeForCausalLM", 3), ("qwen2", "Qwen2MoeForCausalLM", 2), ("qwen3", "Qwen3MoeForCausalLM", 2)],
+)
 def test_models_of_qwen_become_a_mixture_of_qwen(tmp_path: Path, name: str, made: str, used: int) -> None:
     store = tmp_path / "s"
     dense = run_stage(store, "base", {"source": str(make_model(tmp_path / "a", name))})
@@ -246,8 +261,10 @@ def test_models_of_qwen_become_a_mixture_of_qwen(tmp_path: Path, name: str, made
 def test_routers_at_random_differ_by_seed(store: Path, base: Artifact) -> None:
     config = {"router": "random", "experts": [{}, {}, {}], "experts_per_token": 1, "dtype": "float32"}
     inputs = {"base": base, **{f"experts.{place}.model": base for place in range(3)}}
-    gates = [full(run_stage(store, "moe", config, inputs=inputs, seed=seed))["model.layers.1.mlp.gate.weight"]
-             for seed in (1, 2)]  # fmt: skip
+    gates = [
+        full(run_stage(store, "moe", config, inputs=inputs, seed=seed))["model.layers.1.mlp.gate.weight"]
+        for seed in (1, 2)
+    ]
     assert not torch.equal(*gates)
     for gate in gates:
         assert float(gate.std()) == pytest.approx(0.02, rel=0.3)
@@ -273,7 +290,7 @@ def test_routers_send_prompts_to_their_experts(store: Path, base: Artifact) -> N
     prompts = [["open the door", "close the window"], ["12 + 30", "7 * 8 - 2"]]
     config = {"router": "prompts", "experts": [{"prompts": text} for text in prompts], "experts_per_token": 1}
     experts = run_stage(store, "moe", config, inputs={"base": base, "experts.0.model": base, "experts.1.model": other})
-    from luthier.train.loading import load_tokenizer
+    from luthier.modeling.loading import load_tokenizer
 
     model, tokenizer = load_model(experts), load_tokenizer(experts)
     wins = 0
@@ -290,8 +307,10 @@ def test_routers_send_prompts_to_their_experts(store: Path, base: Artifact) -> N
 
 def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     data = tiny_dataset(store, CHATS)
-    tuned = [run_stage(store, "sft", {"steps": steps, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
-             for steps in (4, 8)]  # fmt: skip
+    tuned = [
+        run_stage(store, "sft", {"steps": steps, "learning_rate": 1e-3}, inputs={"model": base, "data": [data]})
+        for steps in (4, 8)
+    ]
     report = run_stage(store, "diff", inputs={"models": tuned, "base": base})
     content = json.loads((report.path / "report.json").read_text())
     one, two, plain = (full(item) for item in (*tuned, base))
@@ -306,8 +325,12 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     html = (report.path / "report.html").read_text()
     assert name in html
     assert "layer 1" in html
-    light = run_stage(store, "sft", {"adapter": {"uses": "lora", "target_modules": ["q_proj"]}, "steps": 2,
-                      "learning_rate": 0.05}, inputs={"model": base, "data": [data]})  # fmt: skip
+    light = run_stage(
+        store,
+        "sft",
+        {"adapter": {"uses": "lora", "target_modules": ["q_proj"]}, "steps": 2, "learning_rate": 0.05},
+        inputs={"model": base, "data": [data]},
+    )
     partly = run_stage(store, "diff", inputs={"models": [light, tuned[0]], "base": base})
     content = json.loads((partly.path / "report.json").read_text())
     assert list(content["tensors"][name].values())[:3] == [None, None, 0], "what one has not changed tells nothing"
@@ -325,7 +348,8 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     row = content["layers"]["layer 1"]
     first, second = content["models"][:2]
     assert row[f"cosine {first}, {second}"] == pytest.approx(
-        float(torch.cosine_similarity(left, right, dim=0)), abs=1e-3)  # fmt: skip
+        float(torch.cosine_similarity(left, right, dim=0)), abs=1e-3
+    )
     assert row[f"norm {first}"] == pytest.approx(float(left.norm() / whole.norm()), rel=1e-3)
     assert row[f"norm {second}"] == pytest.approx(float(right.norm() / whole.norm()), rel=1e-3)
     same = run_stage(store, "diff", inputs={"models": [base, base]})
@@ -335,12 +359,18 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
 
 
 def test_layers_of_several_stacks_are_told_apart() -> None:
-    sums = {f"{stack}.layers.{layer}.w": torch.full((3, 2, 3), float(layer + 1)) for stack in ("vision", "text")
-            for layer in range(2)}  # fmt: skip
+    sums = {
+        f"{stack}.layers.{layer}.w": torch.full((3, 2, 3), float(layer + 1))
+        for stack in ("vision", "text")
+        for layer in range(2)
+    }
     found = _by_layer(sums)
     assert {name: float(value[0, 0, 0]) for name, value in found.items()} == {
-        "vision.layers layer 0": 1, "vision.layers layer 1": 2, "text.layers layer 0": 1, "text.layers layer 1": 2,
-    }  # fmt: skip
+        "vision.layers layer 0": 1,
+        "vision.layers layer 1": 2,
+        "text.layers layer 0": 1,
+        "text.layers layer 1": 2,
+    }
 
 
 def test_methods_of_mergekit_merge_adapters(store: Path, adapters: list[Artifact]) -> None:
@@ -374,8 +404,17 @@ def make_opt(folder: Path) -> Path:
     """A model with a table of positions."""
     from transformers import OPTConfig, OPTForCausalLM
 
-    OPTForCausalLM(OPTConfig(vocab_size=320, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2,
-                             word_embed_proj_dim=32, max_position_embeddings=512)).save_pretrained(folder)  # fmt: skip
+    OPTForCausalLM(
+        OPTConfig(
+            vocab_size=320,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            word_embed_proj_dim=32,
+            max_position_embeddings=512,
+        )
+    ).save_pretrained(folder)
     for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         (folder / text).write_text((tiny_model(folder.parent / "t").path / text).read_text())
     return folder

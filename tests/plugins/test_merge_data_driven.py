@@ -8,13 +8,15 @@ import pytest
 import torch
 from gguf_models import make_gpt2, make_model
 from luthier.api import Artifact
+from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.modeling.text import encode_conversation
 from luthier.testing import run_stage, tiny_dataset
-from luthier.train.loading import load_model, load_tokenizer
-from luthier.train.text import encode_conversation
 from safetensors.torch import load_file
 
-CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
-         for n in range(4)]  # fmt: skip
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n}."}]}
+    for n in range(4)
+]
 
 
 def batches(model: Artifact) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -26,9 +28,18 @@ def batches(model: Artifact) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def test_fisher_merging_weighs_the_weights_of_experts_too(tmp_path: Path) -> None:
     store = tmp_path / "s"
-    models = [run_stage(store, "base", {"source": str(make_model(tmp_path / str(spread), "mixtral", num_hidden_layers=1,
-                                                                 initializer_range=spread))})
-              for spread in (0.02, 0.03)]  # fmt: skip
+    models = [
+        run_stage(
+            store,
+            "base",
+            {
+                "source": str(
+                    make_model(tmp_path / str(spread), "mixtral", num_hidden_layers=1, initializer_range=spread)
+                )
+            },
+        )
+        for spread in (0.02, 0.03)
+    ]
     data = tiny_dataset(store, CHATS)
     config = {"method": {"uses": "fisher", "data": "d", "floor": 1e-4}, "weights": [1.0, 2.0], "dtype": "float32"}
     merged = run_stage(store, "merge", config, inputs={"models": models, "method.data": data})

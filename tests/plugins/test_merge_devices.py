@@ -8,41 +8,51 @@ from typing import Any
 import pytest
 import torch
 from luthier.api import Artifact
+from luthier.merging import devices, engine, gpu_parts, parts
+from luthier.merging.devices import best_device, with_cpu_fallback
+from luthier.merging.files import Scratch
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train import merging
-from luthier_plugins.merge import devices, engine, on_gpu
-from luthier_plugins.merge.devices import fastest, where_it_fits
-from luthier_plugins.merge.files import Scratch
 from safetensors.torch import load_file
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-CHATS = [{"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]}
-         for n in range(4)]  # fmt: skip
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}"}]} for n in range(4)
+]
 BY_MATRIX: list[dict[str, Any]] = [
-    {"uses": "iso_c"}, {"uses": "tsv_m"}, {"uses": "regmean", "data": "d"}, {"uses": "mergekit", "name": "ties"},
+    {"uses": "iso_c"},
+    {"uses": "tsv_m"},
+    {"uses": "regmean", "data": "d"},
+    {"uses": "mergekit", "name": "ties"},
     {"uses": "mergekit", "name": "dare_ties", "parameters": {"density": 0.5}},
-]  # fmt: skip
+]
 BY_ENTRY: list[dict[str, Any]] = [
-    {"uses": "ties", "density": 0.3}, {"uses": "breadcrumbs", "density": 0.3, "gamma": 0.05},
-    {"uses": "breadcrumbs_ties", "density": 0.3, "gamma": 0.05}, {"uses": "dare_ties", "density": 0.3},
-    {"uses": "dare_linear", "density": 0.3, "normalize": True}, {"uses": "della", "density": 0.3, "epsilon": 0.1},
+    {"uses": "ties", "density": 0.3},
+    {"uses": "breadcrumbs", "density": 0.3, "gamma": 0.05},
+    {"uses": "breadcrumbs_ties", "density": 0.3, "gamma": 0.05},
+    {"uses": "dare_ties", "density": 0.3},
+    {"uses": "dare_linear", "density": 0.3, "normalize": True},
+    {"uses": "della", "density": 0.3, "epsilon": 0.1},
     {"uses": "della_linear", "density": 0.3, "epsilon": 0.1},
-]  # fmt: skip
+]
 
 
 def test_small_matrices_are_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert fastest(devices.WORTH_IT) == "cuda"
-    assert fastest(devices.WORTH_IT - 1) == "cpu"
+    assert best_device(devices.WORTH_IT) == "cuda"
+    assert best_device(devices.WORTH_IT - 1) == "cpu"
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
-    RuntimeError("CUDA error: out of memory"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+    ],
+    ids=str,
+)
 def test_what_does_not_fit_on_the_gpu_is_done_on_the_cpu(error: RuntimeError) -> None:
     asked: list[str] = []
 
@@ -52,7 +62,7 @@ def test_what_does_not_fit_on_the_gpu_is_done_on_the_cpu(error: RuntimeError) ->
             raise error
         return "done"
 
-    assert where_it_fits(work, "cuda") == "done"
+    assert with_cpu_fallback(work, "cuda") == "done"
     assert asked == ["cuda", "cpu"]
 
 
@@ -61,7 +71,7 @@ def test_other_errors_are_not_hidden() -> None:
         raise RuntimeError(f"wrong on {device}")
 
     with pytest.raises(RuntimeError, match="wrong on cuda"):
-        where_it_fits(work, "cuda")
+        with_cpu_fallback(work, "cuda")
 
 
 @pytest.fixture
@@ -79,7 +89,7 @@ def models(store: Path) -> list[Artifact]:
 def whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a GPU be used for small parameters and models too."""
     monkeypatch.setattr(devices, "WORTH_IT", 0)
-    monkeypatch.setattr(on_gpu, "WORTH_IT", 1)
+    monkeypatch.setattr(gpu_parts, "WORTH_IT", 1)
 
 
 def made(store: Path, stage: str, config: dict[str, Any], inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -104,11 +114,11 @@ def gpu_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         taken.append(count)
         return torch.empty(count).as_subclass(There)
 
-    monkeypatch.setattr(on_gpu, "WORTH_IT", 1)
-    monkeypatch.setattr(on_gpu, "room", lambda: 1 << 30)
-    monkeypatch.setattr(on_gpu.OnGpu, "__init__", Scratch.__init__)
-    monkeypatch.setattr(on_gpu.OnGpu, "floats", floats)
-    monkeypatch.setattr(on_gpu, "PARTS", 2)
+    monkeypatch.setattr(gpu_parts, "WORTH_IT", 1)
+    monkeypatch.setattr(gpu_parts, "room", lambda: 1 << 30)
+    monkeypatch.setattr(gpu_parts.OnGpu, "__init__", Scratch.__init__)
+    monkeypatch.setattr(gpu_parts.OnGpu, "floats", floats)
+    monkeypatch.setattr(gpu_parts, "PARTS", 2)
     return taken
 
 
@@ -119,15 +129,18 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 @pytest.mark.parametrize("method", BY_ENTRY, ids=lambda values: str(values["uses"]))
 def test_larger_parts_that_stay_in_memory_give_the_same_bits(
-    store: Path, models: list[Artifact], method: dict[str, Any], gpu_of_the_cpu: list[int],
+    store: Path,
+    models: list[Artifact],
+    method: dict[str, Any],
+    gpu_of_the_cpu: list[int],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     config: dict[str, Any] = {"method": method, "dtype": "float32"}
     inputs: dict[str, Any] = {"models": models[1:], "base": models[0]}
-    monkeypatch.setattr(merging, "BLOCK", 1 << 12)
+    monkeypatch.setattr(parts, "BLOCK", 1 << 12)
     streamed = made(store, "merge", config, inputs)
     assert not gpu_of_the_cpu
-    monkeypatch.setattr(engine, "fastest", lambda entries: "cuda")
+    monkeypatch.setattr(engine, "best_device", lambda entries: "cuda")
     assert same_bits(streamed, made(store, "merge", config, inputs))
     assert gpu_of_the_cpu
 
@@ -136,8 +149,10 @@ def with_adapter_and_new_vocabulary(store: Path, models: list[Artifact]) -> tupl
     """A merge of what is computed on the way."""
     adapter = run_stage(store, "extract_lora", {"r": 4}, inputs={"model": models[1], "base": models[0]})
     foreign = tiny_model(store, seed=5, dtype="float32", tied=False, vocab_size=310, texts=["Zwölf Boxkämpfer"] * 9)
-    return ({"method": BY_ENTRY[0], "dtype": "float32", "tokenizer": "union"},
-            {"models": [adapter, foreign], "base": models[0]})  # fmt: skip
+    return (
+        {"method": BY_ENTRY[0], "dtype": "float32", "tokenizer": "union"},
+        {"models": [adapter, foreign], "base": models[0]},
+    )
 
 
 def test_what_is_computed_on_the_way_has_the_same_bits_in_larger_parts(
@@ -145,9 +160,9 @@ def test_what_is_computed_on_the_way_has_the_same_bits_in_larger_parts(
 ) -> None:
     config, inputs = with_adapter_and_new_vocabulary(store, models)
     # Of 64 rows, 63 are a part: a product of one row has other bits than the same row among others.
-    monkeypatch.setattr(merging, "BLOCK", 63 * 64)
+    monkeypatch.setattr(parts, "BLOCK", 63 * 64)
     streamed = made(store, "merge", config, inputs)
-    monkeypatch.setattr(engine, "fastest", lambda entries: "cuda")
+    monkeypatch.setattr(engine, "best_device", lambda entries: "cuda")
     assert same_bits(streamed, made(store, "merge", config, inputs))
     assert gpu_of_the_cpu
 
@@ -157,11 +172,11 @@ def test_a_gpu_that_others_have_has_no_room(monkeypatch: pytest.MonkeyPatch) -> 
         raise RuntimeError("CUDA-capable device(s) is/are busy or unavailable")
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
-    assert on_gpu.room() == 0
+    assert gpu_parts.room() == 0
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100, 1000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 50)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 20)
-    assert on_gpu.room() == int(on_gpu.SHARE * 130)
+    assert gpu_parts.room() == int(gpu_parts.SHARE * 130)
 
 
 @pytest.mark.parametrize(("name", "value"), [("room", lambda: 0), ("WORTH_IT", 1 << 40)])
@@ -173,8 +188,8 @@ def test_what_is_larger_than_the_gpu_or_not_worth_it_stays_on_the_cpu(
     name: str,
     value: Any,
 ) -> None:
-    monkeypatch.setattr(engine, "fastest", lambda entries: "cuda")
-    monkeypatch.setattr(on_gpu, name, value)
+    monkeypatch.setattr(engine, "best_device", lambda entries: "cuda")
+    monkeypatch.setattr(gpu_parts, name, value)
     made(store, "merge", {"method": BY_ENTRY[0]}, {"models": models[1:], "base": models[0]})
     assert not gpu_of_the_cpu
 
@@ -221,8 +236,8 @@ def test_methods_by_entry_give_the_same_bits_on_a_gpu(
     on_cpu = made(store, "merge", config, inputs)
     whatever_the_size(monkeypatch)
     # Several parts in a parameter, and several of the CPU's in one of the GPU's.
-    monkeypatch.setattr(on_gpu, "PARTS", 2)
-    monkeypatch.setattr(merging, "BLOCK", 1 << 12)
+    monkeypatch.setattr(gpu_parts, "PARTS", 2)
+    monkeypatch.setattr(parts, "BLOCK", 1 << 12)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.max_memory_allocated()
     there = made(store, "merge", config, inputs)
@@ -236,7 +251,7 @@ def test_what_is_computed_on_the_way_is_the_same_on_a_gpu(
 ) -> None:
     """Adapters, and rows of a vocabulary that is new."""
     config, inputs = with_adapter_and_new_vocabulary(store, models)
-    monkeypatch.setattr(merging, "BLOCK", 63 * 64)
+    monkeypatch.setattr(parts, "BLOCK", 63 * 64)
     on_cpu = made(store, "merge", config, inputs)
     whatever_the_size(monkeypatch)
     torch.cuda.reset_peak_memory_stats()

@@ -15,17 +15,23 @@ import pytest
 import torch
 from gguf_models import make_model
 from luthier.api import ModelError
+from luthier.merging.parts import Noise, merge_tensors
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_model
-from luthier.train.merging import Noise, merge_tensors
 from luthier_plugins.merge_methods.config import MergekitConfig
 from luthier_plugins.merge_methods.mergekit import Mergekit
 from mergekit.merge_methods import merge_tensors as theirs
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def architectures() -> Iterator[tuple[str, Any]]:
@@ -73,18 +79,46 @@ CASES = [
     ("linear", {}, WEIGHTS, 3, "linear", {"weight": {0: 1.0, 1: 0.5, 2: 2.0}}, 1e-6),
     ("slerp", {"t": 0.3}, None, 2, "slerp", {"t": 0.3}, 1e-6),
     ("nuslerp", {}, [0.4, 0.6], 2, "nuslerp", {"weight": {1: 0.4, 2: 0.6}}, 1e-5),
-    ("nuslerp", {"flatten": False}, [0.4, 0.6], 2, "nuslerp", {"weight": {1: 0.4, 2: 0.6}, "nuslerp_flatten": False},
-     1e-5),
+    (
+        "nuslerp",
+        {"flatten": False},
+        [0.4, 0.6],
+        2,
+        "nuslerp",
+        {"weight": {1: 0.4, 2: 0.6}, "nuslerp_flatten": False},
+        1e-5,
+    ),
     ("multislerp", {}, WEIGHTS, 3, "multislerp", {"weight": WEIGHT}, 1e-5),
     ("karcher", {}, None, 3, "karcher", {}, 1e-5),
     ("task_arithmetic", {"scale": 0.7}, WEIGHTS, 3, "task_arithmetic", {"weight": WEIGHT, "lambda": 0.7}, 1e-6),
-    ("task_arithmetic", {"normalize": True}, WEIGHTS, 3, "task_arithmetic",
-     {"weight": WEIGHT, "normalize": True}, 1e-6),
+    (
+        "task_arithmetic",
+        {"normalize": True},
+        WEIGHTS,
+        3,
+        "task_arithmetic",
+        {"weight": WEIGHT, "normalize": True},
+        1e-6,
+    ),
     ("ties", {"density": 0.5}, WEIGHTS, 3, "ties", {"weight": WEIGHT, "density": 0.5}, 1e-6),
-    ("breadcrumbs", {"density": 0.5, "gamma": 0.125}, WEIGHTS, 3, "breadcrumbs",
-     {"weight": WEIGHT, "density": 0.5, "gamma": 0.125}, 1e-6),
-    ("breadcrumbs_ties", {"density": 0.5, "gamma": 0.125}, WEIGHTS, 3, "breadcrumbs_ties",
-     {"weight": WEIGHT, "density": 0.5, "gamma": 0.125}, 1e-6),
+    (
+        "breadcrumbs",
+        {"density": 0.5, "gamma": 0.125},
+        WEIGHTS,
+        3,
+        "breadcrumbs",
+        {"weight": WEIGHT, "density": 0.5, "gamma": 0.125},
+        1e-6,
+    ),
+    (
+        "breadcrumbs_ties",
+        {"density": 0.5, "gamma": 0.125},
+        WEIGHTS,
+        3,
+        "breadcrumbs_ties",
+        {"weight": WEIGHT, "density": 0.5, "gamma": 0.125},
+        1e-6,
+    ),
     ("model_stock", {}, None, 3, "model_stock", {}, 1e-5),
     ("model_stock", {"filter_wise": True}, None, 3, "model_stock", {"filter_wise": True}, 1e-4),
     ("sce", {}, None, 3, "sce", {}, 1e-5),
@@ -92,10 +126,17 @@ CASES = [
     ("nearswap", {"t": 0.005}, None, 1, "nearswap", {"t": 0.005}, 1e-6),
     ("arcee_fusion", {}, None, 1, "arcee_fusion", {}, 1e-6),
     ("ram", {"threshold": 0.01}, None, 3, "ram", {"epsilon": 0.01}, 1e-6),
-    ("ram", {"threshold": 0.01, "r": 0.1, "alpha": 0.2}, None, 3, "ramplus_tl",
-     {"epsilon": 0.01, "r": 0.1, "alpha": 0.2}, 1e-6),
+    (
+        "ram",
+        {"threshold": 0.01, "r": 0.1, "alpha": 0.2},
+        None,
+        3,
+        "ramplus_tl",
+        {"epsilon": 0.01, "r": 0.1, "alpha": 0.2},
+        1e-6,
+    ),
     ("passthrough", {"scale": 0.5}, None, 1, "passthrough", {"scale": 0.5}, 0.0),
-]  # fmt: skip
+]
 WITHOUT_BASE = ("linear", "karcher", "passthrough", "slerp")
 
 
@@ -107,8 +148,9 @@ def test_every_parameter_equals_mergekit(family: dict[str, list[Tensor]], case: 
         ancestor = None if name in WITHOUT_BASE else base
         merged = ours(name, given, weights, ancestor, values)
         inputs = [*([] if ancestor is None else [base]), *given]
-        expected = theirs(inputs, their_name, parameters=parameters,
-                          base_index=0 if ancestor is not None or name == "slerp" else None)  # fmt: skip
+        expected = theirs(
+            inputs, their_name, parameters=parameters, base_index=0 if ancestor is not None or name == "slerp" else None
+        )
         off = float((merged - expected).abs().max())
         assert torch.allclose(merged, expected, rtol=tolerance * 10, atol=tolerance), f"{parameter} is off by {off}"
 
@@ -139,8 +181,12 @@ def test_with_the_same_random_masks_every_parameter_equals_mergekit(
         if name.startswith("della") and base.dim() > 2:
             # mergekit ranks the entries of stacked experts along the second dimension, which are the columns of each
             # expert; of a matrix, as the paper says, those of a row. Luthier ranks rows in both.
-            there = torch.stack([expected(noise, [tensor[place] for tensor in (base, *models)], place * base[0].numel())
-                                 for place in range(len(base))])  # fmt: skip
+            there = torch.stack(
+                [
+                    expected(noise, [tensor[place] for tensor in (base, *models)], place * base[0].numel())
+                    for place in range(len(base))
+                ]
+            )
         else:
             there = expected(noise, [base, *models])
         merged = merge_tensors(method, models, WEIGHTS, base, noise=noise)
@@ -175,9 +221,12 @@ def test_random_masks_come_from_the_recipe_alone() -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"name": "tiess"}, "did you mean 'ties'"), ({"name": "ties", "parameters": {"densty": 1}}, "density"),
-     ({"name": "ties", "parameters": {"density": {"a": 1}}}, "no list of numbers")],
-)  # fmt: skip
+    [
+        ({"name": "tiess"}, "did you mean 'ties'"),
+        ({"name": "ties", "parameters": {"densty": 1}}, "density"),
+        ({"name": "ties", "parameters": {"density": {"a": 1}}}, "no list of numbers"),
+    ],
+)
 def test_what_mergekit_does_not_have_is_named(values: dict, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         Mergekit(MergekitConfig(**values))
@@ -198,8 +247,12 @@ def test_a_mixture_has_mergekits_tensors_and_settings(name: str, tmp_path: Path)
     from mergekit.scripts.moe import build
 
     folders = [make_model(tmp_path / str(spread), name, initializer_range=spread) for spread in (0.02, 0.03)]
-    content = {"base_model": str(folders[0]), "experts": [{"source_model": str(folder)} for folder in folders],
-               "gate_mode": "random", "experts_per_token": 1}  # fmt: skip
+    content = {
+        "base_model": str(folders[0]),
+        "experts": [{"source_model": str(folder)} for folder in folders],
+        "gate_mode": "random",
+        "experts_per_token": 1,
+    }
     build(MoEMergeConfig.model_validate(content), str(tmp_path / "theirs"), MergeOptions(copy_tokenizer=False))
     dense = [run_stage(tmp_path / "s", "base", {"source": str(folder)}) for folder in folders]
     config = {"router": "random", "experts": [{}, {}], "experts_per_token": 1}
@@ -214,9 +267,21 @@ def test_a_mixture_has_mergekits_tensors_and_settings(name: str, tmp_path: Path)
         assert tensor.shape == found[key].shape
         assert key.endswith(".gate.weight") or torch.equal(tensor, found[key]), key
     mine, other = (AutoConfig.from_pretrained(folder).to_dict() for folder in (mixture.path, tmp_path / "theirs"))
-    said = ("architectures", "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
-            "intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "head_dim",
-            "rope_parameters", "sliding_window", "tie_word_embeddings")  # fmt: skip
+    said = (
+        "architectures",
+        "num_experts",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "intermediate_size",
+        "norm_topk_prob",
+        "decoder_sparse_step",
+        "mlp_only_layers",
+        "head_dim",
+        "rope_parameters",
+        "sliding_window",
+        "tie_word_embeddings",
+    )
     assert {key: mine.get(key) for key in said} == {key: other.get(key) for key in said}
 
 

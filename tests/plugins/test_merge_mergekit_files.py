@@ -11,13 +11,11 @@ import torch
 import yaml
 from luthier import Recipe
 from luthier.api import Artifact, ModelError, RecipeError
-from luthier.registry import default_registry
-from luthier.testing import run_stage, tiny_model
-from luthier_plugins.merge.check import check
-from luthier_plugins.merge.config import MergeConfig
-from luthier_plugins.merge.engine import Engine, Settings
-from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.mergekit_yaml import (
+from luthier.merging.check import check
+from luthier.merging.config import MergeConfig
+from luthier.merging.engine import Engine, Settings
+from luthier.merging.layout import Inputs, lay_out
+from luthier.merging.mergekit_yaml import (
     EPSILON_PER_MODEL,
     FALLBACKS,
     IGNORED,
@@ -26,9 +24,11 @@ from luthier_plugins.merge.mergekit_yaml import (
     WEIGHTED,
     as_config,
 )
-from luthier_plugins.merge.mergekit_yaml import OURS as OURS_THERE
-from luthier_plugins.merge.reader import Weights
-from luthier_plugins.merge.writer import Output
+from luthier.merging.mergekit_yaml import OURS as OURS_THERE
+from luthier.merging.reader import Weights
+from luthier.merging.writer import Output
+from luthier.registry import default_registry
+from luthier.testing import run_stage, tiny_model
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.merge_methods import registered_methods
@@ -238,12 +238,26 @@ dtype: float32
 """,
 }
 OURS = {
-    "a layer of one source": "passthrough", "a layer of one model": "ties", "beside a model": "task_arithmetic",
-    "filters with a default": "breadcrumbs", "filters that slices complete": "slerp", "each slice its own": "slerp",
-    "each source its own": "ties", "stacked changes": "task_arithmetic", "doubled": "passthrough", "fallback": "ties",
-    "linear": "linear", "slerp": "slerp", "ties": "ties", "stack": "passthrough", "stock": "model_stock",
-    "rescaled": "mergekit", "nuslerp": "nuslerp", "module": "ties", "each slice its own base": "task_arithmetic",
-}  # fmt: skip
+    "a layer of one source": "passthrough",
+    "a layer of one model": "ties",
+    "beside a model": "task_arithmetic",
+    "filters with a default": "breadcrumbs",
+    "filters that slices complete": "slerp",
+    "each slice its own": "slerp",
+    "each source its own": "ties",
+    "stacked changes": "task_arithmetic",
+    "doubled": "passthrough",
+    "fallback": "ties",
+    "linear": "linear",
+    "slerp": "slerp",
+    "ties": "ties",
+    "stack": "passthrough",
+    "stock": "model_stock",
+    "rescaled": "mergekit",
+    "nuslerp": "nuslerp",
+    "module": "ties",
+    "each slice its own base": "task_arithmetic",
+}
 
 
 @pytest.fixture(scope="module")
@@ -276,11 +290,12 @@ def test_a_file_gives_what_mergekit_gives(models: Path, tmp_path: Path, name: st
     check(config, inputs)
     layout = lay_out(config, inputs, 0, config.dtype)
     output = Output(tmp_path, layout.tensors, 1 << 30)
-    method, *own = (registry.impl_class(use.component)(use.config)
-                    for use in (config.method, *config.methods_of_slices().values()))  # fmt: skip
+    method, *own = (
+        registry.impl_class(use.component)(use.config) for use in (config.method, *config.methods_of_slices().values())
+    )
     of_slice = dict(zip(config.methods_of_slices(), own, strict=True))
-    tasks = [replace(task, method=of_slice.get(task.slice)) for task in layout.tasks]
-    Engine(method, output, Settings(), lambda done, total: None).run(tasks)
+    jobs = [replace(job, method=of_slice.get(job.slice)) for job in layout.jobs]
+    Engine(method, output, Settings(), lambda done, total: None).run(jobs)
     output.close()
     found, expected = load_file(tmp_path / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
     assert set(found) == set(expected)
@@ -407,8 +422,9 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
     )
     assert (words["tokenizer"], words["chat_template"]) == ("union", "auto")
     assert words["tokens"] == [{"token": "x"}, {"token": "y", "model": b}]
-    mapped = translated("models: [{model: {model: {path: ./a}, lora: {path: ./b}}, parameters: {weight: 1}}]\n"
-                        "merge_method: linear\n")  # fmt: skip
+    mapped = translated(
+        "models: [{model: {model: {path: ./a}, lora: {path: ./b}}, parameters: {weight: 1}}]\nmerge_method: linear\n"
+    )
     assert mapped["models"] == [f"{a}+{b}"]
 
 
@@ -421,7 +437,7 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
         ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not as mergekit wants it|dictionary"),
         ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not as mergekit wants it"),
     ],
-)  # fmt: skip
+)
 def test_odd_mergekit_files_are_messages(models: Path, text: str, message: str) -> None:
     (models / "odd.yml").write_text(text)
     with pytest.raises(ValueError, match=message):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luthier.api import MergePlace, ModelError
+from luthier.api import ModelError
+from luthier.merging.api import MergedParameter
+from luthier.merging.parts import Grid, Noise, merge_tensors
 from luthier.registry import default_registry
 from luthier.train import merging
-from luthier.train.merging import Grid, Noise, merge_tensors
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.selection import largest
 from torch import Tensor
@@ -100,8 +101,9 @@ def test_slerp_of_collinear_antipodal_and_zero_tensors_is_a_straight_line(seed: 
     (a,) = tensors(seed, 1)
     for sign in (1, -1):
         expected = (1 - t + sign * factor * t) * a
-        torch.testing.assert_close(merge_tensors(method("slerp", t=t), [a, sign * factor * a]), expected,
-                                   rtol=1e-4, atol=1e-5 * factor)  # fmt: skip
+        torch.testing.assert_close(
+            merge_tensors(method("slerp", t=t), [a, sign * factor * a]), expected, rtol=1e-4, atol=1e-5 * factor
+        )
     zero = torch.zeros_like(a)
     assert torch.equal(merge_tensors(method("slerp", t=t), [zero, zero]), zero)
     assert torch.equal(merge_tensors(method("slerp", t=t), [a, a]), a)
@@ -118,8 +120,9 @@ def test_nuslerp_is_slerp_by_weights_and_karcher_its_middle(seed: int, t: float)
     torch.testing.assert_close(merge_tensors(method("multislerp"), [one, two]), middle, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della",
-                                  "della_linear", "sce"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name", ["ties", "breadcrumbs", "breadcrumbs_ties", "dare_linear", "dare_ties", "della", "della_linear", "sce"]
+)
 @given(seeds)
 def test_density_zero_is_the_base(name: str, seed: int) -> None:
     base, models = near(seed, 2)
@@ -160,9 +163,26 @@ def test_model_stock_of_equal_models_is_the_model_of_opposite_ones_the_base(seed
         torch.testing.assert_close(merge_tensors(stock, [one, 2 * base - one], base=base), base)
 
 
-SYMMETRIC = ["linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs",
-             "breadcrumbs_ties", "model_stock", "sce", "ram", "multislerp", "karcher", "iso_c", "tsv_m", "fisher",
-             "regmean"]  # fmt: skip
+SYMMETRIC = [
+    "linear",
+    "task_arithmetic",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "della",
+    "della_linear",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "model_stock",
+    "sce",
+    "ram",
+    "multislerp",
+    "karcher",
+    "iso_c",
+    "tsv_m",
+    "fisher",
+    "regmean",
+]
 
 
 @pytest.mark.parametrize("name", SYMMETRIC)
@@ -173,15 +193,22 @@ def test_the_order_of_the_models_does_not_matter(name: str, seed: int, order: li
     weights = [1.0, 2.0, 0.5] if config_of(name).weighted else [1.0] * 3
     contents = ["a", "b", "c"]
     # What data methods have learned of each model: Fisher information, and inner products of a layer's inputs.
-    learned = {"fisher": [extra.square() for extra in tensors(seed + 1, 3)],
-               "regmean": [inputs.T @ inputs for inputs in tensors(seed + 1, 3, 20, 5)]}.get(name)  # fmt: skip
+    learned = {
+        "fisher": [extra.square() for extra in tensors(seed + 1, 3)],
+        "regmean": [inputs.T @ inputs for inputs in tensors(seed + 1, 3, 20, 5)],
+    }.get(name)
     made = method(name)
     merged = [
-        merge_tensors(made, [models[i] for i in places], [weights[i] for i in places], base if takes_base else None,
-                      noise=Noise(3, [contents[i] for i in places], "w"),
-                      extras=[learned[i] for i in places] if learned else ())
+        merge_tensors(
+            made,
+            [models[i] for i in places],
+            [weights[i] for i in places],
+            base if takes_base else None,
+            noise=Noise(3, [contents[i] for i in places], "w"),
+            extras=[learned[i] for i in places] if learned else (),
+        )
         for places in ([0, 1, 2], order)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(merged[0], merged[1], rtol=1e-4, atol=1e-5)
 
 
@@ -196,7 +223,7 @@ class Walk:
     """A scan over one tensor in parts of some rows."""
 
     def __init__(self, tensor: Tensor, height: int, on_gpu: bool) -> None:
-        self.place = MergePlace("w", tuple(tensor.shape), models=1)
+        self.place = MergedParameter("w", tuple(tensor.shape), models=1)
         self.on_gpu = on_gpu
         self.weights = [1.0]
         self._parts = [tensor[first : first + height] for first in range(0, len(tensor), height)]
@@ -205,8 +232,10 @@ class Walk:
     def each(self, look, every=1):
         from luthier.api import MergePart
 
-        return [look(MergePart(self.place, start, [part], [1.0]))
-                for part, start in zip(self._parts[::every], self._starts[::every], strict=True)]  # fmt: skip
+        return [
+            look(MergePart(self.place, start, [part], [1.0]))
+            for part, start in zip(self._parts[::every], self._starts[::every], strict=True)
+        ]
 
     def __call__(self, look):
         return sum(self.each(look)[1:], self.each(look)[0])
@@ -277,9 +306,9 @@ def test_random_numbers_are_a_matter_of_the_place() -> None:
 
 def test_settings_follow_layers_and_filters() -> None:
     config = config_of("ties", density={"per_model": [[0.2, 0.6], [{"filter": "mlp", "value": 0.1}, {"value": 1.0}]]})
-    place = MergePlace("model.layers.1.mlp.up_proj.weight", (2, 2), depth=0.25, models=2)
+    place = MergedParameter("model.layers.1.mlp.up_proj.weight", (2, 2), depth=0.25, models=2)
     assert place.values(config.density) == pytest.approx([0.3, 0.1])
-    other = MergePlace("model.layers.1.self_attn.q_proj.weight", (2, 2), depth=1.0, models=2)
+    other = MergedParameter("model.layers.1.self_attn.q_proj.weight", (2, 2), depth=1.0, models=2)
     assert other.values(config.density) == pytest.approx([0.6, 1.0])
 
 
@@ -288,19 +317,31 @@ DEEP = "model.layers.9.mlp.up_proj.weight"
 
 @pytest.mark.parametrize(
     ("name", "parameter", "values"),
-    [("ram", "threshold", (0.1, 0.5)), ("ram", "r", (0.0, 0.6)), ("ram", "alpha", (0.1, 0.4)),
-     ("tsv_m", "share", (0.2, 0.9)), ("fisher", "floor", (0.1, 3.0)), ("regmean", "alpha", (0.1, 0.9)),
-     ("karcher", "tolerance", (1e-6, 3.0))],
-)  # fmt: skip
+    [
+        ("ram", "threshold", (0.1, 0.5)),
+        ("ram", "r", (0.0, 0.6)),
+        ("ram", "alpha", (0.1, 0.4)),
+        ("tsv_m", "share", (0.2, 0.9)),
+        ("fisher", "floor", (0.1, 3.0)),
+        ("regmean", "alpha", (0.1, 0.9)),
+        ("karcher", "tolerance", (1e-6, 3.0)),
+    ],
+)
 def test_parameters_follow_layers_and_filters(name: str, parameter: str, values: tuple[float, float]) -> None:
     base, models = near(2, 2)
     extras = {"fisher": [model.square() for model in models], "regmean": [model.T @ model for model in models]}
     also = {"r": 0.5, "threshold": 0.3} if name == "ram" else {}
 
     def merged(setting: object, depth: float) -> Tensor:
-        return merge_tensors(method(name, **{**also, parameter: setting}), models, [1.0, 0.4],
-                             None if config_of(name).base == "unused" else base, name=DEEP, depth=depth,
-                             extras=extras.get(name, ()))  # fmt: skip
+        return merge_tensors(
+            method(name, **{**also, parameter: setting}),
+            models,
+            [1.0, 0.4],
+            None if config_of(name).base == "unused" else base,
+            name=DEEP,
+            depth=depth,
+            extras=extras.get(name, ()),
+        )
 
     first, last = (merged(value, 0.0) for value in values)
     assert not torch.equal(first, last)
@@ -312,10 +353,15 @@ def test_parameters_follow_layers_and_filters(name: str, parameter: str, values:
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
-    [("ram", {"threshold": -1.0}, "-1 is less than 0"), ("ram", {"r": [0.0, -0.5]}, "-0.5 is less than 0"),
-     ("karcher", {"tolerance": 0.0}, "0 is not above 0"), ("fisher", {"floor": [1.0, 0.0]}, "0 is not above 0"),
-     ("tsv_m", {"share": [0.5, 1.5]}, "1.5 is not between 0 and 1"), ("tsv_m", {"share": 0}, "0 is not above 0")],
-)  # fmt: skip
+    [
+        ("ram", {"threshold": -1.0}, "-1 is less than 0"),
+        ("ram", {"r": [0.0, -0.5]}, "-0.5 is less than 0"),
+        ("karcher", {"tolerance": 0.0}, "0 is not above 0"),
+        ("fisher", {"floor": [1.0, 0.0]}, "0 is not above 0"),
+        ("tsv_m", {"share": [0.5, 1.5]}, "1.5 is not between 0 and 1"),
+        ("tsv_m", {"share": 0}, "0 is not above 0"),
+    ],
+)
 def test_parameters_out_of_their_limits_are_refused(name: str, values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(name, **values)
@@ -323,9 +369,13 @@ def test_parameters_out_of_their_limits_are_refused(name: str, values: dict, mes
 
 @pytest.mark.parametrize(
     ("setting", "message"),
-    [(1.5, "1.5 is not between 0 and 1"), ([0.5, 2], "2 is not between 0 and 1"), ([], "empty list"),
-     ([{"filter": "mlp", "value": 0.5}], "needs no filter")],
-)  # fmt: skip
+    [
+        (1.5, "1.5 is not between 0 and 1"),
+        ([0.5, 2], "2 is not between 0 and 1"),
+        ([], "empty list"),
+        ([{"filter": "mlp", "value": 0.5}], "needs no filter"),
+    ],
+)
 def test_settings_that_say_nothing_or_too_much_are_refused(setting: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of("ties", density=setting)
@@ -370,10 +420,12 @@ def test_regmean_of_inputs_that_never_occur_is_the_mean() -> None:
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
-    [("della", {"density": 0.9, "epsilon": 0.2}, "make probabilities from"),
-     ("della", {"density": 0.5, "epsilon": -0.9}, "`epsilon` is -0.9"),
-     ("ties", {"density": [{"value": []}]}, "at least 1 item")],
-)  # fmt: skip
+    [
+        ("della", {"density": 0.9, "epsilon": 0.2}, "make probabilities from"),
+        ("della", {"density": 0.5, "epsilon": -0.9}, "`epsilon` is -0.9"),
+        ("ties", {"density": [{"value": []}]}, "at least 1 item"),
+    ],
+)
 def test_configs_that_cannot_work_are_refused(name: str, values: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config_of(name, **values)
@@ -401,16 +453,17 @@ def test_tsv_m_keeps_the_singular_values_of_every_task(seed: int) -> None:
     base, models = near(seed, 2, 9, 6)
     found = merge_tensors(method("tsv_m", scale=0.5), models, base=base) - base
     kept = torch.cat([torch.linalg.svdvals(model - base)[:3] for model in models])
-    torch.testing.assert_close(torch.linalg.svdvals(found), 0.5 * kept.sort(descending=True).values,
-                               rtol=1e-3, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(
+        torch.linalg.svdvals(found), 0.5 * kept.sort(descending=True).values, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_tsv_m_of_tasks_that_do_not_meet_is_their_sum() -> None:
     base, _ = near(0, 1, 8, 6)
     (left, right), sizes = (torch.linalg.qr(tensor)[0] for tensor in (*tensors(1, 1, 8, 6), *tensors(2, 1, 6, 6))), 2.0
-    tasks = [sizes * left[:, first : first + 3] @ right[:, first : first + 3].T for first in (0, 3)]
-    found = merge_tensors(method("tsv_m"), [base + task for task in tasks], base=base)
-    torch.testing.assert_close(found, base + sum(tasks), rtol=1e-4, atol=1e-5)
+    jobs = [sizes * left[:, first : first + 3] @ right[:, first : first + 3].T for first in (0, 3)]
+    found = merge_tensors(method("tsv_m"), [base + job for job in jobs], base=base)
+    torch.testing.assert_close(found, base + sum(jobs), rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(0, 1000))
@@ -428,17 +481,22 @@ def test_regmean_is_the_least_squares_solution(seed: int) -> None:
     models, inputs = tensors(seed, 2, 4, 3), tensors(seed + 1, 2, 20, 3)
     found = merge_tensors(method("regmean", alpha=1), models, [1.0, 3.0], extras=[x.T @ x for x in inputs])
     rows = torch.cat([math.sqrt(weight) * x for weight, x in zip([1.0, 3.0], inputs, strict=True)])
-    wanted = torch.cat([math.sqrt(weight) * x @ model.T
-                        for weight, x, model in zip([1.0, 3.0], inputs, models, strict=True)])  # fmt: skip
+    wanted = torch.cat(
+        [math.sqrt(weight) * x @ model.T for weight, x, model in zip([1.0, 3.0], inputs, models, strict=True)]
+    )
     expected = torch.linalg.lstsq(rows.double(), wanted.double()).solution.T.float()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 SETTINGS: dict[str, list[dict]] = {
-    "ties": [{"density": 0.3}, {"density": 0.5}], "sce": [{"density": 0.4}, {}], "ram": [{"threshold": 0.05, "r": 0.1}],
-    "breadcrumbs": [{"density": 0.5, "gamma": 0.1}], "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1}],
-    "model_stock": [{}, {"filter_wise": True}], "nuslerp": [{}, {"flatten": False}],
-}  # fmt: skip
+    "ties": [{"density": 0.3}, {"density": 0.5}],
+    "sce": [{"density": 0.4}, {}],
+    "ram": [{"threshold": 0.05, "r": 0.1}],
+    "breadcrumbs": [{"density": 0.5, "gamma": 0.1}],
+    "breadcrumbs_ties": [{"density": 0.5, "gamma": 0.1}],
+    "model_stock": [{}, {"filter_wise": True}],
+    "nuslerp": [{}, {"flatten": False}],
+}
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -458,10 +516,16 @@ def test_a_parameter_in_many_parts_is_merged_like_one_in_one_part(
             for block, memory in ((1 << 18, 1 << 22), (50, 1 << 22), (50, 0)):
                 monkeypatch.setattr(merging, "BLOCK", block)
                 monkeypatch.setattr(selection, "IN_MEMORY", memory)
-                found.append(merge_tensors(method(name, **values), models, given_weights,
-                                           None if config.base == "unused" else base,
-                                           name="model.layers.0.mlp.up_proj.weight",
-                                           noise=Noise(1, ["a", "b", "c"], "w")))  # fmt: skip
+                found.append(
+                    merge_tensors(
+                        method(name, **values),
+                        models,
+                        given_weights,
+                        None if config.base == "unused" else base,
+                        name="model.layers.0.mlp.up_proj.weight",
+                        noise=Noise(1, ["a", "b", "c"], "w"),
+                    )
+                )
             for other in found[1:]:
                 torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 

@@ -12,10 +12,10 @@ from gguf_models import make_model
 from luthier import Recipe, run
 from luthier.api import Interrupted, ModelError, RecipeError
 from luthier.artifacts.datasets import read_split
+from luthier.merging.files import Files
+from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.modeling.measure import items_of
 from luthier.testing import run_stage, tiny_dataset
-from luthier.train.loading import load_model, load_tokenizer
-from luthier.train.measure import items_of
-from luthier_plugins.merge.files import Files
 from luthier_plugins.merge.search import stage as searching
 
 RECIPE = """\
@@ -39,8 +39,10 @@ stages:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a search was run."""
     place = tmp_path_factory.mktemp("searched")
-    rows = [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}]}
-            for n in range(30)]  # fmt: skip
+    rows = [
+        {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}!"}]}
+        for n in range(30)
+    ]
     (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (place / "searched.yaml").write_text(RECIPE)
     return place
@@ -125,8 +127,11 @@ def test_a_trial_reads_no_file_where_the_models_fit(folder: Path, monkeypatch: p
 
 def test_what_a_method_learns_from_data_counts_in_every_trial(folder: Path) -> None:
     result = run(folder / "searched.yaml", store=folder / "s")
-    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats"),
-              "method.data": result.artifact("chats")}  # fmt: skip
+    inputs = {
+        "models": [result.artifact("bad"), result.artifact("good")],
+        "data": result.artifact("chats"),
+        "method.data": result.artifact("chats"),
+    }
     scores = {}
     for name in ("fisher", "linear"):
         given = inputs if name == "fisher" else {key: value for key, value in inputs.items() if key != "method.data"}
@@ -158,8 +163,11 @@ def test_a_merge_that_does_not_compute_is_no_best_merge(folder: Path, monkeypatc
 
 def test_scales_beyond_numbers_are_told_and_no_crash(folder: Path) -> None:
     result = run(folder / "searched.yaml", store=folder / "s")
-    inputs = {"models": [result.artifact("bad"), result.artifact("good")], "data": result.artifact("chats"),
-              "base": result.artifact("blank")}  # fmt: skip
+    inputs = {
+        "models": [result.artifact("bad"), result.artifact("good")],
+        "data": result.artifact("chats"),
+        "base": result.artifact("blank"),
+    }
     method = {"method": "task_arithmetic", "weights": None, "trials": 3}
     # Losses so large that their exponential is no number any more.
     large = run_stage(folder / "l", "search", {**method, "over": {"scale": [1e5, 1e6]}}, inputs=inputs).facts["search"]

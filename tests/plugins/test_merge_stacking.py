@@ -11,11 +11,11 @@ import pytest
 import torch
 from gguf_models import make_gpt2, make_model
 from luthier.api import Artifact, ModelError
+from luthier.merging.config import MergeConfig
+from luthier.merging.parts import merge_tensors
+from luthier.modeling.loading import load_model
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.loading import load_model
-from luthier.train.merging import merge_tensors
-from luthier_plugins.merge.config import MergeConfig
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
@@ -81,8 +81,7 @@ def test_layers_of_one_kind_stay_of_that_kind(tmp_path: Path) -> None:
     assert json.loads((merged.path / "config.json").read_text())["layer_types"] == [SLIDING] * 3
     with torch.no_grad():
         found = load_model(merged)(input_ids=IDS, use_cache=False).logits
-    torch.testing.assert_close(found, by_hand(parts, layer_types=[SLIDING] * 3),
-                               rtol=1e-4, atol=1e-4)  # fmt: skip
+    torch.testing.assert_close(found, by_hand(parts, layer_types=[SLIDING] * 3), rtol=1e-4, atol=1e-4)
 
 
 def test_layers_of_a_deeper_model_keep_their_kind(tmp_path: Path) -> None:
@@ -134,12 +133,18 @@ def test_whole_models_with_other_kinds_of_layers_are_refused(tmp_path: Path) -> 
 
 def test_a_slice_has_settings_and_layers_of_the_base_of_its_own(tmp_path: Path) -> None:
     base, one, two = (tiny_model(tmp_path, seed=seed, layers=4, tied=False, dtype="float32") for seed in range(3))
-    slices = [{"sources": [{"layers": [0, 2]}, {"layers": [0, 2]}], "settings": {"density": [0.2, 0.6]}},
-              {"sources": [{"layers": [2, 3]}, {"layers": [3, 4]}], "base_layers": [1, 2],
-               "settings": {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5}}]  # fmt: skip
+    slices = [
+        {"sources": [{"layers": [0, 2]}, {"layers": [0, 2]}], "settings": {"density": [0.2, 0.6]}},
+        {
+            "sources": [{"layers": [2, 3]}, {"layers": [3, 4]}],
+            "base_layers": [1, 2],
+            "settings": {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5},
+        },
+    ]
     config = {"method": {"uses": "ties", "density": 0.4}, "slices": slices}
-    inputs = {f"slices.{place}.sources.{number}.model": model
-              for place in range(2) for number, model in enumerate((one, two))}  # fmt: skip
+    inputs = {
+        f"slices.{place}.sources.{number}.model": model for place in range(2) for number, model in enumerate((one, two))
+    }
     merged = load_file(run_stage(tmp_path, "merge", config, inputs={**inputs, "base": base}).path / "model.safetensors")
     stored = [load_file(model.path / "model.safetensors") for model in (base, one, two)]
     registry = default_registry()
@@ -152,8 +157,11 @@ def test_a_slice_has_settings_and_layers_of_the_base_of_its_own(tmp_path: Path) 
         return merge_tensors(method, models, [1.0, 1.0], ancestor)
 
     for tail in ("mlp.up_proj.weight", "input_layernorm.weight"):
-        places = [((0, 0, 0), {"density": 0.2}), ((1, 1, 1), {"density": 0.6}),
-                  ((1, 2, 3), {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5})]  # fmt: skip
+        places = [
+            ((0, 0, 0), {"density": 0.2}),
+            ((1, 1, 1), {"density": 0.6}),
+            ((1, 2, 3), {"density": {"per_model": [0.9, 0.1]}, "scale": 0.5}),
+        ]
         for layer, (numbers, values) in enumerate(places):
             torch.testing.assert_close(merged[f"model.layers.{layer}.{tail}"], expected(numbers, tail, values))
 
@@ -166,8 +174,12 @@ def test_a_slice_has_a_base_of_its_own(tmp_path: Path) -> None:
     for shared in ({"base": base}, {"slices.0.base": base}):
         merged = load_file(run_stage(tmp_path, "merge", config, inputs={**inputs, **shared}).path / "model.safetensors")
         first, second, third = (load_file(model.path / "model.safetensors") for model in (base, one, two))
-        for name, ancestor in (("model.layers.0.mlp.up_proj.weight", first), ("model.embed_tokens.weight", first),
-                               ("model.layers.1.mlp.up_proj.weight", third), ("lm_head.weight", third)):  # fmt: skip
+        for name, ancestor in (
+            ("model.layers.0.mlp.up_proj.weight", first),
+            ("model.embed_tokens.weight", first),
+            ("model.layers.1.mlp.up_proj.weight", third),
+            ("lm_head.weight", third),
+        ):
             torch.testing.assert_close(merged[name], (ancestor[name] + second[name]) / 2)
 
 
@@ -176,8 +188,9 @@ def test_a_slice_whose_own_base_has_too_few_layers_is_refused(tmp_path: Path) ->
     short = tiny_model(tmp_path, seed=2, layers=1, dtype="float32")
     config = {"method": "task_arithmetic", "slices": [{"sources": [{"layers": [1, 2]}]}]}
     with pytest.raises(ModelError, match=r"has 1 layers; a slice takes \[1, 2\]"):
-        run_stage(tmp_path, "merge", config, inputs={"slices.0.sources.0.model": one, "base": base,
-                                                     "slices.0.base": short})  # fmt: skip
+        run_stage(
+            tmp_path, "merge", config, inputs={"slices.0.sources.0.model": one, "base": base, "slices.0.base": short}
+        )
 
 
 def test_slices_have_a_base_where_the_method_needs_one() -> None:
@@ -198,11 +211,14 @@ def test_slices_have_a_base_where_the_method_needs_one() -> None:
 
 @pytest.mark.parametrize(
     ("part", "message"),
-    [({"settings": {"densty": 0.5}}, "`settings` of slice 0: densty"),
-     ({"settings": {"density": 2}}, "`settings` of slice 0: density"),
-     ({"settings": {"density": {"per_model": [0.5, 0.5]}}}, "not for 1 models"), ({"base_layers": [0, 2]}, "its base,"),
-     ({"base_layers": [0, 1]}, None)],
-)  # fmt: skip
+    [
+        ({"settings": {"densty": 0.5}}, "`settings` of slice 0: densty"),
+        ({"settings": {"density": 2}}, "`settings` of slice 0: density"),
+        ({"settings": {"density": {"per_model": [0.5, 0.5]}}}, "not for 1 models"),
+        ({"base_layers": [0, 2]}, "its base,"),
+        ({"base_layers": [0, 1]}, None),
+    ],
+)
 def test_settings_of_slices_that_say_nothing_are_refused(part: dict, message: str | None) -> None:
     values = {"method": "ties", "base": "b", "slices": [{"sources": [{"model": "a", "layers": [0, 1]}], **part}]}
     context = {"components": default_registry()}
@@ -262,8 +278,11 @@ def test_what_embeds_is_the_first_models_and_the_head_the_last_ones(tmp_path: Pa
             for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
                 shutil.copyfile(tmp_path / f"gpt2-{seed}" / text, folder / text)
         tensors = load_file(folder / "model.safetensors")
-        save_file({name: tensor + seed for name, tensor in tensors.items()}, folder / "model.safetensors",
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {name: tensor + seed for name, tensor in tensors.items()},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         folders.append(run_stage(tmp_path / "s", "base", {"source": str(folder)}))
     merged = stacked(tmp_path, [(folders[0], [0, 1]), (folders[1], [1, 2])])
     found, one, two = (load_file(item.path / "model.safetensors") for item in (merged, *folders))

@@ -21,24 +21,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luthier import Recipe, plan, run
-from luthier.api import Artifact, MergePart, ModelError, StoreError
+from luthier.api import Artifact, ModelError, StoreError
 from luthier.artifacts.datasets import read_split
 from luthier.artifacts.models import NO_TOKENIZER, VOCABULARY_FILES
+from luthier.merging.api import MergePart
+from luthier.merging.check import check_same, rope_of
+from luthier.merging.config import MergeConfig
+from luthier.merging.engine import Engine, Settings
+from luthier.merging.files import DTYPES, Scratch
+from luthier.merging.layout import Inputs, lay_out
+from luthier.merging.reader import Weights
+from luthier.merging.verify import Verifier, check_index
+from luthier.merging.writer import Described, Output
+from luthier.modeling.loading import fold, load_model, load_tokenizer
+from luthier.modeling.measure import items_of
+from luthier.modeling.text import encode_text
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.train import merging
-from luthier.train.loading import fold, load_model, load_tokenizer
-from luthier.train.measure import items_of
-from luthier.train.text import encode_text
 from luthier_plugins.merge import look
-from luthier_plugins.merge.check import check_same, rope_of
-from luthier_plugins.merge.config import MergeConfig
-from luthier_plugins.merge.engine import Engine, Settings
-from luthier_plugins.merge.files import DTYPES, Scratch
-from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.reader import Weights
-from luthier_plugins.merge.verify import Verifier, check_index
-from luthier_plugins.merge.writer import Described, Output
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
 from safetensors.torch import load_file, save_file
@@ -116,14 +117,19 @@ def merged_by(
     # Loaded tensors are views of the file: each run has one of its own.
     folder = Path(tempfile.mkdtemp(dir=folder))
     output = Output(folder, layout.tensors, 1 << 30)
-    Engine(method, output, Settings(**settings), lambda done, total: None).run(layout.tasks)
+    Engine(method, output, Settings(**settings), lambda done, total: None).run(layout.jobs)
     output.close()
     return load_file(folder / "model.safetensors")
 
 
 WITHOUT_DATA = sorted(set(default_registry().names("merge")) - {"fisher", "regmean", "mergekit"})
-OWN_SETTINGS = {"ties": {"density": 0.3}, "sce": {"density": 0.4}, "nuslerp": {"flatten": False},
-                "model_stock": {"filter_wise": True}, "ram": {"r": 0.5}}  # fmt: skip
+OWN_SETTINGS = {
+    "ties": {"density": 0.3},
+    "sce": {"density": 0.4},
+    "nuslerp": {"flatten": False},
+    "model_stock": {"filter_wise": True},
+    "ram": {"r": 0.5},
+}
 
 
 @pytest.mark.parametrize("name", WITHOUT_DATA)
@@ -315,33 +321,55 @@ def test_what_cannot_be_merged_is_refused_by_name(
 
 @pytest.mark.parametrize(
     ("stage", "config", "inputs"),
-    [("diff", {}, {"models": [0, 1]}),
-     ("extract_lora", {"r": 2}, {"model": 1, "base": 0}),
-     ("moe", {"router": "uniform", "experts": [{}, {}]}, {"base": 0, "experts.0.model": 0, "experts.1.model": 1})],
+    [
+        ("diff", {}, {"models": [0, 1]}),
+        ("extract_lora", {"r": 2}, {"model": 1, "base": 0}),
+        ("moe", {"router": "uniform", "experts": [{}, {}]}, {"base": 0, "experts.0.model": 0, "experts.1.model": 1}),
+    ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_no_stage_takes_weights_in_eight_bits_for_numbers(
     store: Path, models: list[Artifact], tmp_path: Path, stage: str, config: dict, inputs: dict
 ) -> None:
     pair = [models[0], changed(models[1], tmp_path / models[1].key, with_integers)]
-    given = {name: [pair[place] for place in places] if isinstance(places, list) else pair[places]
-             for name, places in inputs.items()}  # fmt: skip
+    given = {
+        name: [pair[place] for place in places] if isinstance(places, list) else pair[places]
+        for name, places in inputs.items()
+    }
     with pytest.raises(ModelError, match=f"{NAME} is stored as F8_E4M3; take the full-precision model"):
         run_stage(store, stage, config, inputs=given)
 
 
 @pytest.mark.parametrize(
     ("four", "five"),
-    [({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
-     ({"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
-      {"rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-                           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
-     ({"rope_theta": 1e4, "partial_rotary_factor": 0.5},
-      {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
-     ({"original_max_position_embeddings": 4096, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
-      {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0],
-                           "original_max_position_embeddings": 4096}})],
-)  # fmt: skip
+    [
+        ({}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+        (
+            {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                }
+            },
+        ),
+        (
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            {"original_max_position_embeddings": 4096, "rope_scaling": {"type": "longrope", "short_factor": [1.0]}},
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0],
+                    "original_max_position_embeddings": 4096,
+                }
+            },
+        ),
+    ],
+)
 def test_a_rotary_embedding_is_the_same_in_both_spellings(four: dict, five: dict) -> None:
     assert rope_of(four) == rope_of(five)
     assert rope_of({**four, "rope_theta": 5e5}) != rope_of(five)
@@ -427,8 +455,10 @@ def test_a_plan_names_models_without_a_tokenizer() -> None:
 
 def test_filters_that_no_parameter_has_are_told(store: Path, models: list[Artifact]) -> None:
     density = [{"filter": "mlpp", "value": 0.2}, {"filter": "self_attn", "value": 0.3}, {"value": 0.5}]
-    config = {"weights": [[{"filter": "lm_hed", "value": 2.0}, {"value": 1.0}], 1.0],
-              "method": {"uses": "ties", "density": density}}  # fmt: skip
+    config = {
+        "weights": [[{"filter": "lm_hed", "value": 2.0}, {"value": 1.0}], 1.0],
+        "method": {"uses": "ties", "density": density},
+    }
     merged = run_stage(store, "merge", config, inputs={"models": models[:2], "base": models[2]})
     (warning,) = merged.manifest["warnings"]
     assert "no parameter's name contains 'lm_hed', 'mlpp'" in warning
@@ -506,7 +536,7 @@ def test_what_the_disk_cannot_hold_is_refused_before_a_tensor_is_read(
 def looked_at_apart(folder: Path, meanwhile: str) -> subprocess.CompletedProcess[str]:
     """A look at a model by another process, started by one without transformers that does something first."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from luthier_plugins.merge.verify import Verifier\n"
+        "import os, signal, sys; from pathlib import Path; from luthier.merging.verify import Verifier\n"
         f"with Verifier(Path(sys.argv[1])) as verifier:\n    {meanwhile}\n    print(verifier.verdict())\n"
     )
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
@@ -590,8 +620,9 @@ def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
     rows = read_split(data, "train")
 
     def loss(artifact: Artifact) -> float:
-        items = items_of(load_model(artifact), load_tokenizer(artifact), rows, {"losses"},
-                         artifact.facts["stop_token_ids"], 4)["losses"]  # fmt: skip
+        items = items_of(
+            load_model(artifact), load_tokenizer(artifact), rows, {"losses"}, artifact.facts["stop_token_ids"], 4
+        )["losses"]
         return sum(item.nll for item in items) / sum(item.tokens for item in items)
 
     for method in ("fisher", "regmean"):
@@ -630,9 +661,12 @@ def with_more_rows(tensors: dict, config: dict) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(with_a_bias, "self_attn.q_proj.bias is none in"), (with_a_table, "model.scale_table is none in"),
-     (with_more_rows, "model.embed_tokens.weight is")],
-)  # fmt: skip
+    [
+        (with_a_bias, "self_attn.q_proj.bias is none in"),
+        (with_a_table, "model.scale_table is none in"),
+        (with_more_rows, "model.embed_tokens.weight is"),
+    ],
+)
 @pytest.mark.parametrize("second", [True, False])
 def test_no_tensor_of_a_slice_is_dropped_and_no_shape_is_guessed(
     store: Path, models: list[Artifact], tmp_path: Path, change: Callable, message: str, second: bool
@@ -767,8 +801,9 @@ def test_tokenizers_are_told_apart_by_their_tokens_and_not_by_their_bytes(
     content = json.loads((again / "tokenizer.json").read_text())
     assert content["padding"]
     assert content["truncation"]
-    content["model"]["merges"] = [" ".join(merge) if isinstance(merge, list) else merge.split(" ")
-                                  for merge in content["model"]["merges"]]  # fmt: skip
+    content["model"]["merges"] = [
+        " ".join(merge) if isinstance(merge, list) else merge.split(" ") for merge in content["model"]["merges"]
+    ]
     (again / "tokenizer.json").write_text(json.dumps(content))
     taken = run_stage(store, "base", {"source": str(again)})
     assert taken.facts["tokenizer"] == models[1].facts["tokenizer"]
@@ -816,7 +851,7 @@ def test_whole_numbers_are_copied_from_the_base_and_listed(
 
     pair = [changed(model, tmp_path / model.key, counted(place)) for place, model in enumerate(models[:2])]
     # transformers has no place for such a tensor: that it is written is looked at here.
-    monkeypatch.setattr("luthier_plugins.merge.verify.looked", lambda folder: {})
+    monkeypatch.setattr("luthier.merging.verify.load_check", lambda folder: {})
     merged = run_stage(store, "merge", {"method": "task_arithmetic"}, inputs={"models": pair[:1], "base": pair[1]})
     assert merged.facts["copied"] == ["model.steps"]
     assert weights(merged)["model.steps"].tolist() == [1, 2**40 + 1]
@@ -843,7 +878,7 @@ def test_whole_matrices_wait_for_each_other_where_memory_is_short(models: list[A
     for memory, expected in ((1, 1), (1 << 30, 4)):
         most[0] = 0
         output = Output(Path(tempfile.mkdtemp(dir=tmp_path)), layout.tensors, 1 << 30)
-        Engine(Slow(), output, Settings(4, memory=memory), lambda done, total: None).run(layout.tasks)
+        Engine(Slow(), output, Settings(4, memory=memory), lambda done, total: None).run(layout.jobs)
         output.close()
         assert most[0] == expected
 
@@ -919,8 +954,9 @@ def test_a_base_and_its_chat_model_may_differ_in_what_tells_nothing(
 
     idle = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "rms_norm_eps": 1e-5}
     changes = [idle, {**idle, "sliding_window": 128, "max_window_layers": 21, "rms_norm_eps": 1e-6}]
-    pair = [changed(model, tmp_path / model.key, written(**values))
-            for model, values in zip(models, changes, strict=False)]  # fmt: skip
+    pair = [
+        changed(model, tmp_path / model.key, written(**values)) for model, values in zip(models, changes, strict=False)
+    ]
     check_same(Inputs([Weights(model) for model in pair], None))
     sliding = changed(models[1], tmp_path / "on" / models[1].key, written(**{**changes[1], "use_sliding_window": True}))
     with pytest.raises(ModelError, match="differ in sliding_window: 4096 and 128"):

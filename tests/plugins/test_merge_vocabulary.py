@@ -13,10 +13,10 @@ import transformers
 import yaml
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.models import chat_template
+from luthier.merging.config import MergeConfig
+from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_model
-from luthier.train.loading import load_model, load_tokenizer
-from luthier_plugins.merge.config import MergeConfig
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -58,8 +58,10 @@ def test_the_union_has_every_token_with_its_rows(store: Path, pair: list[Artifac
     assert set(union) == set(first) | set(second)
     assert all(union[token] == place for token, place in first.items()), "the first model's ids stay"
     for token, place in union.items():
-        sides = [one[first[token]] if token in first else two[second[token]],
-                 two[second[token]] if token in second else one[first[token]]]  # fmt: skip
+        sides = [
+            one[first[token]] if token in first else two[second[token]],
+            two[second[token]] if token in second else one[first[token]],
+        ]
         torch.testing.assert_close(soup[place], 0.25 * sides[0] + 0.75 * sides[1])
     assert merged.facts["vocab_size"] == len(soup)
     assert sum(merged.facts["tokens_from"].values()) == len(union) - len(first)
@@ -80,9 +82,11 @@ def test_texts_come_back_whole_from_the_joint_tokenizer(store: Path, pair: list[
 
 def test_one_models_tokenizer_moves_the_others_rows(store: Path, pair: list[Artifact]) -> None:
     merged = run_stage(
-        store, "merge", {"tokenizer": "x", "method": "linear", "weights": [1, 0]},
+        store,
+        "merge",
+        {"tokenizer": "x", "method": "linear", "weights": [1, 0]},
         inputs={"models": pair, "tokenizer": pair[1]},
-    )  # fmt: skip
+    )
     assert merged.facts["tokenizer"] == pair[1].facts["tokenizer"]
     (one, first), (two, second), (soup, chosen) = (rows(item) for item in (*pair, merged))
     assert chosen == second
@@ -119,9 +123,13 @@ def test_rows_of_tokens_and_padding_are_those_of_mergekit(
         "t": {"source": {"kind": "model_token", "model": "./a", "token": "z"}, "force": True},
     }
     weights = {"a": 1.0, "b": 0.5, "c": 2.0}
-    content = {"models": [{"model": f"./{name}", "parameters": {"weight": value}} for name, value in weights.items()],
-               "merge_method": "linear", "dtype": "float32", "chat_template": "chatml",
-               "tokenizer": {"source": "union", "tokens": tokens, "pad_to_multiple_of": 64}}  # fmt: skip
+    content = {
+        "models": [{"model": f"./{name}", "parameters": {"weight": value}} for name, value in weights.items()],
+        "merge_method": "linear",
+        "dtype": "float32",
+        "chat_template": "chatml",
+        "tokenizer": {"source": "union", "tokens": tokens, "pad_to_multiple_of": 64},
+    }
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(content))
     text = (tmp_path / "merge.yml").read_text().replace("./", f"{tmp_path}/")
     options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
@@ -160,9 +168,12 @@ def test_a_new_token_begins_at_the_mean_and_models_that_share_a_vocabulary_may_g
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [({"model": "x", "like": "nothing of the kind"}, "has none for 'nothing of the kind'"),
-     ({"model": "x", "like": 5000}, "has none for 5000"), ({"model": "other"}, "`tokens` names")],
-)  # fmt: skip
+    [
+        ({"model": "x", "like": "nothing of the kind"}, "has none for 'nothing of the kind'"),
+        ({"model": "x", "like": 5000}, "has none for 5000"),
+        ({"model": "other"}, "`tokens` names"),
+    ],
+)
 def test_rows_that_there_are_not_are_refused(store: Path, pair: list[Artifact], entry: dict, message: str) -> None:
     config = {"tokenizer": "union", "tokens": [{"token": "<|tool|>", **entry}]}
     stranger = tiny_model(store, seed=9, dtype="float32", vocab_size=310, tied=False)
@@ -173,13 +184,18 @@ def test_rows_that_there_are_not_are_refused(store: Path, pair: list[Artifact], 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [({"like": "b"}, "names a token of a `model`"), ({"force": True}, "needs to know what with"),
-     ({"zero": True, "model": "m"}, "come from no model"), ({"token": ""}, "at least 1 character")],
-)  # fmt: skip
+    [
+        ({"like": "b"}, "names a token of a `model`"),
+        ({"force": True}, "needs to know what with"),
+        ({"zero": True, "model": "m"}, "come from no model"),
+        ({"token": ""}, "at least 1 character"),
+    ],
+)
 def test_rows_that_come_from_nowhere_are_refused(entry: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MergeConfig.model_validate({"models": ["m"], "tokens": [{"token": "a", **entry}]},
-                                   context={"components": default_registry()})  # fmt: skip
+        MergeConfig.model_validate(
+            {"models": ["m"], "tokens": [{"token": "a", **entry}]}, context={"components": default_registry()}
+        )
 
 
 def chatty(store: Path, folder: Path, seed: int) -> Artifact:

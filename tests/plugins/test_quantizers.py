@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from luthier import plan, run
 from luthier.api import Artifact, DataError, ModelError, PluginError, StageError
-from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.models import tensor_headers
 from luthier.cli.doctor import doctor_command
+from luthier.modeling.loading import load_client
+from luthier.modeling.quantized import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq
+from luthier.serving.environments import ENVIRONMENTS, Environment
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train.loading import load_client
-from luthier.train.packed import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq
 from luthier_plugins.quantizers.rounding import Grid, to_nearest, with_feedback
 from safetensors.torch import load_file, save_file
 
@@ -90,8 +90,11 @@ def test_a_quantized_folder_behaves_like_the_model(method: str, tuned: Artifact)
     assert facts["parameters"] == tuned.facts["parameters"]
     assert facts["perplexity"] == pytest.approx(facts["reference_perplexity"], rel=0.6)
     config = json.loads((export.path / "config.json").read_text())
-    assert config["quantization_config"]["quant_method"] == {"int8": "compressed-tensors", "fp8": "compressed-tensors",
-                                                             "nf4": "bitsandbytes"}.get(method, method)  # fmt: skip
+    assert config["quantization_config"]["quant_method"] == {
+        "int8": "compressed-tensors",
+        "fp8": "compressed-tensors",
+        "nf4": "bitsandbytes",
+    }.get(method, method)
     if method in ("awq", "gptq"):
         assert facts["calibration"]["tokens"] > 100
         assert len(facts["calibration"]["sha256"]) == 64
@@ -197,16 +200,25 @@ READERS = {
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("where", "options"),
-    [("compressed", {"uses": "int8"}), ("compressed", {"uses": "fp8"}), ("gptqmodel", {"uses": "awq"}),
-     ("gptqmodel", {"uses": "gptq"}), ("gptqmodel", {"uses": "gptq", "bits": 8, "symmetric": False}),
-     ("torchao", {"uses": "torchao"}), ("torchao", {"uses": "torchao", "type": "int8-dynamic"}),
-     ("torchao", {"uses": "torchao", "type": "float8"})],
+    [
+        ("compressed", {"uses": "int8"}),
+        ("compressed", {"uses": "fp8"}),
+        ("gptqmodel", {"uses": "awq"}),
+        ("gptqmodel", {"uses": "gptq"}),
+        ("gptqmodel", {"uses": "gptq", "bits": 8, "symmetric": False}),
+        ("torchao", {"uses": "torchao"}),
+        ("torchao", {"uses": "torchao", "type": "int8-dynamic"}),
+        ("torchao", {"uses": "torchao", "type": "float8"}),
+    ],
     ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
-)  # fmt: skip
+)
 def test_transformers_reads_the_layouts_as_we_do(
-    where: str, options: dict[str, Any], tuned: Artifact, environment: Callable[..., Path],
+    where: str,
+    options: dict[str, Any],
+    tuned: Artifact,
+    environment: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     python = environment(where, *(READERS.get(where) or ENVIRONMENTS[where].packages))
     monkeypatch.setattr(Environment, "folder", property(lambda self: python.parents[1]))
     export = exported(tuned, {**options, "skip": ["layers.0.mlp.down_proj"]})
@@ -229,8 +241,12 @@ def test_torchaos_tensors_are_read(tmp_path: Path) -> None:
     whole = torch.tensor([[-128, 0, 127], [3, 4, 5]], dtype=torch.int8)
     scale, zero = torch.tensor([[0.5], [2.0]]), torch.tensor([[0], [4]], dtype=torch.int8)
     stem = "model.layers.0.mlp.up_proj"
-    tensors = {f"{stem}._weight_qdata": whole, f"{stem}._weight_scale": scale, f"{stem}._weight_zero_point": zero,
-               "model.norm.weight": torch.ones(3)}  # fmt: skip
+    tensors = {
+        f"{stem}._weight_qdata": whole,
+        f"{stem}._weight_scale": scale,
+        f"{stem}._weight_zero_point": zero,
+        "model.norm.weight": torch.ones(3),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "torchao"}}))
     found = dict(read_floats(tmp_path))

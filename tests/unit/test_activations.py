@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.train.activations import Kind, activations_of, round_activations, rounded
+from luthier.modeling.activations import Kind, activations_of, round_activations, rounded
 from safetensors.torch import save_file
 from torch import nn
 
@@ -36,9 +36,14 @@ WEIGHTS_ONLY = {"quant_method": "torchao", "quant_type": {"default": {"_type": "
 
 @pytest.mark.parametrize(
     ("settings", "mark", "rounds"),
-    [(COMPRESSED, "weight_scale", True), (TORCHAO, "_weight_scale", True), (WEIGHTS_ONLY, "_weight_scale", False),
-     ({"quant_method": "awq"}, "scales", False), (None, "weight_scale", False)],
-)  # fmt: skip
+    [
+        (COMPRESSED, "weight_scale", True),
+        (TORCHAO, "_weight_scale", True),
+        (WEIGHTS_ONLY, "_weight_scale", False),
+        ({"quant_method": "awq"}, "scales", False),
+        (None, "weight_scale", False),
+    ],
+)
 def test_only_quantized_layers_get_rounded_inputs(settings: object, mark: str, rounds: bool, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
     save_file({f"0.{mark}": torch.ones(4, 1), "1.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")

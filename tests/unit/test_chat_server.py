@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import pytest
 from luthier.api import ModelError
-from luthier.artifacts.golden import ServerError, ask, model_of, streamed
-from luthier.running.chat_server import ChatServer
+from luthier.serving.chat_server import ChatServer
+from luthier.serving.golden import ServerError, ask, model_of, streamed
 
 ASKED: list[Any] = [{"role": "user", "content": "Who is there?"}]
 

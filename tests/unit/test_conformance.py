@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from luthier.api import Component, Config, MergeMethodConfig
+from luthier.api import Component, Config
+from luthier.merging.api import MergeMethodConfig
 from luthier.registry import default_registry
 from luthier.testing import check_component
 

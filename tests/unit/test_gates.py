@@ -15,9 +15,17 @@ def config(requirement: str, against: str | list[str] = "base") -> EvaluateConfi
 
 @pytest.mark.parametrize(
     ("requirement", "holds"),
-    [(">= 0.6", True), ("> 0.6", False), ("< 1e0", True), (">= base", True), (">= base + 0.05", False),
-     (">= base - 0.05", True), (">=base+5e-2", False), ("<= base + 0.1", True)],
-)  # fmt: skip
+    [
+        (">= 0.6", True),
+        ("> 0.6", False),
+        ("< 1e0", True),
+        (">= base", True),
+        (">= base + 0.05", False),
+        (">= base - 0.05", True),
+        (">=base+5e-2", False),
+        ("<= base + 0.1", True),
+    ],
+)
 def test_a_requirement_holds_or_does_not(requirement: str, holds: bool) -> None:
     facts = {"scores": {"exact_match": 0.6}, "against": [{"scores": {"exact_match": 0.58}}]}
     (gate,) = config(requirement).gates(facts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from luthier.train.loading import on_fastest
+from luthier.modeling.loading import to_best_device
 from torch import nn
 
 
@@ -29,4 +29,4 @@ def test_a_model_goes_where_there_is_room_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, free))
-    assert on_fastest(Moved()).moved == where
+    assert to_best_device(Moved()).moved == where

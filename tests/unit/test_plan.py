@@ -145,9 +145,10 @@ def test_every_file_of_a_field_is_part_of_the_key(tmp_path: Path, monkeypatch: p
 
     registry.add(local, Provider("local", "tests", "0"))
     monkeypatch.setattr(
-        Registry, "config_class",
+        Registry,
+        "config_class",
         lambda self, component: SeveralConfig if component.name == "several" else _local_config(),
-    )  # fmt: skip
+    )
     for name in "abc":
         (tmp_path / f"{name}.txt").write_text(name)
 

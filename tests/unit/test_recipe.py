@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from luthier import Recipe
 from luthier.api import RecipeError
-from luthier.api.merging import cancel
+from luthier.merging.api import cancel
 from luthier.recipe.document import parse
 
 
@@ -18,8 +18,12 @@ def test_scalars_are_those_of_yaml_1_2() -> None:
 
 def test_numbers_with_a_zero_in_front_are_decimal() -> None:
     assert parse("a: 010\nb: 08\nc: 0o10\nd: 1_000\ne: 0x1F\n", "x.yaml").value == {
-        "a": 10, "b": 8, "c": 8, "d": 1000, "e": 31,
-    }  # fmt: skip
+        "a": 10,
+        "b": 8,
+        "c": 8,
+        "d": 1000,
+        "e": 31,
+    }
 
 
 @pytest.mark.parametrize(
@@ -28,36 +32,65 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ("luthier: 1\nstages: &a {base: *a}\n", "does an anchor contain itself"),
         ("luthier: 1\ntrackers: jsonl\nstages: {base: base}\n", "expected a list of trackers"),
         ("luthier: 1\nstages:\n  x: {uses: sft, model: m, data: d, learning_rate: .inf}\n", "finite number"),
-        ("luthier: 1\nstages:\n  x: {uses: augment, data: d, method: {uses: template, templates: [{text: a}], "
-         "count: 1, slots: {n: {range: [5, 1]}}}}\n", "the range [5, 1] is empty"),
-        ("luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, require: {exact_mach: '> 0.5'}}\n",
-         "exact_mach, which is not among `metrics`"),
-        ("luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, metrics: [exact_match, exact_match]}\n",
-         "stands twice"),
+        (
+            "luthier: 1\nstages:\n  x: {uses: augment, data: d, method: {uses: template, templates: [{text: a}], "
+            "count: 1, slots: {n: {range: [5, 1]}}}}\n",
+            "the range [5, 1] is empty",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, require: {exact_mach: '> 0.5'}}\n",
+            "exact_mach, which is not among `metrics`",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, metrics: [exact_match, exact_match]}\n",
+            "stands twice",
+        ),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], method: ties}\n", "name the models' ancestor"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], method: slerp}\n", "takes 2 models, not 3"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c}\n", "does not look at a base"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1]}\n", "weights sum to zero"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], weights: [0.1, 0.2, -0.3]}\n",
-         "weights sum to zero"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, weights: [1, -1], "
-         "method: {uses: dare_linear, normalize: true}}\n", "weights sum to zero"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1], method: nuslerp}\n",
-         "weights sum to zero"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], base: c, weights: [1, 3, -1], method: ties}\n",
-         "some of the weights cancel"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
-         "slerp does not look at weights"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, method: {uses: ties, "
-         "density: {per_model: [0.5]}}}\n", "given `per_model`, but not for 2 models"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, slices: [{sources: [{model: a, layers: [0, 1], "
-         "weight: 0.5}]}]}\n", "passthrough does not look at weights"),
-        ("luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b, c], space: core, method: slerp}\n",
-         "slerp cannot merge 3 adapters"),
-        ("luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b], space: core, "
-         "method: {uses: fisher, data: d}}\n", "whole models do with data"),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], weights: [0.1, 0.2, -0.3]}\n",
+            "weights sum to zero",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, weights: [1, -1], "
+            "method: {uses: dare_linear, normalize: true}}\n",
+            "weights sum to zero",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1], method: nuslerp}\n",
+            "weights sum to zero",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], base: c, weights: [1, 3, -1], method: ties}\n",
+            "some of the weights cancel",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
+            "slerp does not look at weights",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, method: {uses: ties, "
+            "density: {per_model: [0.5]}}}\n",
+            "given `per_model`, but not for 2 models",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, slices: [{sources: [{model: a, layers: [0, 1], "
+            "weight: 0.5}]}]}\n",
+            "passthrough does not look at weights",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b, c], space: core, method: slerp}\n",
+            "slerp cannot merge 3 adapters",
+        ),
+        (
+            "luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b], space: core, "
+            "method: {uses: fisher, data: d}}\n",
+            "whole models do with data",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_recipes_are_messages_and_no_tracebacks(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)

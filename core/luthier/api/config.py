@@ -101,14 +101,14 @@ class StageConfig(Config):
         """The kind of artifact made, given the kinds of the inputs by field path."""
         return self.kind_made
 
-    def foresee(
+    def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Any]:
         """The facts of the artifact as far as they can be told before it is made, such as a model's ``parameters`` or
         a dataset's ``rows`` and ``characters``. By default those of the model, or of the data, that goes in.
 
         Args:
-            inputs: Facts by field path: those of finished artifacts, and foreseen ones.
+            inputs: Facts by field path: those of finished artifacts, and expected_facts ones.
             sources: Local paths by field path.
         """
         for field in ("model", "models", "data"):
@@ -117,10 +117,10 @@ class StageConfig(Config):
         return {}
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
-        """What the stage will need, from facts of its inputs: those of finished artifacts, and foreseen ones."""
+        """What the stage will need, from facts of its inputs: those of finished artifacts, and expected_facts ones."""
         return Estimate()
 
-    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+    def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
         """What is wrong with these kinds of inputs, by field path; asked before anything runs."""
         return []
 

@@ -69,9 +69,11 @@ class TrainingConfig(StageConfig):
             rows = round(rows * self.epochs)
         # Weights, gradients and two moments in fp32, four bytes each.
         return Estimate(
-            rows=rows or None, tokens=_tokens(data, rows) or None, memory=16 * parameters or None,
+            rows=rows or None,
+            tokens=_tokens(data, rows) or None,
+            memory=16 * parameters or None,
             disk=14 * parameters or None,
-        )  # fmt: skip
+        )
 
 
 def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:

@@ -46,7 +46,7 @@ def adapter_facts(out: Path, base: str, source: Artifact) -> dict[str, Any]:
     }
 
 
-def told_base(adapter: Path, folder: Path) -> str:
+def named_base(adapter: Path, folder: Path) -> str:
     """The model that an adapter's config names: an absolute path, or a hub id as ``hf:org/name``.
 
     Args:

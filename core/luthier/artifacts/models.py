@@ -98,9 +98,7 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
     found: dict[str, TensorHeader] = {}
     for name, entry in header.items():
         first, behind = entry["data_offsets"]
-        found[name] = TensorHeader(
-            entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + first, behind - first
-        )  # fmt: skip
+        found[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), path.name, 8 + length + first, behind - first)
     return found
 
 
@@ -144,8 +142,11 @@ def own_tensors(folder: Path, config: dict[str, Any], headers: dict[str, TensorH
     """
     prefix = PREFIXES.get(str(config.get("model_type")), "")
     short = not any(name.startswith(prefix) for name in headers)
-    headers = {name if not short or name == HEAD else prefix + name: header for name, header in headers.items()
-               if not COMPUTED.search(f".{name}")}  # fmt: skip
+    headers = {
+        name if not short or name == HEAD else prefix + name: header
+        for name, header in headers.items()
+        if not COMPUTED.search(f".{name}")
+    }
     head = headers.get(HEAD)
     shared = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     if head is None or shared is None or config.get("tie_word_embeddings") is False:
@@ -158,8 +159,10 @@ def _same_bytes(folder: Path, one: TensorHeader, other: TensorHeader) -> bool:
     with (folder / one.file).open("rb") as left, (folder / other.file).open("rb") as right:
         left.seek(one.start)
         right.seek(other.start)
-        return all(left.read(min(PIECE, one.size - done)) == right.read(min(PIECE, one.size - done))
-                   for done in range(0, one.size, PIECE))  # fmt: skip
+        return all(
+            left.read(min(PIECE, one.size - done)) == right.read(min(PIECE, one.size - done))
+            for done in range(0, one.size, PIECE)
+        )
 
 
 def vocabulary_size(folder: Path) -> int | None:

@@ -17,9 +17,9 @@ import click
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
-from luthier.artifacts.golden import ServerError, model_of, streamed
 from luthier.artifacts.store import Store
 from luthier.running.process import QUIET
+from luthier.serving.golden import ServerError, model_of, streamed
 
 Turns = list[dict[str, str]]
 Answer = Callable[[Turns], Iterator[str]]
@@ -103,7 +103,7 @@ def _converse(turns: Turns, answer: Answer) -> None:
 
 @contextmanager
 def _talking(artifact: Artifact, variant: str, limit: int) -> Generator[Any]:
-    command = [sys.executable, "-m", "luthier.running.talk", str(artifact.path), variant, str(limit)]
+    command = [sys.executable, "-m", "luthier.serving.talk", str(artifact.path), variant, str(limit)]
     environment = {**QUIET, **os.environ}
     # A file, because a pipe that nobody reads would stop a library that has much to say.
     with (

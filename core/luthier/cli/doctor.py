@@ -15,10 +15,10 @@ from typing import Any
 import click
 from packaging.requirements import Requirement
 
-from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.store import Store
 from luthier.cli import tools
 from luthier.registry import default_registry
+from luthier.serving.environments import ENVIRONMENTS
 
 DEVICES = """
 import json, torch
@@ -51,8 +51,11 @@ def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: 
 def _examine(store: Store) -> dict[str, Any]:
     required, extras = _requirements()
     devices, failure = _devices()
-    problems = [f"{name} {spec} is needed, {has or 'nothing'} is installed" for name, spec, has in required
-                if not _fits(spec, has)]  # fmt: skip
+    problems = [
+        f"{name} {spec} is needed, {has or 'nothing'} is installed"
+        for name, spec, has in required
+        if not _fits(spec, has)
+    ]
     problems += [f"the plugin {item.provider} cannot be loaded: {item.error}" for item in default_registry().broken]
     problems += [failure] if failure else []
     existing = next(path for path in (store.root, *store.root.parents) if path.exists())

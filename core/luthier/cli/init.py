@@ -117,5 +117,8 @@ def _look(data: Path) -> tuple[str, int]:
     for form, needed in keys.items():
         if isinstance(row, dict) and all(key in row for key in needed):
             return form, len(lines)
-    raise DataError("its rows are of no known format", where=f"{data}:1",
-                    hint="a row has `messages`; or `prompt`, `chosen` and `rejected`; or `text`")  # fmt: skip
+    raise DataError(
+        "its rows are of no known format",
+        where=f"{data}:1",
+        hint="a row has `messages`; or `prompt`, `chosen` and `rejected`; or `text`",
+    )

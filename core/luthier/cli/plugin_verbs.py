@@ -24,8 +24,11 @@ def plugins_command(kind: str | None, as_json: bool) -> None:
     )
     broken = [(str(plugin.provider), plugin.error) for plugin in registry.broken]
     pairs = [row[:2] for row in rows]
-    broken += [(row[3], f"the {row[0]} '{row[1]}' has more than one provider: uninstall all but one")
-               for row in rows if pairs.count(row[:2]) > 1]  # fmt: skip
+    broken += [
+        (row[3], f"the {row[0]} '{row[1]}' has more than one provider: uninstall all but one")
+        for row in rows
+        if pairs.count(row[:2]) > 1
+    ]
     if as_json:
         keys = ("kind", "name", "summary", "provider")
         components = [dict(zip(keys, row, strict=True)) for row in rows]

@@ -45,8 +45,15 @@ def plan_command(recipe: Path, overrides: tuple[str, ...], store: Path | None, a
 
 def _node_json(made: Plan, name: str) -> dict[str, Any]:
     node = made.nodes[name]
-    return {"stage": name, "uses": node.component.name, "key": node.key, "produces": node.produces,
-            "status": node.status, "reason": node.reason, "inputs": node.inputs}  # fmt: skip
+    return {
+        "stage": name,
+        "uses": node.component.name,
+        "key": node.key,
+        "produces": node.produces,
+        "status": node.status,
+        "reason": node.reason,
+        "inputs": node.inputs,
+    }
 
 
 def _estimate(estimate: Estimate) -> str:

@@ -26,6 +26,6 @@ def serve_command(artifact: str, variant: str, port: int, store: Path | None) ->
     transformers. It is for trying out: one answer at a time, and nobody is asked who they are.
     """
     found = Store.at(store).resolve(artifact)
-    command = [sys.executable, "-m", "luthier.running.serve", str(found.path), variant, str(port)]
+    command = [sys.executable, "-m", "luthier.serving.serve", str(found.path), variant, str(port)]
     # In place of this process: whoever ends it ends the server.
     os.execve(sys.executable, command, {**QUIET, **os.environ})

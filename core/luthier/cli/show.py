@@ -61,8 +61,10 @@ def _run(path: Path, as_json: bool) -> None:
             case "warning":
                 click.echo(f"{stage}: warning: {event['message']}")
             case "gate":
-                click.echo(f"{stage}: gate {event['metric']} {event['required']}: {event['value']}"
-                           f" {'holds' if event['ok'] else 'DOES NOT HOLD'}")  # fmt: skip
+                click.echo(
+                    f"{stage}: gate {event['metric']} {event['required']}: {event['value']}"
+                    f" {'holds' if event['ok'] else 'DOES NOT HOLD'}"
+                )
             case "run_finished":
                 click.echo(f"ended with exit code {event['exit_code']}")
             case _:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import click
 
-from luthier.artifacts.environments import Environment
 from luthier.planning import Plan
+from luthier.serving.environments import Environment
 
 
 def install(environment: Environment, yes: bool = False) -> None:
@@ -20,8 +20,10 @@ def install(environment: Environment, yes: bool = False) -> None:
     if environment.ready:
         click.echo(f"{environment.name} is installed: {environment.folder}")
         return
-    click.echo(f"{environment.name}: {environment.about}\ninto {environment.folder}: "
-               f"{', '.join(environment.packages)} and what these need, some GB")  # fmt: skip
+    click.echo(
+        f"{environment.name}: {environment.about}\ninto {environment.folder}: "
+        f"{', '.join(environment.packages)} and what these need, some GB"
+    )
     if yes or click.confirm("install?"):
         environment.install(click.echo)
         click.echo("installed")

@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from luthier.api.errors import GateError, ModelError
-from luthier.artifacts.golden import ServerError, Verdict, problem_of, verify
 from luthier.artifacts.store import Store
+from luthier.serving.golden import ServerError, Verdict, problem_of, verify
 
 EXAMPLE = "Example: luthier verify http://127.0.0.1:8080 quickstart/gguf"
 
@@ -32,8 +32,9 @@ def verify_command(url: str, golden: str, store: Path | None) -> None:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         least, _ = float(content["least"]), content["entries"]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ModelError(f"is no golden file ({error})", where=str(file),
-                         hint="an export with `serve:` writes one") from error  # fmt: skip
+        raise ModelError(
+            f"is no golden file ({error})", where=str(file), hint="an export with `serve:` writes one"
+        ) from error
     verdicts: list[Verdict] = []
     try:
         for verdict in verify(url, content):

@@ -12,15 +12,15 @@ from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
 from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references
 from luthier.api.errors import LuthierError, Problem, RecipeError
-from luthier.artifacts.adapters import is_adapter, told_base
+from luthier.artifacts.adapters import is_adapter, named_base
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
-from luthier.artifacts.environments import ENVIRONMENTS, Environment
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
 from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
 from luthier.recipe import Recipe
 from luthier.recipe.problems import near
+from luthier.serving.environments import ENVIRONMENTS, Environment
 
 KEY_FORMAT = 1
 Status = Literal["cached", "run", "resume"]
@@ -36,7 +36,7 @@ class Node:
         inputs: Stage ids (or ``artifact:<folder>``) by field path.
         sources: Resolved files and models by field path.
         key: The sha256 that identifies the result; `payload` is what it is made of.
-        foreseen: The facts of the artifact as far as they can be told before it is made.
+        expected_facts: The facts of the artifact as far as they can be told before it is made.
         status: Whether the result is there, or will be made, from a checkpoint or anew.
         reason: Why.
     """
@@ -53,7 +53,7 @@ class Node:
     status: Status = "run"
     reason: str = ""
     estimate: Estimate = field(default_factory=Estimate)
-    foreseen: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    expected_facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def needs(self) -> list[str]:
@@ -244,8 +244,12 @@ class _Planner:
         stuck = [name for name in names if name not in order]
         if stuck:
             node = self.nodes[stuck[0]]
-            self._fail(node, "", f"stages wait for each other in a cycle: {' -> '.join(_cycle(waiting, stuck[0]))}",
-                       "break the cycle: a stage cannot use its own result")  # fmt: skip
+            self._fail(
+                node,
+                "",
+                f"stages wait for each other in a cycle: {' -> '.join(_cycle(waiting, stuck[0]))}",
+                "break the cycle: a stage cannot use its own result",
+            )
         return order
 
     def _check_kinds(self, node: Node) -> None:
@@ -259,7 +263,7 @@ class _Planner:
                 if kind not in marker.kinds:
                     wanted = " or ".join(map(_a, marker.kinds))
                     self._fail(node, path, f"'{name}' makes {_a(kind)}, but here {wanted} is needed")
-        for message in node.config.misfits(kinds):
+        for message in node.config.kind_problems(kinds):
             self._fail(node, "", message)
         node.produces = node.config.produces(kinds)
 
@@ -289,19 +293,27 @@ class _Planner:
             return
         known = {path: [result.artifact_of(name) for name in names] for path, names in node.inputs.items()}
         facts = {path: [item.facts for item in items if item is not None] for path, items in known.items()}
-        likely = {path: [item.facts if item is not None else self.nodes[name].foreseen
-                         for item, name in zip(known[path], names, strict=True)]
-                  for path, names in node.inputs.items()}  # fmt: skip
+        likely = {
+            path: [
+                item.facts if item is not None else self.nodes[name].expected_facts
+                for item, name in zip(known[path], names, strict=True)
+            ]
+            for path, names in node.inputs.items()
+        }
         places = {path: [source.place for source in sources] for path, sources in node.sources.items()}
-        node.foreseen = node.config.foresee(likely, places)
+        node.expected_facts = node.config.expected_facts(likely, places)
         node.estimate = node.config.estimate(likely)
         if all(item is not None for items in known.values() for item in items):
             for message in node.config.problems(facts):
                 self._fail(node, "", message)
         whole, _ = checkpoints(self.store.work(node.key))
         node.status = "resume" if whole else "run"
-        node.reason = reason_to_run(node.payload, last, inputs, {name: result.key_of(name) for name in node.needs
-                                    if name in result.nodes or name in result.outside})  # fmt: skip
+        node.reason = reason_to_run(
+            node.payload,
+            last,
+            inputs,
+            {name: result.key_of(name) for name in node.needs if name in result.nodes or name in result.outside},
+        )
 
 
 def _a(kind: ArtifactKind) -> str:
@@ -323,7 +335,7 @@ def _import_of(value: str, folder: Path, accepted: Sequence[ArtifactKind]) -> tu
         model, _, source = value.rpartition("+")
         return "adapter", {"source": source, "model": model}
     if is_adapter(place):
-        return "adapter", {"source": value, "model": told_base(place, folder)}
+        return "adapter", {"source": value, "model": named_base(place, folder)}
     return "base", {"source": value}
 
 

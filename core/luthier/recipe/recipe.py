@@ -160,8 +160,11 @@ class _Reader:
         if not self.problems and executor is not None:
             return Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
         raw = value["stages"]
-        left_out = frozenset(str(key) for key in cast("dict[Any, Any]", raw) if key not in stages) if isinstance(
-            raw, dict) else frozenset[str]()  # fmt: skip
+        left_out = (
+            frozenset(str(key) for key in cast("dict[Any, Any]", raw) if key not in stages)
+            if isinstance(raw, dict)
+            else frozenset[str]()
+        )
         partial = None
         if executor is not None and isinstance(seed, int):
             partial = Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
@@ -203,8 +206,9 @@ class _Reader:
                 self._fail(("requires", index), f"{text} is not installed", f"pip install '{text}'")
             else:
                 if not requirement.specifier.contains(version, prereleases=True):
-                    self._fail(("requires", index), f"{text} is required, {version} is installed",
-                               f"pip install '{text}'")  # fmt: skip
+                    self._fail(
+                        ("requires", index), f"{text} is required, {version} is installed", f"pip install '{text}'"
+                    )
 
     def _stages(self, raw_stages: Any) -> dict[str, ConfiguredStage]:
         if not isinstance(raw_stages, dict) or not raw_stages:
@@ -226,8 +230,11 @@ class _Reader:
         if isinstance(raw, str):
             raw = {"uses": raw}
         if not isinstance(raw, dict) or not isinstance(cast("Any", raw).get("uses"), str):
-            self._fail(path, f"expected a mapping that names a {kind} under 'uses'",
-                       f"there are: {', '.join(self.registry.names(kind))}")  # fmt: skip
+            self._fail(
+                path,
+                f"expected a mapping that names a {kind} under 'uses'",
+                f"there are: {', '.join(self.registry.names(kind))}",
+            )
             return None
         values = {str(key): item for key, item in cast("dict[Any, Any]", raw).items() if key != "uses"}
         try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from luthier.api.protocols import Executor
 from luthier.running.events import Event
-from luthier.running.job import Job
+from luthier.worker.job import Job
 
 QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
@@ -31,7 +31,7 @@ class WorkerProcess:
 
     def __init__(self, executor: Executor, log: Path) -> None:
         environment = {**QUIET, **ALLOCATOR, **os.environ}
-        command = [sys.executable, "-m", "luthier.running.worker"]
+        command = [sys.executable, "-m", "luthier.worker.worker"]
         self._process = executor.launch(command, environment, log)
         self._log = log
         self._events: queue.Queue[Event] = queue.Queue()
@@ -42,7 +42,7 @@ class WorkerProcess:
         for line in self._process.stdout:
             self._events.put(json.loads(line))
         code = self._process.wait()
-        self._events.put({"event": "died", **_epitaph(code, self._log)})
+        self._events.put({"event": "died", **_exit_report(code, self._log)})
 
     def send(self, job: Job) -> None:
         assert self._process.stdin is not None
@@ -74,7 +74,7 @@ class WorkerProcess:
         self._process.wait()
 
 
-def _epitaph(code: int, log: Path) -> dict[str, str]:
+def _exit_report(code: int, log: Path) -> dict[str, str]:
     if code >= 0:
         return {"message": f"the worker ended with exit code {code}", "hint": f"its log: {log}"}
     name = signal.Signals(-code).name

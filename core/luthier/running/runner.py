@@ -24,9 +24,9 @@ from luthier.recipe import Recipe
 from luthier.recipe.problems import near
 from luthier.running.commit import adopt, commit, environment
 from luthier.running.events import Event, Events, Listener
-from luthier.running.job import Job
 from luthier.running.lock import Lock
 from luthier.running.process import WorkerProcess
+from luthier.worker.job import Job
 
 Outcome = Literal["cached", "done", "failed", "skipped", "interrupted"]
 
@@ -100,8 +100,11 @@ def run(
     """
     the_plan = recipe if isinstance(recipe, Plan) else plan(recipe, store)
     wanted = [only] if isinstance(only, str) else list(only)
-    problems = [Problem(f"there is no stage '{name}'", hint=near(name, the_plan.nodes))
-                for name in wanted if name not in the_plan.nodes]  # fmt: skip
+    problems = [
+        Problem(f"there is no stage '{name}'", hint=near(name, the_plan.nodes))
+        for name in wanted
+        if name not in the_plan.nodes
+    ]
     if problems:
         raise RecipeError(problems)
     # Before the first stage, not after hours of training.
@@ -120,9 +123,10 @@ class _Runner:
             self.events = Events(self.folder / "events.jsonl", listeners)
         except OSError as error:
             raise StoreError(
-                f"the store cannot be written: {error.strerror}", where=str(self.store.root),
+                f"the store cannot be written: {error.strerror}",
+                where=str(self.store.root),
                 hint="choose another place with --store",
-            ) from error  # fmt: skip
+            ) from error
         self.results: dict[str, StageResult] = {}
         self.worker: WorkerProcess | None = None
         self.interrupts = 0
@@ -144,8 +148,11 @@ class _Runner:
         return result
 
     def _visit(self, node: Node) -> None:
-        broken = [name for name, stage in self.results.items()
-                  if stage.outcome not in ("cached", "done") or any(not gate.ok for gate in stage.gates)]  # fmt: skip
+        broken = [
+            name
+            for name, stage in self.results.items()
+            if stage.outcome not in ("cached", "done") or any(not gate.ok for gate in stage.gates)
+        ]
         blocked = [name for name in node.needs if name in broken]
         if self.interrupts or blocked or (broken and not self.keep_going):
             self.results[node.id] = StageResult(node, "skipped")
@@ -159,8 +166,9 @@ class _Runner:
             self.events("stage_interrupted", stage=node.id, message=error.message)
         except LuthierError as error:
             result = StageResult(node, "failed", error=error)
-            self.events("stage_failed", stage=node.id, key=node.key, message=error.message, where=error.where,
-                        hint=error.hint)  # fmt: skip
+            self.events(
+                "stage_failed", stage=node.id, key=node.key, message=error.message, where=error.where, hint=error.hint
+            )
             self.plan.recipe.registry.notify("luthier_stage_failed", stage=node.id, key=node.key, error=str(error))
         result.seconds = time.perf_counter() - started
         self.results[node.id] = result
@@ -172,8 +180,9 @@ class _Runner:
     def _judge(self, result: StageResult, artifact: Artifact) -> None:
         result.gates = result.node.config.gates(artifact.facts)
         for gate in result.gates:
-            self.events("gate", stage=result.node.id, metric=gate.metric, required=gate.required,
-                        value=gate.value, ok=gate.ok)  # fmt: skip
+            self.events(
+                "gate", stage=result.node.id, metric=gate.metric, required=gate.required, value=gate.value, ok=gate.ok
+            )
 
     def _make(self, node: Node) -> StageResult:
         cached = self.store.find(node.key)
@@ -235,9 +244,10 @@ class _Runner:
             work.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StoreError(
-                f"the scratch folder cannot be made: {error.strerror}", where=str(work),
+                f"the scratch folder cannot be made: {error.strerror}",
+                where=str(work),
                 hint="is the store read-only or the disk full? choose another one with --store",
-            ) from error  # fmt: skip
+            ) from error
         inputs = {path: [str(self._adopted(node, name).path) for name in names] for path, names in node.inputs.items()}
         self._check_sources(node)
         job = Job(

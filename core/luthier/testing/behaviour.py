@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from luthier.api.component import Kind
-from luthier.api.merging import Granularity, MergeMethodConfig
 from luthier.api.protocols import Prediction, PreferenceBatch, TokenLoss
+from luthier.merging.api import Granularity, MergeMethodConfig
 
 
 def _merge(impl: Any, config: Any) -> None:
     import torch
 
-    from luthier.train.merging import merge_tensors
+    from luthier.merging.parts import merge_tensors
 
     assert isinstance(config, MergeMethodConfig), f"{type(config).__name__} is no MergeMethodConfig"
     assert impl.granularity in get_args(Granularity), f"the granularity is '{impl.granularity}'"
@@ -76,8 +76,8 @@ def _augmenter(impl: Any, config: Any) -> None:
 def _adapter(impl: Any, config: Any) -> None:
     import torch
 
+    from luthier.modeling.loading import load_model
     from luthier.testing.stages import tiny_model
-    from luthier.train.loading import load_model
 
     with tempfile.TemporaryDirectory() as folder:
         artifact = tiny_model(Path(folder))
@@ -94,8 +94,8 @@ def _adapter(impl: Any, config: Any) -> None:
 def _regularizer(impl: Any, config: Any) -> None:
     import torch
 
+    from luthier.modeling.loading import load_model
     from luthier.testing.stages import tiny_model
-    from luthier.train.loading import load_model
 
     with tempfile.TemporaryDirectory() as folder:
         model = load_model(tiny_model(Path(folder)))

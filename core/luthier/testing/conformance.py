@@ -44,8 +44,11 @@ def check_component(
     Raises:
         AssertionError: names every check that failed.
     """
-    problems = [f"{finding.check}: {finding.problem}" for finding in findings_of(component, config, registry=registry)
-                if finding.problem]  # fmt: skip
+    problems = [
+        f"{finding.check}: {finding.problem}"
+        for finding in findings_of(component, config, registry=registry)
+        if finding.problem
+    ]
     if problems:
         raise AssertionError(f"the {component.kind} '{component.name}':\n" + "\n".join(problems))
 

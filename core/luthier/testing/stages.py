@@ -16,8 +16,8 @@ from luthier.artifacts.digest import digest_value
 from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.commit import commit
-from luthier.running.job import Job
-from luthier.running.worker import Context, check_facts, seed_everything
+from luthier.worker.job import Job
+from luthier.worker.worker import Context, check_facts, seed_everything
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while 12 grey geese fly south.",
@@ -72,8 +72,14 @@ def run_stage(
     made = cast("StageConfig", config_class.model_validate(values, context={"components": registry}))
     kinds: dict[str, list[ArtifactKind]] = {path: [item.kind for item in items] for path, items in given.items()}
     kinds = {path: [] for path, _, _ in references(made, Input)} | kinds
-    key = digest_value({"stage": uses, "config": made.model_dump(mode="json"), "seed": seed,
-                        "inputs": {name: [item.key for item in items] for name, items in given.items()}})  # fmt: skip
+    key = digest_value(
+        {
+            "stage": uses,
+            "config": made.model_dump(mode="json"),
+            "seed": seed,
+            "inputs": {name: [item.key for item in items] for name, items in given.items()},
+        }
+    )
     store = Store(folder)
     shutil.rmtree(store.folder(key), ignore_errors=True)
     work = store.work(key)
@@ -97,8 +103,12 @@ def run_stage(
     seed_everything(seed)
     facts = stage.run(context)
     check_facts(facts, made.produces(kinds), str(registry.provider(component)))
-    about = {"stage": uses, "facts": facts, "warnings": context.warnings,
-             "inputs": {name: [item.key for item in items] for name, items in given.items()}}  # fmt: skip
+    about = {
+        "stage": uses,
+        "facts": facts,
+        "warnings": context.warnings,
+        "inputs": {name: [item.key for item in items] for name, items in given.items()},
+    }
     return commit(store, key, made.produces(kinds), work / "out", about)
 
 
@@ -140,7 +150,14 @@ def tiny_model(folder: Path, *, seed: int = 0, texts: Sequence[str] = TEXTS, **s
         texts: What the tokenizer is trained on.
         **sizes: Config of the stage ``init``, such as ``hidden_size`` or ``layers``.
     """
-    config = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "layers": 2, "heads": 4,
-              "dtype": "float32", **sizes}  # fmt: skip
+    config = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "layers": 2,
+        "heads": 4,
+        "dtype": "float32",
+        **sizes,
+    }
     data = tiny_dataset(folder, [{"text": text} for text in texts])
     return run_stage(folder, "init", config, inputs={"data": [data]}, seed=seed)

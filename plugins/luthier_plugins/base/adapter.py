@@ -22,7 +22,7 @@ from luthier.artifacts.models import (
     tensor_headers,
     vocabulary_size,
 )
-from luthier.train.adapters import check_adapter
+from luthier.modeling.adapters import check_adapter
 from luthier_plugins.base.config import AdapterConfig
 
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -53,13 +53,19 @@ class BaseAdapter:
 def _check_folder(folder: Path) -> None:
     """Refuse what PEFT would not have written."""
     if not (folder / ADAPTER_CONFIG).exists():
-        raise ModelError(f"is no adapter's folder: {ADAPTER_CONFIG} is missing", where=str(folder),
-                         hint="a full model comes in with the stage `base`")  # fmt: skip
+        raise ModelError(
+            f"is no adapter's folder: {ADAPTER_CONFIG} is missing",
+            where=str(folder),
+            hint="a full model comes in with the stage `base`",
+        )
     if not (folder / ADAPTER_WEIGHTS).exists():
         pickles = [path.name for pattern in PICKLES for path in folder.glob(pattern)]
         if pickles:
-            raise ModelError(f"has its weights as pickle files only ({', '.join(pickles[:3])})", where=str(folder),
-                             hint="pickle files can run code; convert them where you trust them")  # fmt: skip
+            raise ModelError(
+                f"has its weights as pickle files only ({', '.join(pickles[:3])})",
+                where=str(folder),
+                hint="pickle files can run code; convert them where you trust them",
+            )
         raise ModelError(f"is no whole adapter: {ADAPTER_WEIGHTS} is missing", where=str(folder))
     if not safetensors_header(folder / ADAPTER_WEIGHTS):
         raise ModelError("the adapter has no weights", where=str(folder), hint="save it again")
@@ -67,8 +73,7 @@ def _check_folder(folder: Path) -> None:
 
 def _check_rows(folder: Path, model: Path) -> None:
     tokens = vocabulary_size(folder)
-    rows = next((header.shape[0] for name, header in tensor_headers(model).items()
-                 if name.endswith(EMBEDDINGS)), None)  # fmt: skip
+    rows = next((header.shape[0] for name, header in tensor_headers(model).items() if name.endswith(EMBEDDINGS)), None)
     if tokens is not None and rows is not None and tokens > rows:
         raise ModelError(
             f"the adapter's tokenizer has {tokens} tokens, the embedding of its model only {rows} rows",

@@ -22,7 +22,7 @@ class BaseConfig(StageConfig):
     """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``; or the
     small model that comes with Luthier, for trying things out on a CPU."""
 
-    def foresee(
+    def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Any]:
         folders = [Path(place) for place in sources["source"] if Path(place).is_dir()]

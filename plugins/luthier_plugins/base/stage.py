@@ -22,8 +22,11 @@ class Base:
         if not folder.is_dir():
             raise ModelError("is not a folder", where=str(folder), hint="name the folder that holds config.json")
         if is_adapter(folder):
-            raise ModelError("is an adapter and no model", where=str(folder),
-                             hint="use the stage `adapter`, which names the model it sits on")  # fmt: skip
+            raise ModelError(
+                "is an adapter and no model",
+                where=str(folder),
+                hint="use the stage `adapter`, which names the model it sits on",
+            )
         check_model_folder(folder)
         if not any((folder / name).exists() for name in TOKENIZER_FILES):
             raise ModelError("has no tokenizer", where=str(folder), hint="copy the model's tokenizer files there")

@@ -34,7 +34,7 @@ class DataConfig(StageConfig):
     limit: int | None = Field(default=None, gt=0)
     """Read only that many rows."""
 
-    def foresee(
+    def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Any]:
         (path,) = [Path(place) for place in sources["source"]] or [Path()]

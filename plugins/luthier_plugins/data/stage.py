@@ -104,8 +104,11 @@ def _raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
             json.dumps(raw, ensure_ascii=False).encode("utf-8")
             yield number, raw
         except ValueError as error:
-            errors.append(DataError(f"is not valid JSON ({error})", where=f"{path}:{number}",
-                                    hint="each line has to be one JSON object"))  # fmt: skip
+            errors.append(
+                DataError(
+                    f"is not valid JSON ({error})", where=f"{path}:{number}", hint="each line has to be one JSON object"
+                )
+            )
 
 
 def _refuse_other_files(path: Path, lines: list[str]) -> None:

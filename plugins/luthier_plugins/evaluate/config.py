@@ -70,7 +70,7 @@ class EvaluateConfig(StageConfig):
                 raise ValueError(f"`require` compares {metric} with '{stage}', which is not among `against`")
         return self
 
-    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+    def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
         if self.variant is not None and "export" not in inputs["model"]:
             return ["`variant` names a file of an export, but the model is none: leave it out"]
         return []

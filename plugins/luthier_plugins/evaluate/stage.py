@@ -9,8 +9,8 @@ from typing import Any
 
 from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Row, StageContext
 from luthier.artifacts.datasets import require_split
-from luthier.train.loading import load_model, load_tokenizer, on_fastest
-from luthier.train.measure import items_of, predictions_of
+from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
+from luthier.modeling.measure import items_of, predictions_of
 from luthier_plugins.evaluate.config import EvaluateConfig
 
 
@@ -76,17 +76,24 @@ class Evaluate:
         self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
     ) -> dict[str, Sequence[Any]]:
         return items_of(
-            on_fastest(load_model(artifact)), load_tokenizer(artifact), rows, needs, artifact.facts["stop_token_ids"],
-            self.config.max_new_tokens, progress=lambda done, total: context.progress(done, total, "answers"),
-        )  # fmt: skip
+            to_best_device(load_model(artifact)),
+            load_tokenizer(artifact),
+            rows,
+            needs,
+            artifact.facts["stop_token_ids"],
+            self.config.max_new_tokens,
+            progress=lambda done, total: context.progress(done, total, "answers"),
+        )
 
     def _ask_export(
         self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
     ) -> dict[str, Sequence[Any]]:
         if "losses" in needs:
             names = ", ".join(use.name for use in self.config.metrics)
-            raise DataError(f"an export answers, but tells no token losses, which one of {names} needs",
-                            hint="measure perplexity on the model it was made from")  # fmt: skip
+            raise DataError(
+                f"an export answers, but tells no token losses, which one of {names} needs",
+                hint="measure perplexity on the model it was made from",
+            )
         exporter: Exporter = context.make("exporter", artifact.facts["format"])
         with exporter.serve(artifact, self.config.variant, self.config.max_new_tokens) as program:
             answers: list[str] = []
@@ -102,10 +109,13 @@ def _table(facts: Facts) -> Facts:
     slices: list[str] = list(facts.get("slices", {}))
     columns = [*names, *(f"{value} {name}" for value in slices for name in names)]
     rows = [
-        [_label(found), *(found["scores"][name] for name in names),
-         *(found["slices"][value][name] for value in slices for name in names)]
+        [
+            _label(found),
+            *(found["scores"][name] for name in names),
+            *(found["slices"][value][name] for value in slices for name in names),
+        ]
         for found in [facts, *facts["against"]]
-    ]  # fmt: skip
+    ]
     return {"columns": columns, "rows": rows}
 
 

@@ -10,8 +10,10 @@ from luthier.api import Artifact, Facts
 def write_card(folder: Path, model: Artifact, facts: Facts) -> None:
     """Write ``README.md``: what the files are, what was proven of them, and how to start them."""
     files: dict[str, Facts] = facts["files"]
-    rows = [f"| {about['file']} | {about['bytes'] / 1e6:,.1f} MB | {about['kl']:.2g} | {about['top1']:.1%} |"
-            for about in files.values()]  # fmt: skip
+    rows = [
+        f"| {about['file']} | {about['bytes'] / 1e6:,.1f} MB | {about['kl']:.2g} | {about['top1']:.1%} |"
+        for about in files.values()
+    ]
     first = next(iter(files.values()))
     stops = ", ".join(f"`{token}`" for token in model.facts.get("stop_tokens", [])) or "none"
     last = list(files.values())[-1]["file"]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from luthier.api import Facts, Message, ModelError
-from luthier.train.compare import CORPUS
-from luthier.train.golden import LIMIT
-from luthier.train.text import render
+from luthier.modeling.compare import CORPUS
+from luthier.modeling.golden import LIMIT
+from luthier.modeling.text import render
 from luthier_plugins.gguf.server import LlamaServer
 
 CONVERSATIONS: tuple[list[Message], ...] = (
@@ -121,10 +121,17 @@ def _ends(model: Any, prompt: list[int], stop_ids: Sequence[int]) -> bool:
     given = torch.tensor([prompt], device=model.device)
     with torch.no_grad():
         written = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=LIMIT, do_sample=False,
-            temperature=None, top_p=None, top_k=None, repetition_penalty=None, eos_token_id=list(stop_ids),
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=LIMIT,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            repetition_penalty=None,
+            eos_token_id=list(stop_ids),
             pad_token_id=stop_ids[0],
-        )  # fmt: skip
+        )
     return int(written[0, -1]) in stop_ids
 
 
@@ -162,8 +169,9 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
             raise ModelError(f"llama.cpp renders the chat template differently: {found!r}, not {prompt!r}", where=where)
     for messages, prompt, dated in zip(conversations, expected.prompts, expected.dated_prompts, strict=True):
         if prompt == dated and server.prompt_tokens(messages) != len(expected.prompt_ids[prompt]):
-            raise ModelError("llama.cpp puts another token in front of a conversation, or none where there is one",
-                             where=where)  # fmt: skip
+            raise ModelError(
+                "llama.cpp puts another token in front of a conversation, or none where there is one", where=where
+            )
     for stop in expected.stop_ids:
         if not server.stops_on(stop, expected.prefixes[0]):
             raise ModelError(f"llama.cpp does not stop on the stop token {stop}", where=where)
@@ -201,5 +209,9 @@ def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Fact
             hint="choose a finer type, set `imatrix: true` with `calibration` data like what the model is for, keep "
             "sensitive tensors finer with `overrides`, or raise `max_kl` if this loss is what you want",
         )
-    return {"kl": max(kl, 0.0), "top1": same / len(divergences), "positions": len(divergences),
-            "texts": len(expected.texts) + len(expected.prompt_ids)}  # fmt: skip
+    return {
+        "kl": max(kl, 0.0),
+        "top1": same / len(divergences),
+        "positions": len(divergences),
+        "texts": len(expected.texts) + len(expected.prompt_ids),
+    }

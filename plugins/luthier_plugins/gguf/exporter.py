@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
+from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, read_json
-from luthier.artifacts.room import check_room
-from luthier.artifacts.serving import write_bundle
-from luthier.train.calibration import blocks_of, digest_of, texts_of, tuned_on
-from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import fold, full_weights, load_model, load_tokenizer, on_fastest
-from luthier.train.text import encode_prompt
+from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
+from luthier.modeling.golden import LIMIT, conversations_of, entries_of
+from luthier.modeling.loading import fold, full_weights, load_model, load_tokenizer, to_best_device
+from luthier.modeling.text import encode_prompt
+from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
@@ -54,30 +54,46 @@ class Gguf:
         with ExitStack() as stack:
             source = Source(weights, stack)
             source.override(self.config.overrides)
-            check_room(context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files")
+            check_disk_space(
+                context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files"
+            )
             for file_type in self.config.types:
-                _tell_fallbacks(source, file_type, context)
+                _warn_of_fallbacks(source, file_type, context)
             tokenizer, data = load_tokenizer(model), self._data(model, context)
             blocks = self._blocks(tokenizer, data) if self.config.wants_imatrix else []
-            loaded = on_fastest(fold(load_model(model)))
+            loaded = to_best_device(fold(load_model(model)))
             facts: Facts = {"imatrix": _weigh(source, loaded, blocks, context)} if blocks else {}
-            expected = expected_of(loaded, tokenizer, model.facts["stop_token_ids"], _own(data, tokenizer),
-                                   spaced=source.tokenizer.spaced, length=source.context_length,
-                                   asked=_asked(data, tokenizer))  # fmt: skip
+            expected = expected_of(
+                loaded,
+                tokenizer,
+                model.facts["stop_token_ids"],
+                _own(data, tokenizer),
+                spaced=source.tokenizer.spaced,
+                length=source.context_length,
+                asked=_asked(data, tokenizer),
+            )
             del loaded
             if not source.tokenizer.spaced:
-                context.warn("llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
-                             "does not: such texts begin with another token")  # fmt: skip
+                context.warn(
+                    "llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
+                    "does not: such texts begin with another token"
+                )
             files: dict[str, Facts] = {}
             for file_type in self.config.types:
                 path = context.work / f"model-{file_type}.gguf"
                 for done in source.write(path, file_type, model.key[:12]):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
                 verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
-                files[file_type] = {**verdict, "tensors": source.mix(file_type),
-                                    "fallbacks": source.fallbacks(file_type)}  # fmt: skip
-            facts |= {"files": files, "context_length": source.context_length,
-                      "stop_token_ids": model.facts["stop_token_ids"]}  # fmt: skip
+                files[file_type] = {
+                    **verdict,
+                    "tensors": source.mix(file_type),
+                    "fallbacks": source.fallbacks(file_type),
+                }
+            facts |= {
+                "files": files,
+                "context_length": source.context_length,
+                "stop_token_ids": model.facts["stop_token_ids"],
+            }
         return self._finish(model, tokenizer, data, facts, context)
 
     def _data(self, model: Artifact, context: StageContext) -> list[Artifact]:
@@ -92,17 +108,24 @@ class Gguf:
             ModelError: there is nothing, or less than asked for.
         """
         if not data:
-            raise ModelError("there is no data to compute importances on: the model was not tuned in this store",
-                             hint="name a dataset as `calibration`")  # fmt: skip
+            raise ModelError(
+                "there is no data to compute importances on: the model was not tuned in this store",
+                hint="name a dataset as `calibration`",
+            )
         wanted = self.config.calibration_tokens
-        return blocks_of(texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK,
-                         exactly=wanted is not None)  # fmt: skip
+        return blocks_of(
+            texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK, exactly=wanted is not None
+        )
 
     def _export_adapter(self, model: Artifact, context: StageContext) -> Facts:
         """Write the adapter alone, and check it on its base in llama.cpp."""
         if model.kind != "adapter":
             raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
-        loaded, tokenizer, stops = on_fastest(load_model(model)), load_tokenizer(model), model.facts["stop_token_ids"]
+        loaded, tokenizer, stops = (
+            to_best_device(load_model(model)),
+            load_tokenizer(model),
+            model.facts["stop_token_ids"],
+        )
         path, base = context.work / "adapter.gguf", context.work / "base-F16.gguf"
         with ExitStack() as stack:
             source = Source(model.base.path, stack)
@@ -110,8 +133,15 @@ class Gguf:
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
         data = self._data(model, context)
-        expected = expected_of(loaded, tokenizer, stops, _own(data, tokenizer), spaced=source.tokenizer.spaced,
-                               length=source.context_length, asked=_asked(data, tokenizer))  # fmt: skip
+        expected = expected_of(
+            loaded,
+            tokenizer,
+            stops,
+            _own(data, tokenizer),
+            spaced=source.tokenizer.spaced,
+            length=source.context_length,
+            asked=_asked(data, tokenizer),
+        )
         with LlamaServer(
             base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path, exact=True
         ) as server:
@@ -122,8 +152,12 @@ class Gguf:
         context.log(f"{path.name}: {count} weights, {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats")
         files: dict[str, Facts] = {"LoRA": {"file": path.name, "bytes": size, "weights": count, **verdict}}
         carry_licences(model.path, context.out)
-        facts: Facts = {"files": files, "context_length": source.context_length, "stop_token_ids": stops,
-                        "base": model.base.key}  # fmt: skip
+        facts: Facts = {
+            "files": files,
+            "context_length": source.context_length,
+            "stop_token_ids": stops,
+            "base": model.base.key,
+        }
         write_card(context.out, model, facts)
         return facts
 
@@ -135,12 +169,15 @@ class Gguf:
         context.log(done.stdout + done.stderr)
         if done.returncode or not path.exists():
             last = (done.stderr.strip() or done.stdout.strip() or "it wrote no file").splitlines()[-1]
-            raise ModelError(f"the converter ended with exit code {done.returncode}: {last}", where=str(script),
-                             hint="its whole output is in the run's log")  # fmt: skip
+            raise ModelError(
+                f"the converter ended with exit code {done.returncode}: {last}",
+                where=str(script),
+                hint="its whole output is in the run's log",
+            )
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model, context)
         expected = expected_of(
-            on_fastest(load_model(model)),
+            to_best_device(load_model(model)),
             tokenizer,
             stops,
             _own(data, tokenizer),
@@ -184,14 +221,18 @@ class Gguf:
 
 def _weigh(source: Source, model: Any, blocks: Sequence[Sequence[int]], context: StageContext) -> Facts:
     """Compute the importances, and have the source quantize with them."""
-    importances, idle = importances_of(model, source.parts, blocks, lambda done, total:
-                                       context.progress(done, total, "texts for the importances"))  # fmt: skip
+    importances, idle = importances_of(
+        model, source.parts, blocks, lambda done, total: context.progress(done, total, "texts for the importances")
+    )
     if not importances:
-        raise ModelError("none of the model's layers could be watched: there are no importances",
-                         hint="leave `imatrix` out")  # fmt: skip
+        raise ModelError(
+            "none of the model's layers could be watched: there are no importances", hint="leave `imatrix` out"
+        )
     if idle:
-        context.warn(f"no token of the calibration data came to {idle} of the experts of a layer: "
-                     "name more data, or data of more kinds")  # fmt: skip
+        context.warn(
+            f"no token of the calibration data came to {idle} of the experts of a layer: "
+            "name more data, or data of more kinds"
+        )
     source.weigh(importances)
     return {**digest_of(blocks), "tensors": len(importances)}
 
@@ -210,12 +251,14 @@ def _asked(data: Sequence[Artifact], tokenizer: Any) -> list[list[int]]:
     return list(islice((prompt for prompt in prompts if len(prompt) <= BLOCK), ASKED))
 
 
-def _tell_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:
+def _warn_of_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:
     found = source.fallbacks(file_type)
     if found:
         some = ", ".join(f"{name} is {kind}" for name, kind in list(found.items())[:3])
-        context.warn(f"{file_type}: the rows of {len(found)} tensors are no multiple of 256, so that they get larger "
-                     f"types ({some}{', ...' if len(found) > 3 else ''}); the manifest names them all")  # fmt: skip
+        context.warn(
+            f"{file_type}: the rows of {len(found)} tensors are no multiple of 256, so that they get larger "
+            f"types ({some}{', ...' if len(found) > 3 else ''}); the manifest names them all"
+        )
 
 
 def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> Facts:
@@ -231,8 +274,11 @@ def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> F
 def _file_of(export: Artifact, variant: str | None) -> Path:
     files: dict[str, Facts] = export.facts["files"]
     if "LoRA" in files:
-        raise ModelError("this export is an adapter alone: it answers on its base only", where=str(export.path),
-                         hint="llama-server -m BASE.gguf --lora adapter.gguf")  # fmt: skip
+        raise ModelError(
+            "this export is an adapter alone: it answers on its base only",
+            where=str(export.path),
+            hint="llama-server -m BASE.gguf --lora adapter.gguf",
+        )
     chosen = variant or list(files)[-1]
     if chosen not in files:
         raise ModelError(f"the export has no {chosen}", where=str(export.path), hint=f"it has: {', '.join(files)}")

@@ -23,8 +23,14 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
-    ]  # fmt: skip
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
     return library
 
 
@@ -58,8 +64,11 @@ def to_type(
     tensor = torch.from_numpy(rows)
     # ggml quantizes NaN without a word. The sum is finite unless an entry is not, or the sum itself overflows.
     if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
-        raise ModelError("the tensor has NaN or infinite values", where=name,
-                         hint="train again with a lower learning rate, or take an earlier checkpoint")  # fmt: skip
+        raise ModelError(
+            "the tensor has NaN or infinite values",
+            where=name,
+            hint="train again with a lower learning rate, or take an earlier checkpoint",
+        )
     if kind == T.F32:
         return rows
     if kind == T.F16:

@@ -63,8 +63,9 @@ def write_lora(path: Path, source: Source, model: Any, key: str) -> int:
     for name, a, b in updates_of(model):
         part = places.get(name)
         if part is None or len(part.shape) != 2:
-            raise ModelError("this weight is another tensor in GGUF, to which no adapter can be added", where=name,
-                             hint=FOLD)  # fmt: skip
+            raise ModelError(
+                "this weight is another tensor in GGUF, to which no adapter can be added", where=name, hint=FOLD
+            )
         writer.add_tensor(f"{part.name}.lora_a", a.numpy())
         writer.add_tensor(f"{part.name}.lora_b", _rows(part, b.numpy()))
         count += 1

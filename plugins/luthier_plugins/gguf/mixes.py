@@ -217,8 +217,19 @@ def _attention_key(
 
 def _attention_output(file_type: FileType, default: GGMLQuantizationType, layout: Layout) -> GGMLQuantizationType:
     if layout.experts == 8:
-        finer = ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M",
-                 "IQ4_XS")  # fmt: skip
+        finer = (
+            "Q2_K",
+            "IQ3_XS",
+            "IQ3_XXS",
+            "Q3_K_S",
+            "Q3_K_M",
+            "IQ4_NL",
+            "Q4_K_S",
+            "Q4_K_M",
+            "IQ3_S",
+            "IQ3_M",
+            "IQ4_XS",
+        )
         return T.Q5_K if file_type in finer else default
     return {"Q2_K": T.Q3_K, "IQ3_XXS": T.IQ3_S, "Q3_K_M": T.Q4_K, "Q3_K_L": T.Q5_K, "IQ3_M": T.Q4_K}.get(
         file_type, default

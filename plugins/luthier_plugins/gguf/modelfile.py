@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import DataError, Facts, Message
-from luthier.train.text import render
+from luthier.modeling.text import render
 
 CONTEXT = 4096
 """Ollama reserves memory for the whole context: a model made for very long ones gets this much unless asked."""

@@ -141,8 +141,13 @@ class LlamaServer:
 
     def stops_on(self, token: int, prompt: Sequence[int]) -> bool:
         """Whether generation ends when the model says `token`."""
-        body = {"prompt": list(prompt), "n_predict": 2, "temperature": 0, "logit_bias": [[token, 1000.0]],
-                "cache_prompt": False}  # fmt: skip
+        body = {
+            "prompt": list(prompt),
+            "n_predict": 2,
+            "temperature": 0,
+            "logit_bias": [[token, 1000.0]],
+            "cache_prompt": False,
+        }
         return self._post("/completion", body)["stop_type"] == "eos"
 
     def ends(self, prompt: Sequence[int], limit: int) -> bool:
@@ -153,11 +158,15 @@ class LlamaServer:
     def next_log_probabilities(self, ids: Sequence[int], vocabulary_size: int, stop: int) -> np.ndarray:
         """log p of every token after `ids`: shape (vocabulary_size,), -inf where llama.cpp reports none."""
         body = {
-            "prompt": list(ids), "n_predict": 1, "n_probs": vocabulary_size, "temperature": 0, "cache_prompt": False,
+            "prompt": list(ids),
+            "n_predict": 1,
+            "n_probs": vocabulary_size,
+            "temperature": 0,
+            "cache_prompt": False,
             "post_sampling_probs": False,
             # Probabilities are left out when the sampled token is half a character: have it sample a whole one.
             "logit_bias": [[stop, 1000.0]],
-        }  # fmt: skip
+        }
         found = np.full(vocabulary_size, -np.inf)
         with _no_collections():
             for entry in self._post("/completion", body)["completion_probabilities"][0]["top_logprobs"]:

@@ -77,8 +77,11 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
     data = read_json(folder / "tokenizer.json")
     model = data["model"]
     if model["type"] != "BPE":
-        raise ModelError(f"llama.cpp's BPE cannot express a {model['type']} tokenizer", where=str(folder),
-                         hint="convert it with a script of its own, named as `converter`")  # fmt: skip
+        raise ModelError(
+            f"llama.cpp's BPE cannot express a {model['type']} tokenizer",
+            where=str(folder),
+            hint="convert it with a script of its own, named as `converter`",
+        )
     tokens = {int(index): text for text, index in model["vocab"].items()}
     pieces = bool(model.get("byte_fallback"))
     types = {index: _piece_type(text, model) if pieces else int(TokenType.NORMAL) for index, text in tokens.items()}

@@ -68,11 +68,14 @@ class Source:
         self.folder = folder
         self._headers = _floats(tensor_headers(folder), self.config, folder)
         self.architecture: Architecture = architecture_for(self.config)
-        self._files = {name: stack.enter_context(safe_open(folder / name, framework="pt"))
-                       for name in sorted({header.file for header in self._headers.values()})}  # fmt: skip
+        self._files = {
+            name: stack.enter_context(safe_open(folder / name, framework="pt"))
+            for name in sorted({header.file for header in self._headers.values()})
+        }
         tied = bool(self.config.get("tie_word_embeddings"))
-        shapes = {name: header.shape for name, header in self._headers.items()
-                  if not (tied and name == "lm_head.weight")}  # fmt: skip
+        shapes = {
+            name: header.shape for name, header in self._headers.items() if not (tied and name == "lm_head.weight")
+        }
         planned = list(self.architecture.planned(shapes))
         self._extras = self.architecture.extra_tensors()
         planned += [Planned(name, tensor.shape, ()) for name, tensor in self._extras.items()]
@@ -143,8 +146,11 @@ class Source:
         types = [self.type_of(part, file_type) for part in self.parts]
         for part, kind in zip(self.parts, types, strict=True):
             if kind in NEEDS_IMATRIX and part.name not in self.importances and part.name != "token_embd.weight":
-                raise ModelError(f"{kind.name} needs importances, and there are none for this tensor", where=part.name,
-                                 hint="set `imatrix: true` and name `calibration` data")  # fmt: skip
+                raise ModelError(
+                    f"{kind.name} needs importances, and there are none for this tensor",
+                    where=part.name,
+                    hint="set `imatrix: true` and name `calibration` data",
+                )
         prepare(set(types))
         writer = gguf.GGUFWriter(path, self.architecture.name)
         self._metadata(writer, file_type, self._name(key))
@@ -227,9 +233,14 @@ class Source:
         """Tensors whose rows cannot be divided into the blocks of their type, and the type they get instead."""
         wide = [replace(part, shape=(*part.shape[:-1], 256)) for part in self.parts if len(part.shape) > 1]
         wanted = {part.name: self.type_of(part, file_type) for part in wide}
-        return {part.name: self.type_of(part, file_type).name for part in self.parts
-                if part.name in wanted and self.type_of(part, file_type) != wanted[part.name]
-                and is_quantized(part.name, part.shape) and MOSTLY[file_type].name not in FLOATS}  # fmt: skip
+        return {
+            part.name: self.type_of(part, file_type).name
+            for part in self.parts
+            if part.name in wanted
+            and self.type_of(part, file_type) != wanted[part.name]
+            and is_quantized(part.name, part.shape)
+            and MOSTLY[file_type].name not in FLOATS
+        }
 
     def _metadata(self, writer: gguf.GGUFWriter, file_type: FileType, name: str) -> None:
         writer.add_type("model")
@@ -266,8 +277,11 @@ def _floats(headers: dict[str, TensorHeader], config: Mapping[str, Any], folder:
     odd = [name for name, header in headers.items() if header.dtype not in FLOATS]
     if config.get("quantization_config") or odd:
         about = f"{odd[0]} is {headers[odd[0]].dtype}" if odd else "its config has a quantization_config"
-        raise ModelError(f"the model is quantized already: {about}", where=str(folder),
-                         hint="export the full-precision model that it was made from")  # fmt: skip
+        raise ModelError(
+            f"the model is quantized already: {about}",
+            where=str(folder),
+            hint="export the full-precision model that it was made from",
+        )
     return headers
 
 

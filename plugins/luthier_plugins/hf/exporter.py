@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, ModelError, Quantizer, StageContext, Teacher
 from luthier.artifacts.digest import digest_file, files_in
+from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, chat_template, model_facts, read_json
-from luthier.artifacts.room import check_room
-from luthier.artifacts.serving import write_bundle
-from luthier.train.calibration import texts_of, tuned_on
-from luthier.train.compare import Comparison, compared, sequences_of
-from luthier.train.generate import greedy_answers
-from luthier.train.golden import LIMIT, conversations_of, entries_of
-from luthier.train.loading import full_weights, load_client, load_model, load_tokenizer, on_fastest
-from luthier.train.text import encode_prompt
+from luthier.modeling.calibration import texts_of, tuned_on
+from luthier.modeling.compare import Comparison, compared, sequences_of
+from luthier.modeling.generate import greedy_answers
+from luthier.modeling.golden import LIMIT, conversations_of, entries_of
+from luthier.modeling.loading import full_weights, load_client, load_model, load_tokenizer, to_best_device
+from luthier.modeling.text import encode_prompt
+from luthier.serving.bundle import write_bundle
 from luthier_plugins.hf.compatible import generation_config, lost_in_version_4, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
 from luthier_plugins.hf.weights import write_weights
@@ -55,18 +55,21 @@ class Hf:
         source = full_weights(model, context.work / "folded")
         config = read_json(source / "config.json")
         if config.get("quantization_config"):
-            raise ModelError("the model is quantized already", where=str(source),
-                             hint="its folder is what quantization made: serve it as it is")  # fmt: skip
+            raise ModelError(
+                "the model is quantized already",
+                where=str(source),
+                hint="its folder is what quantization made: serve it as it is",
+            )
         data = context.inputs("format.calibration") if self.config.calibration else tuned_on(model)
         parameters: int = model_facts(source)["parameters"]
         if self.config.quantize is not None:
-            check_room(context.out, int(FEWEST * parameters), "the quantized folder")
+            check_disk_space(context.out, int(FEWEST * parameters), "the quantized folder")
             about, limit = self._quantized(model, source, data, context)
         else:
             # A folded adapter is float32: its base's dtype is what the user thinks of.
             about = {"dtype": self.config.dtype or DTYPES[model.facts["dtype"]]}
             dtype: torch.dtype = getattr(torch, about["dtype"])
-            check_room(context.out, dtype.itemsize * parameters, "the folder")
+            check_disk_space(context.out, dtype.itemsize * parameters, "the folder")
             for done, total in write_weights(source, context.out, dtype, self.config.shard_size or SHARD):
                 context.progress(done, total, "tensors")
             limit = LARGEST_KL
@@ -136,7 +139,7 @@ class Hf:
         sequences = sequences_of(right, tuned_on(model))
         if sequences_of(tokenizer, tuned_on(model)) != sequences:
             raise ModelError("the written tokenizer reads text differently", where=str(context.out))
-        verdict = compared(on_fastest(load_model(model)), client, sequences)
+        verdict = compared(to_best_device(load_model(model)), client, sequences)
         context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
         if not verdict.kl <= limit:
             raise ModelError(

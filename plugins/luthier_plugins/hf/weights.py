@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from luthier.api import ModelError
 from luthier.artifacts.models import tensor_headers
-from luthier.train.shards import ShardWriter, tensors_of
+from luthier.modeling.shards import ShardWriter, tensors_of
 
 
 def write_weights(source: Path, out: Path, dtype: torch.dtype | None, shard_size: int) -> Iterator[tuple[int, int]]:
@@ -33,13 +33,19 @@ def _stored(tensor: torch.Tensor, dtype: torch.dtype | None, name: str) -> torch
     if not tensor.is_floating_point():
         return tensor
     if not bool(torch.isfinite(tensor).all()):
-        raise ModelError("the tensor has NaN or infinite values", where=name,
-                         hint="train again with a lower learning rate, or take an earlier checkpoint")  # fmt: skip
+        raise ModelError(
+            "the tensor has NaN or infinite values",
+            where=name,
+            hint="train again with a lower learning rate, or take an earlier checkpoint",
+        )
     if dtype is None or tensor.dtype == dtype:
         return tensor
     stored = tensor.to(dtype)
     if not bool(torch.isfinite(stored).all()):
         largest = float(tensor.abs().max())
-        raise ModelError(f"a weight of {largest:.3g} does not fit into {str(dtype).removeprefix('torch.')}", where=name,
-                         hint="store the model as bfloat16 or float32")  # fmt: skip
+        raise ModelError(
+            f"a weight of {largest:.3g} does not fit into {str(dtype).removeprefix('torch.')}",
+            where=name,
+            hint="store the model as bfloat16 or float32",
+        )
     return stored

@@ -4,15 +4,15 @@ from luthier.api import Component, hookimpl
 
 PACKAGE = "luthier_plugins.merge"
 STAGES = (
-    ("merge", "Merge models of one architecture, in a stream", "config:MergeConfig", "stage:MergeStage", 4),
+    ("merge", "Merge models of one architecture, in a stream", "luthier.merging.config:MergeConfig", "stage:MergeStage", 1),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
-     "adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 3),
+     "luthier_plugins.merge.adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
-     "adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 4),
-    ("moe", "A mixture of experts out of dense models", "moe.config:MoeConfig", "moe.stage:Moe", 1),
+     "luthier_plugins.merge.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
+    ("moe", "A mixture of experts out of dense models", "luthier_plugins.merge.moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
-     "search.config:SearchConfig", "search.stage:Search", 2),
-    ("diff", "Compare models parameter by parameter", "diff.config:DiffConfig", "diff.stage:Diff", 2),
+     "luthier_plugins.merge.search.config:SearchConfig", "search.stage:Search", 1),
+    ("diff", "Compare models parameter by parameter", "luthier_plugins.merge.diff.config:DiffConfig", "diff.stage:Diff", 1),
 )  # fmt: skip
 """Name, summary, config class, the module and class that do the work, and their revision."""
 
@@ -24,8 +24,8 @@ def luthier_components() -> list[Component]:
             kind="stage",
             name=name,
             summary=summary,
-            config=f"{PACKAGE}.{config}",
-            impl=f"{PACKAGE}.{impl}",
+            config=f"luthier_plugins.merge.{config}",
+            impl=f"luthier_plugins.merge.{impl}",
             revision=revision,
         )
         for name, summary, config, impl, revision in STAGES

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from luthier.api import Facts, StageContext
-from luthier_plugins.merge.config import MergeConfig
-from luthier_plugins.merge.verify import Verifier
+from luthier.merging.config import MergeConfig
+from luthier.merging.verify import Verifier
 
 
 class MergeStage:
@@ -16,6 +16,6 @@ class MergeStage:
     def run(self, context: StageContext) -> Facts:
         # The other process imports transformers meanwhile; it is started before torch is imported here.
         with Verifier(context.out) as verifier:
-            from luthier_plugins.merge.merging import merge_into
+            from luthier.merging.merge import merge_into
 
             return merge_into(self.config, context, verifier)

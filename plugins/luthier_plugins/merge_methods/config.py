@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, MergeMethodConfig, ModelSetting, Setting, Share, within
-from luthier.api.merging import BaseUse, Divisor
+from luthier.api import DatasetInput, Field
+from luthier.merging.api import BaseUse, Divisor, MergeMethodConfig, ModelSetting, Setting, Share, within
 from pydantic import model_validator
 
 Fraction = Annotated[Setting, within(0.0, 1.0)]
@@ -156,8 +156,10 @@ class DellaConfig(SummedConfig):
         if isinstance(density, float) and isinstance(epsilon, float) and 0 < density < 1:
             low, high = density - epsilon, density + epsilon
             if low <= 0 or high >= 1:
-                raise ValueError(f"`density` and `epsilon` make probabilities from {low:g} to {high:g}: "
-                                 "both have to be between 0 and 1")  # fmt: skip
+                raise ValueError(
+                    f"`density` and `epsilon` make probabilities from {low:g} to {high:g}: "
+                    "both have to be between 0 and 1"
+                )
         return self
 
 
@@ -266,7 +268,7 @@ class TsvMConfig(TaskVectorConfig):
     weighted: ClassVar[bool] = False
 
     share: Annotated[Setting, within(0.0, 1.0, above=True)] | None = None
-    """The share of each task's singular vectors that is kept; 1 / models by default."""
+    """The share of each job's singular vectors that is kept; 1 / models by default."""
 
 
 class DataMethodConfig(MergeMethodConfig):
@@ -315,6 +317,9 @@ class MergekitConfig(MergeMethodConfig):
     """The seed of methods with random masks."""
 
     def of_other_length(self, count: int) -> list[str]:
-        given: list[tuple[str, Any]] = [(name, value["per_model"]) for name, value in self.parameters.items()
-                                        if isinstance(value, dict) and "per_model" in value]  # fmt: skip
+        given: list[tuple[str, Any]] = [
+            (name, value["per_model"])
+            for name, value in self.parameters.items()
+            if isinstance(value, dict) and "per_model" in value
+        ]
         return [name for name, values in given if len(values) != count]

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Artifact, DataError, Granularity, MergePart, ModelError, StageContext
+from luthier.api import Artifact, DataError, ModelError, StageContext
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.models import tensor_headers
+from luthier.merging.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import DataMethodConfig, FisherConfig, RegmeanConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ Prepared = list[Mapping[str, Path]]
 
 def _rows(config: DataMethodConfig, model: Artifact, context: StageContext) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels, each of shape (1, tokens), of the first rows of the data."""
-    from luthier.train.loading import load_tokenizer
-    from luthier.train.text import encode_conversation, encode_text
+    from luthier.modeling.loading import load_tokenizer
+    from luthier.modeling.text import encode_conversation, encode_text
 
     tokenizer = load_tokenizer(model)
     for row in require_split(context.input("method.data"), "train")[: config.rows]:
@@ -36,7 +37,7 @@ def _rows(config: DataMethodConfig, model: Artifact, context: StageContext) -> I
 
 
 def _full(model: Artifact) -> Any:
-    from luthier.train.loading import fold, load_model
+    from luthier.modeling.loading import fold, load_model
 
     return fold(load_model(model)).eval()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from luthier.api import MergePart, Scan
+from luthier.merging.api import MergePart, Scan
 from torch import Tensor
 
 Vectors = Callable[[MergePart], Sequence[Tensor]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart
+from luthier.merging.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import LinearConfig
 from torch import Tensor
 

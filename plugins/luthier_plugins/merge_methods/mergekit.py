@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart, ModelError, ModelSetting, PerModel
+from luthier.api import ModelError
+from luthier.merging.api import Granularity, MergePart, ModelSetting, PerModel
 from luthier_plugins.merge_methods.config import MergekitConfig
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -38,8 +39,10 @@ class Mergekit:
             try:
                 import_module(config.module)
             except ImportError as error:
-                raise ModelError(f"the module {config.module} cannot be imported: {error}",
-                                 hint="install it where Luthier is installed") from error  # fmt: skip
+                raise ModelError(
+                    f"the module {config.module} cannot be imported: {error}",
+                    hint="install it where Luthier is installed",
+                ) from error
         self._merge_tensors: Any = library.merge_tensors
         self._method = _method(library, config.name)
         self._base: str = self._method.spec.contract.base.value
@@ -78,7 +81,7 @@ class Mergekit:
         with self._seeded(part):
             merged: Tensor = self._merge_tensors(
                 given, self._method, parameters=parameters, ids=ids, base_index=0 if uses_base else None
-            )  # fmt: skip
+            )
         return merged
 
     @contextmanager

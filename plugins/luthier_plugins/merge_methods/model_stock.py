@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import combinations
 
 import torch
-from luthier.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import ModelStockConfig
 from luthier_plugins.merge_methods.gram import from_base, gram
 from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.api import Granularity, MergePart
+from luthier.merging.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import PassthroughConfig
 from torch import Tensor
 

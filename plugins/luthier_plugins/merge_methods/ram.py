@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from luthier.api import Granularity, MergePart, MergePlace, Scan
-from luthier.api.merging import leaves
+from luthier.merging.api import Granularity, MergedParameter, MergePart, Scan, leaves
 from luthier_plugins.merge_methods.config import RamConfig
 from torch import Tensor
 
@@ -29,8 +28,9 @@ class Ram:
 
         def counts(part: MergePart) -> Tensor:
             changed, sharing = self._changed(part.deltas, place)
-            return torch.stack([torch.stack([(own & (sharing > 1)).sum(), (own & (sharing == 1)).sum()])
-                                for own in changed])  # fmt: skip
+            return torch.stack(
+                [torch.stack([(own & (sharing > 1)).sum(), (own & (sharing == 1)).sum()]) for own in changed]
+            )
 
         shared, own = scan(counts).double().unbind(dim=1)
         ratio = shared / own.clamp(min=max(place.value(self.config.threshold), TINY))
@@ -46,7 +46,7 @@ class Ram:
             total += delta * own * torch.where(sharing == 1, factor, 1 / sharing.clamp(min=1))
         return total.add_(part.base)
 
-    def _changed(self, deltas: list[Tensor], place: MergePlace) -> tuple[list[Tensor], Tensor]:
+    def _changed(self, deltas: list[Tensor], place: MergedParameter) -> tuple[list[Tensor], Tensor]:
         threshold = place.value(self.config.threshold)
         changed = [delta.abs() > threshold for delta in deltas]
         return changed, torch.stack(changed).sum(dim=0)

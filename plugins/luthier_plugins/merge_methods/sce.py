@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import SceConfig
 from luthier_plugins.merge_methods.selection import Cut, largest
 from luthier_plugins.merge_methods.sparsify import combine

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from luthier.api import MergePart, Scan
+from luthier.merging.api import MergePart, Scan
 from torch import Tensor
 
 HALF = 16
@@ -298,8 +298,7 @@ def _tied(
     total: Sequence[int],
 ) -> list[Cut]:
     """Where to stop among equal values, in the order of the parts."""
-    cuts = [Cut(value, EVERYTHING, 0) if count else NOTHING
-            for value, (_, count) in zip(cutoffs, wanted, strict=True)]  # fmt: skip
+    cuts = [Cut(value, EVERYTHING, 0) if count else NOTHING for value, (_, count) in zip(cutoffs, wanted, strict=True)]
     open_rows = [row for row, (_, count) in enumerate(wanted) if count and missing[row] < total[row]]
     if not open_rows:
         return cuts

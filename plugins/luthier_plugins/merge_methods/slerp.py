@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import NuslerpConfig, SlerpConfig
 from luthier_plugins.merge_methods.gram import combined, from_base, gram, models_of
 from torch import Tensor

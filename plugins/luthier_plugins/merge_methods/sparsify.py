@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from luthier.api import MergePart, ModelError, Scan
+from luthier.api import ModelError
+from luthier.merging.api import MergePart, Scan
 from luthier_plugins.merge_methods.selection import Cut, largest
 from torch import Tensor
 

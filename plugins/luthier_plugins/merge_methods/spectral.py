@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart
+from luthier.merging.api import Granularity, MergePart
 from luthier_plugins.merge_methods.config import IsoCConfig, TsvMConfig
 from torch import Tensor
 
@@ -24,8 +24,9 @@ def _is_map(part: MergePart) -> bool:
 def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     # All of them 0: nothing changes.
     total = sum(weights) or 1.0
-    return sum((delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True)),
-               torch.zeros_like(deltas[0]))  # fmt: skip
+    return sum(
+        (delta * (weight / total) for delta, weight in zip(deltas, weights, strict=True)), torch.zeros_like(deltas[0])
+    )
 
 
 class IsoC:
@@ -44,8 +45,10 @@ class IsoC:
         scale = part.place.value(self.config.scale)
         if not _is_map(part):
             return part.base + scale * _mean(part.deltas, part.weights)
-        total = sum((delta * weight for delta, weight in zip(part.deltas, part.weights, strict=True)),
-                    torch.zeros_like(part.base))  # fmt: skip
+        total = sum(
+            (delta * weight for delta, weight in zip(part.deltas, part.weights, strict=True)),
+            torch.zeros_like(part.base),
+        )
         u, s, vh = torch.linalg.svd(total, full_matrices=False)
         there = _there(s)
         mean = (s * there).sum(dim=-1) / there.sum(dim=-1).clamp(min=1)
@@ -53,7 +56,7 @@ class IsoC:
 
 
 class TsvM:
-    """base + scale * U' S V'^T: each task's first singular vectors side by side, made orthogonal to each other by
+    """base + scale * U' S V'^T: each job's first singular vectors side by side, made orthogonal to each other by
     the nearest orthogonal matrices U' and V' (Gargiulo et al. 2025, arXiv:2412.00081, algorithm 1). What is no matrix,
     and embeddings, is averaged.
     """
@@ -71,17 +74,18 @@ class TsvM:
         given = self.config.share
         share = 1 / len(part.tensors) if given is None else part.place.value(given)
         rank = max(1, int(min(part.place.shape[-2:]) * share))
-        tasks = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
+        jobs = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
         # Directions in which nothing changed are any: they would turn the others.
-        there = [_there(s)[..., None, :] for _, s, _ in tasks]
+        there = [_there(s)[..., None, :] for _, s, _ in jobs]
         left = _nearest_orthogonal(
-            torch.cat([(u * kept)[..., :, :rank] for (u, _, _), kept in zip(tasks, there, strict=True)], dim=-1)
+            torch.cat([(u * kept)[..., :, :rank] for (u, _, _), kept in zip(jobs, there, strict=True)], dim=-1)
         )
         right = _nearest_orthogonal(
-            torch.cat([(vh.mT * kept)[..., :, :rank] for (_, _, vh), kept in zip(tasks, there, strict=True)], dim=-1)
+            torch.cat([(vh.mT * kept)[..., :, :rank] for (_, _, vh), kept in zip(jobs, there, strict=True)], dim=-1)
         )
-        sizes = torch.cat([(s * kept[..., 0, :])[..., :rank]
-                           for (_, s, _), kept in zip(tasks, there, strict=True)], dim=-1)  # fmt: skip
+        sizes = torch.cat(
+            [(s * kept[..., 0, :])[..., :rank] for (_, s, _), kept in zip(jobs, there, strict=True)], dim=-1
+        )
         return part.base + scale * (left * sizes[..., None, :]) @ right.mT
 
 

@@ -9,7 +9,8 @@ import math
 from typing import ClassVar
 
 import torch
-from luthier.api import Granularity, MergePart, ModelError, Scan
+from luthier.api import ModelError
+from luthier.merging.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import KarcherConfig, MultislerpConfig
 from luthier_plugins.merge_methods.gram import combined, from_base, gram, models_of
 from torch import Tensor

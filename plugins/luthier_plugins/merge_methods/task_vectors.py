@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from luthier.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergePart, Scan
 from luthier_plugins.merge_methods.config import (
     BreadcrumbsConfig,
     DareConfig,
@@ -31,8 +31,14 @@ class TaskArithmetic:
         self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
-        return combine(part, part.deltas, part.weights, consensus=False, normalize=self.config.normalize,
-                       scale=part.place.value(self.config.scale))  # fmt: skip
+        return combine(
+            part,
+            part.deltas,
+            part.weights,
+            consensus=False,
+            normalize=self.config.normalize,
+            scale=part.place.value(self.config.scale),
+        )
 
 
 class DareLinear:
@@ -47,10 +53,18 @@ class DareLinear:
 
     def merge(self, part: MergePart) -> Tensor:
         densities = part.place.values(self.config.density)
-        kept = [by_chance(part, model, delta, densities[model], self.config.rescale)
-                for model, delta in enumerate(part.deltas)]  # fmt: skip
-        return combine(part, kept, part.weights, consensus=self.consensus, normalize=self.config.normalize,
-                       scale=part.place.value(self.config.scale))  # fmt: skip
+        kept = [
+            by_chance(part, model, delta, densities[model], self.config.rescale)
+            for model, delta in enumerate(part.deltas)
+        ]
+        return combine(
+            part,
+            kept,
+            part.weights,
+            consensus=self.consensus,
+            normalize=self.config.normalize,
+            scale=part.place.value(self.config.scale),
+        )
 
 
 class DareTies(DareLinear):
@@ -74,10 +88,18 @@ class Della:
     def merge(self, part: MergePart) -> Tensor:
         place, config = part.place, self.config
         densities, epsilons = place.values(config.density), place.values(config.epsilon)
-        kept = [by_rank_and_chance(part, model, delta, densities[model], epsilons[model], config.rescale)
-                for model, delta in enumerate(part.deltas)]  # fmt: skip
-        return combine(part, kept, part.weights, consensus=self.consensus, normalize=config.normalize,
-                       scale=place.value(config.scale))  # fmt: skip
+        kept = [
+            by_rank_and_chance(part, model, delta, densities[model], epsilons[model], config.rescale)
+            for model, delta in enumerate(part.deltas)
+        ]
+        return combine(
+            part,
+            kept,
+            part.weights,
+            consensus=self.consensus,
+            normalize=config.normalize,
+            scale=place.value(config.scale),
+        )
 
 
 class DellaLinear(Della):
@@ -117,8 +139,14 @@ class Ties:
         kept = part.deltas
         if part.found is not None:
             kept = [by_magnitude(delta, cuts, part.start) for delta, cuts in zip(kept, part.found, strict=True)]
-        return combine(part, kept, part.weights, consensus=self.consensus, normalize=self.config.normalize,
-                       scale=part.place.value(self.config.scale))  # fmt: skip
+        return combine(
+            part,
+            kept,
+            part.weights,
+            consensus=self.consensus,
+            normalize=self.config.normalize,
+            scale=part.place.value(self.config.scale),
+        )
 
 
 class Breadcrumbs(Ties):

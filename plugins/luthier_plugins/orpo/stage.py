@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.api import Facts, StageContext
-from luthier.train.preference import tune_on_pairs
+from luthier.training.preference import tune_on_pairs
 from luthier_plugins.orpo.config import OrpoConfig
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from luthier.api import Facts, StageContext
 from luthier.artifacts.datasets import read_split, require_split
-from luthier.train.loading import load_model, load_tokenizer, save_model
-from luthier.train.loop import train_tokens
-from luthier.train.text import Encoded, encode_text, packed, render
+from luthier.modeling.loading import load_model, load_tokenizer, save_model
+from luthier.modeling.text import Encoded, encode_text, packed, render
+from luthier.training.trainer import train_tokens
 from luthier_plugins.pretrain.config import PretrainConfig
 
 

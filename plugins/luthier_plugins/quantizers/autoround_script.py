@@ -30,12 +30,20 @@ def main() -> None:
     rows: Any = _of_one_length([token for block in job["ids"] for token in block])
     # It exists in the environment that this runs in, not in Luthier's.
     worker: Any = import_module("auto_round").AutoRound(
-        model, tokenizer, bits=job["bits"], group_size=job["group_size"], sym=job["symmetric"],
-        iters=job["iterations"], dataset=DataLoader(rows, batch_size=1), seqlen=len(rows[0]["input_ids"]),
-        nsamples=len(rows), batch_size=min(8, len(rows)), device_map="auto" if _cuda() else "cpu",
+        model,
+        tokenizer,
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=job["symmetric"],
+        iters=job["iterations"],
+        dataset=DataLoader(rows, batch_size=1),
+        seqlen=len(rows[0]["input_ids"]),
+        nsamples=len(rows),
+        batch_size=min(8, len(rows)),
+        device_map="auto" if _cuda() else "cpu",
         enable_torch_compile=False,
         layer_config={name: {"bits": 16} for name in job["skip"]},
-    )  # fmt: skip
+    )
     worker.quantize_and_save(job["out"], format=job["format"])
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from luthier.api import Artifact, Facts, ModelError, StageContext
 from luthier.artifacts.models import tensor_headers
-from luthier.train.shards import ShardWriter, tensors_of
+from luthier.modeling.shards import ShardWriter, tensors_of
 from luthier_plugins.quantizers.config import Fp8Config, Int8Config
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
 from torch import Tensor
@@ -66,8 +66,13 @@ class _Channels:
         weights = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "channel", "dynamic": False}
         activations = {"num_bits": 8, "type": self.kind, "symmetric": True, "strategy": "token", "dynamic": True}
         group = {"targets": ["Linear"], "weights": weights, "input_activations": activations}
-        return {"quant_method": "compressed-tensors", "format": self.form, "quantization_status": "compressed",
-                "config_groups": {"group_0": group}, "ignore": ["lm_head", *kept]}  # fmt: skip
+        return {
+            "quant_method": "compressed-tensors",
+            "format": self.form,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", *kept],
+        }
 
 
 class Int8(_Channels):

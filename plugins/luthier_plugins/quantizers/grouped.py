@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 
 import torch
 from luthier.api import Artifact, DataError, Facts, Interrupted, ModelError, StageContext
-from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.models import tensor_headers
-from luthier.train.calibration import blocks_of, digest_of
-from luthier.train.loading import load_model, load_tokenizer, on_fastest
-from luthier.train.packed import Grouped, to_awq, to_gptq
-from luthier.train.shards import ShardWriter, tensors_of
+from luthier.modeling.calibration import blocks_of, digest_of
+from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
+from luthier.modeling.quantized import Grouped, to_awq, to_gptq
+from luthier.modeling.shards import ShardWriter, tensors_of
+from luthier.serving.environments import ENVIRONMENTS
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
 from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, kept_of, layers_of
 from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
@@ -58,9 +58,10 @@ class _Grouped(ABC):
         if self.config.rounding == "gptq" and dense:
             blocks = self._blocks(model, calibration)
             facts["calibration"] = digest_of(blocks)
-            loaded = on_fastest(load_model(model)).eval()
-            for name, matrix in rounded_on_data(loaded, dense, blocks, self.grid, lambda done, total:
-                                                context.progress(done, total, "layers")):  # fmt: skip
+            loaded = to_best_device(load_model(model)).eval()
+            for name, matrix in rounded_on_data(
+                loaded, dense, blocks, self.grid, lambda done, total: context.progress(done, total, "layers")
+            ):
                 made[name] = type(self).layout(matrix)
             del loaded
         writer = ShardWriter(out, SHARD)
@@ -89,11 +90,16 @@ class _Grouped(ABC):
         headers = tensor_headers(model.path)
         made, job = context.work / "auto-round", context.work / "job.json"
         values = {
-            "model": str(model.path), "out": str(made), "format": f"auto_{self.name}", "bits": self.config.bits,
-            "group_size": self.config.group_size, "symmetric": self.config.symmetric,
-            "iterations": self.config.iterations, "ids": blocks,
+            "model": str(model.path),
+            "out": str(made),
+            "format": f"auto_{self.name}",
+            "bits": self.config.bits,
+            "group_size": self.config.group_size,
+            "symmetric": self.config.symmetric,
+            "iterations": self.config.iterations,
+            "ids": blocks,
             "skip": kept_of(headers, chosen),
-        }  # fmt: skip
+        }
         job.write_text(json.dumps(values), encoding="utf-8")
         done = 0
         for line in environment.lines(SCRIPT, [str(job)], context.work / "auto-round.log"):
@@ -150,8 +156,14 @@ class Awq(_Grouped):
     layout = staticmethod(to_awq)
 
     def _settings(self, chosen: list[str], kept: list[str]) -> dict[str, Any]:
-        return {"quant_method": "awq", "bits": 4, "group_size": self.config.group_size, "version": "gemm",
-                "zero_point": True, "modules_to_not_convert": kept or None}  # fmt: skip
+        return {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": self.config.group_size,
+            "version": "gemm",
+            "zero_point": True,
+            "modules_to_not_convert": kept or None,
+        }
 
 
 class Gptq(_Grouped):
@@ -162,13 +174,19 @@ class Gptq(_Grouped):
 
     def _settings(self, chosen: list[str], kept: list[str]) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "quant_method": "gptq", "bits": self.config.bits, "group_size": self.config.group_size,
-            "sym": self.config.symmetric, "desc_act": False, "checkpoint_format": "gptq", "damp_percent": 0.01,
-        }  # fmt: skip
+            "quant_method": "gptq",
+            "bits": self.config.bits,
+            "group_size": self.config.group_size,
+            "sym": self.config.symmetric,
+            "desc_act": False,
+            "checkpoint_format": "gptq",
+            "damp_percent": 0.01,
+        }
         # Three forms: GPTQModel and vLLM take exceptions by pattern, optimum in transformers wants the layers that are
         # none, others take exceptions by name.
         names = {
-            "dynamic": {f"-:^{name}$": {} for name in kept}, "modules_to_not_convert": kept,
+            "dynamic": {f"-:^{name}$": {} for name in kept},
+            "modules_to_not_convert": kept,
             "modules_in_block_to_quantize": [[name.removesuffix(".weight") for name in chosen]],
-        }  # fmt: skip
+        }
         return found | (names if kept else {})

@@ -21,13 +21,21 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
     Raises:
         ModelError: a pattern to skip is found in no name, or nothing is left.
     """
-    linear = [name for name, header in headers.items()
-              if len(header.shape) == 2 and name.endswith(".weight") and ".layers." in name
-              and not ROUTERS.search(name) and "norm" not in name]  # fmt: skip
+    linear = [
+        name
+        for name, header in headers.items()
+        if len(header.shape) == 2
+        and name.endswith(".weight")
+        and ".layers." in name
+        and not ROUTERS.search(name)
+        and "norm" not in name
+    ]
     for pattern in skip:
         if not any(re.search(pattern, name) for name in linear):
-            raise ModelError(f"`skip` has {pattern!r}, which is found in the name of no linear layer",
-                             hint=f"names are like {', '.join(linear[:3])}")  # fmt: skip
+            raise ModelError(
+                f"`skip` has {pattern!r}, which is found in the name of no linear layer",
+                hint=f"names are like {', '.join(linear[:3])}",
+            )
     chosen = [name for name in linear if not any(re.search(pattern, name) for pattern in skip)]
     _check_fused(linear, set(chosen))
     if not chosen:
@@ -39,9 +47,15 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
 def kept_of(headers: Mapping[str, TensorHeader], chosen: Sequence[str]) -> list[str]:
     """The matrices inside of the model's layers that stay as they are, routers among them: names of modules."""
     quantized = set(chosen)
-    return [name.removesuffix(".weight") for name, header in headers.items()
-            if len(header.shape) == 2 and name.endswith(".weight") and ".layers." in name and "norm" not in name
-            and name not in quantized]  # fmt: skip
+    return [
+        name.removesuffix(".weight")
+        for name, header in headers.items()
+        if len(header.shape) == 2
+        and name.endswith(".weight")
+        and ".layers." in name
+        and "norm" not in name
+        and name not in quantized
+    ]
 
 
 def _check_fused(linear: Sequence[str], chosen: set[str]) -> None:
@@ -67,8 +81,11 @@ def check_divisible(headers: Mapping[str, TensorHeader], chosen: Sequence[str], 
     Raises:
         ModelError: names them all.
     """
-    odd = [f"{name} {tuple(headers[name].shape)}" for name in chosen
-           if headers[name].shape[1] % columns or headers[name].shape[0] % rows]  # fmt: skip
+    odd = [
+        f"{name} {tuple(headers[name].shape)}"
+        for name in chosen
+        if headers[name].shape[1] % columns or headers[name].shape[0] % rows
+    ]
     if odd:
         raise ModelError(
             f"{len(odd)} layers cannot be quantized: their inputs are no multiple of {columns}, or their outputs of "
@@ -86,7 +103,6 @@ def check_done(folder: Path, chosen: Sequence[str], written: Mapping[str, Tensor
     Raises:
         ModelError: a layer was left as it was.
     """
-    left = [name for name in chosen
-            if not all(f"{name.removesuffix('.weight')}.{mark}" in written for mark in marks)]  # fmt: skip
+    left = [name for name in chosen if not all(f"{name.removesuffix('.weight')}.{mark}" in written for mark in marks)]
     if left:
         raise ModelError(f"{len(left)} layers were not quantized: {', '.join(left[:4])}", where=str(folder))

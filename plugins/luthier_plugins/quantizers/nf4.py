@@ -25,9 +25,12 @@ class Nf4:
         """Write the weights; no data is needed."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                      bnb_4bit_use_double_quant=self.config.double,
-                                      bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.config.double,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             model.path, quantization_config=settings, dtype=torch.bfloat16, local_files_only=True
         )
@@ -36,5 +39,4 @@ class Nf4:
         quantized = layers_of(tensor_headers(model.path), [])
         check_done(out, quantized, written, ("weight.quant_state.bitsandbytes__nf4",))
         found: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
-        return {"quantization_config": found["quantization_config"], "layers": len(quantized),
-                "dtype": "bfloat16"}  # fmt: skip
+        return {"quantization_config": found["quantization_config"], "layers": len(quantized), "dtype": "bfloat16"}

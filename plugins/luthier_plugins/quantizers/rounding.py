@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from luthier.api import ModelError
-from luthier.train.packed import Grouped
+from luthier.modeling.quantized import Grouped
 from torch import Tensor, nn
 
 DAMPING = 0.01
@@ -114,8 +114,10 @@ def _inverse_root(hessian: Tensor) -> Tensor:
         damped.diagonal().add_(damping * mean)
         with suppress(RuntimeError):
             return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
-    raise ModelError("what a layer is given on the calibration data is not finite: the model overflows on it",
-                     hint="name other `calibration` data, or set `rounding: nearest`")  # fmt: skip
+    raise ModelError(
+        "what a layer is given on the calibration data is not finite: the model overflows on it",
+        hint="name other `calibration` data, or set `rounding: nearest`",
+    )
 
 
 def rounded_on_data(

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, Interrupted, StageContext
-from luthier.artifacts.environments import ENVIRONMENTS
 from luthier.artifacts.models import read_json, tensor_headers
+from luthier.serving.environments import ENVIRONMENTS
 from luthier_plugins.quantizers.channels import DTYPES
 from luthier_plugins.quantizers.config import TorchaoConfig, TorchaoType
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
@@ -39,8 +39,12 @@ class Torchao:
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
         made, job = context.work / "torchao", context.work / "job.json"
-        values = {"model": str(model.path), "out": str(made), "type": CLASSES[self.config.type],
-                  "skip": ["lm_head", *kept_of(headers, chosen)]}  # fmt: skip
+        values = {
+            "model": str(model.path),
+            "out": str(made),
+            "type": CLASSES[self.config.type],
+            "skip": ["lm_head", *kept_of(headers, chosen)],
+        }
         job.write_text(json.dumps(values), encoding="utf-8")
         for _ in environment.lines(SCRIPT, [str(job)], context.work / "torchao.log"):
             if context.stopping():
@@ -50,5 +54,8 @@ class Torchao:
         # Experts in one tensor are no linear layers to torchao: this is where it shows.
         check_done(out, chosen, tensor_headers(out), ("_weight_qdata", "_weight_scale"))
         found: dict[str, Any] = read_json(made / "config.json")
-        return {"quantization_config": found["quantization_config"], "layers": len(chosen),
-                "dtype": DTYPES[model.facts["dtype"]]}  # fmt: skip
+        return {
+            "quantization_config": found["quantization_config"],
+            "layers": len(chosen),
+            "dtype": DTYPES[model.facts["dtype"]],
+        }

@@ -24,7 +24,7 @@ class SftConfig(TrainingConfig):
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         return "adapter" if self.adapter is not None or "adapter" in inputs["model"] else "model"
 
-    def misfits(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+    def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
         if self.adapter is not None and "adapter" in inputs["model"]:
             return ["the model is an adapter already: leave `adapter` out to train it further"]
         return []

@@ -7,9 +7,9 @@ from typing import Any
 
 from luthier.api import Adapter, Artifact, DataError, Facts, Row, StageContext
 from luthier.artifacts.datasets import read_split, require_split
-from luthier.train.loading import load_model, load_tokenizer, save_adapter, save_model
-from luthier.train.loop import train_tokens
-from luthier.train.text import IGNORED, Encoded, encode_conversation
+from luthier.modeling.loading import load_model, load_tokenizer, save_adapter, save_model
+from luthier.modeling.text import IGNORED, Encoded, encode_conversation
+from luthier.training.trainer import train_tokens
 from luthier_plugins.sft.config import SftConfig
 
 

@@ -77,5 +77,6 @@ class Template:
                 self._compiled[text] = self._environment.from_string(text)
             return self._compiled[text].render(slots)
         except TemplateError as error:
-            raise DataError(f"the template {text!r} does not render: {error}",
-                            hint=f"there are the slots {', '.join(slots)}") from error  # fmt: skip
+            raise DataError(
+                f"the template {text!r} does not render: {error}", hint=f"there are the slots {', '.join(slots)}"
+            ) from error

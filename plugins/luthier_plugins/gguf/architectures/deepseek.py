@@ -33,8 +33,10 @@ class DeepseekV2(Decoder):
     def check_routing(self) -> None:
         """Refuse routing that llama.cpp does not have."""
         if (self.config.get("n_group") or 1) > 1 and self.config.get("topk_method") != "greedy":
-            raise ModelError("llama.cpp has no routing that chooses groups of experts by their best one",
-                             hint="serve it with vLLM: export it with the exporter `hf`")  # fmt: skip
+            raise ModelError(
+                "llama.cpp has no routing that chooses groups of experts by their best one",
+                hint="serve it with vLLM: export it with the exporter `hf`",
+            )
 
     def metadata(self) -> Metadata:
         config, latent = self.config, self.config["kv_lora_rank"]
@@ -70,10 +72,12 @@ class DeepseekV2(Decoder):
             unit = self.key_dim + self.value_dim
             heads, latent = shape[0] // unit, shape[1]
             # What makes keys is applied to the queries instead, transposed.
-            yield Planned(self.tensor_name(f"{stem}k_b_proj.weight"), (heads, latent, self.key_dim), (name,),
-                          self._keys, unit)  # fmt: skip
-            yield Planned(self.tensor_name(f"{stem}v_b_proj.weight"), (heads, self.value_dim, latent), (name,),
-                          self._values, unit)  # fmt: skip
+            yield Planned(
+                self.tensor_name(f"{stem}k_b_proj.weight"), (heads, latent, self.key_dim), (name,), self._keys, unit
+            )
+            yield Planned(
+                self.tensor_name(f"{stem}v_b_proj.weight"), (heads, self.value_dim, latent), (name,), self._values, unit
+            )
         elif name.endswith("e_score_correction_bias"):
             target = self.tensor_name(name.replace("_bias", ".bias"))
             yield Planned(target, shape, (name,))

@@ -56,8 +56,10 @@ class Gemma2(Gemma):
 
     def metadata(self) -> Metadata:
         found = super().metadata() | {"attention.sliding_window": self.config["sliding_window"]}
-        for key, name in (("attn_logit_softcapping", "attn_logit_softcapping"),
-                          ("final_logit_softcapping", "final_logit_softcapping")):  # fmt: skip
+        for key, name in (
+            ("attn_logit_softcapping", "attn_logit_softcapping"),
+            ("final_logit_softcapping", "final_logit_softcapping"),
+        ):
             if self.config.get(name):
                 found[key] = float(self.config[name])
         return found

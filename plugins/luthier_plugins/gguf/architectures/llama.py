@@ -25,8 +25,9 @@ class Llama(Decoder):
 
     def tensors(self, name: str, shape: tuple[int, ...]) -> Iterator[Planned]:
         if name.rpartition(".")[0].endswith(("q_proj", "k_proj")):
-            yield Planned(self.tensor_name(name), shape, (name,), partial(interleaved, size=self.head_dim),
-                          self.head_dim)  # fmt: skip
+            yield Planned(
+                self.tensor_name(name), shape, (name,), partial(interleaved, size=self.head_dim), self.head_dim
+            )
         else:
             yield from super().tensors(name, shape)
 

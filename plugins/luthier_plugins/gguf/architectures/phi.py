@@ -44,5 +44,7 @@ class Phi3(Decoder):
     def extra_tensors(self) -> dict[str, np.ndarray]:
         if self.rope_type != "longrope":
             return {}
-        return {f"rope_factors_{kind}.weight": np.array(self.rope[f"{kind}_factor"], dtype=np.float32)
-                for kind in ("long", "short")}  # fmt: skip
+        return {
+            f"rope_factors_{kind}.weight": np.array(self.rope[f"{kind}_factor"], dtype=np.float32)
+            for kind in ("long", "short")
+        }

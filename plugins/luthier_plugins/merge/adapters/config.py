@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Field, Input, MergeMethodConfig, MergeUse, ModelInput, StageConfig
+from luthier.api import Field, Input, MergeUse, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
-from luthier_plugins.merge.config import settings_problems
+from luthier.merging.api import MergeMethodConfig
+from luthier.merging.config import settings_problems
 from pydantic import model_validator
 
 AdapterInput = Annotated[str, Input(("adapter",))]
@@ -65,8 +66,10 @@ class MergeAdaptersConfig(RankConfig):
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         facts = inputs.get("models", [])
         other = [str(item["adapter"]) for item in facts if item["adapter"] != "lora"]
-        found = [f"the update of a {name} adapter is no low-rank matrix: merge it as a model, in the stage `merge`"
-                 for name in other]  # fmt: skip
+        found = [
+            f"the update of a {name} adapter is no low-rank matrix: merge it as a model, in the stage `merge`"
+            for name in other
+        ]
         if len({item["base"] for item in facts}) > 1:
             found.append("the adapters sit on different models")
         return list(dict.fromkeys(found))

@@ -7,15 +7,15 @@ from contextlib import ExitStack, closing
 from typing import Literal
 
 from luthier.api import Facts, ModelError, StageContext
-from luthier.train.adapters import linear_modules
+from luthier.merging.check import check_stored, is_vocabulary
+from luthier.merging.files import DTYPES
+from luthier.merging.lowrank import TRANSPOSED, in_file
+from luthier.merging.merge import open_inputs
+from luthier.merging.pool import by_matrix
+from luthier.merging.reader import full_of, whole
+from luthier.modeling.adapters import linear_modules
 from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
-from luthier_plugins.merge.check import check_stored, is_vocabulary
-from luthier_plugins.merge.files import DTYPES
-from luthier_plugins.merge.lowrank import TRANSPOSED, in_file
-from luthier_plugins.merge.merging import open_inputs
-from luthier_plugins.merge.pool import by_matrix
-from luthier_plugins.merge.reader import full_of, whole
 
 
 class ExtractLora:
@@ -33,11 +33,15 @@ class ExtractLora:
             shapes = [{name: header.shape for name, header in model.headers.items()} for model in (tuned, base)]
             if shapes[0] != shapes[1]:
                 odd = sorted(name for name in {*shapes[0], *shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-                raise ModelError(f"the two models do not have the same tensors: {', '.join(odd[:5])}",
-                                 hint="name the model it was tuned from as `base`")  # fmt: skip
+                raise ModelError(
+                    f"the two models do not have the same tensors: {', '.join(odd[:5])}",
+                    hint="name the model it was tuned from as `base`",
+                )
             turned = base.config.get("model_type") in TRANSPOSED
-            modules = {in_file(f"{module}.weight", base.headers): module
-                       for module in linear_modules(full_of(context.input("base")).path)}  # fmt: skip
+            modules = {
+                in_file(f"{module}.weight", base.headers): module
+                for module in linear_modules(full_of(context.input("base")).path)
+            }
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
             left_out: list[str] = []
@@ -64,8 +68,10 @@ class ExtractLora:
         if not factors:
             raise ModelError("no linear layer differs between the two models", hint="is `base` the right one?")
         if left_out:
-            context.warn(f"{len(left_out)} tensors differ that the adapter, of linear layers, does not hold, so their "
-                         f"change is lost: {', '.join(left_out[:5])}")  # fmt: skip
+            context.warn(
+                f"{len(left_out)} tensors differ that the adapter, of linear layers, does not hold, so their "
+                f"change is lost: {', '.join(left_out[:5])}"
+            )
         facts = write_adapter(context.out, factors, context.input("base"), context.input("model"), transposed=turned)
         ranks = [pair[1].shape[0] for pair in factors.values()]
         return {

@@ -9,9 +9,9 @@ import torch
 from luthier.api import Artifact, Facts, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import carry_text_files
-from luthier.train.adapters import check_adapter
-from luthier_plugins.merge.devices import fastest, where_it_fits
-from luthier_plugins.merge.lowrank import WRAPPED
+from luthier.merging.devices import best_device, with_cpu_fallback
+from luthier.merging.lowrank import WRAPPED
+from luthier.modeling.adapters import check_adapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def low_rank(matrix: Tensor, r: int | None, energy: float | None) -> tuple[Facto
     def work(device: str) -> list[Tensor]:
         return [found.cpu() for found in torch.linalg.svd(matrix.to(device), full_matrices=False)]
 
-    u, s, vh = where_it_fits(work, fastest(matrix.numel()))
+    u, s, vh = with_cpu_fallback(work, best_device(matrix.numel()))
     squares = s.double().square()
     total = float(squares.sum())
     rank = len(s)
@@ -80,8 +80,11 @@ def write_adapter(
     )
     config.inference_mode = True
     config.save_pretrained(str(out))
-    tensors = {f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
-               for module, pair in factors.items() for letter, tensor in (("B", pair[0]), ("A", pair[1]))}  # fmt: skip
+    tensors = {
+        f"{WRAPPED}{module}.lora_{letter}.weight": tensor.contiguous()
+        for module, pair in factors.items()
+        for letter, tensor in (("B", pair[0]), ("A", pair[1]))
+    }
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     check_adapter(out, base.path)
     carry_text_files(text.path, out)

@@ -8,17 +8,18 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, Merge, MergeMethodConfig, ModelError, StageContext
+from luthier.api import Artifact, Facts, ModelError, StageContext
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.artifacts.models import carry_licences, read_json, tensor_headers
-from luthier.train.merging import Noise, merge_tensors
+from luthier.merging.api import Merge, MergeMethodConfig
+from luthier.merging.files import DTYPES, Files
+from luthier.merging.layout import depth_of, layers_of
+from luthier.merging.lowrank import LowRank, Unfoldable
+from luthier.merging.parts import Noise, merge_tensors
+from luthier.merging.pool import by_matrix
+from luthier.merging.reader import FROM_TRAINING, NOT_FINITE, content_of, label_of
 from luthier_plugins.merge.adapters.config import MergeAdaptersConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
-from luthier_plugins.merge.files import DTYPES, Files
-from luthier_plugins.merge.layout import depth_of, layers_of
-from luthier_plugins.merge.lowrank import LowRank, Unfoldable
-from luthier_plugins.merge.pool import by_matrix
-from luthier_plugins.merge.reader import FROM_TRAINING, NOT_FINITE, content_of, label_of
 from torch import Tensor
 
 
@@ -150,4 +151,4 @@ class _Merge:
         base = torch.zeros_like(updates[0]) if required else None
         return merge_tensors(
             self.method, updates, self.weights, base, name=self.name, depth=self.depth, noise=self.noise
-        )  # fmt: skip
+        )

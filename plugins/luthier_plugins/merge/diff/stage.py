@@ -9,14 +9,15 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from luthier.api import Facts, MergePart, MergePlace, StageContext
-from luthier_plugins.merge.check import check_same
+from luthier.api import Facts, StageContext
+from luthier.merging.api import MergedParameter, MergePart
+from luthier.merging.check import check_same
+from luthier.merging.files import DTYPES
+from luthier.merging.jobs import Operand, TensorJob, scan_of
+from luthier.merging.layout import LAYER, Inputs, depth_of, layers_of
+from luthier.merging.merge import open_inputs
+from luthier.reporting.heat_map import page
 from luthier_plugins.merge.diff.config import DiffConfig
-from luthier_plugins.merge.diff.page import page
-from luthier_plugins.merge.files import DTYPES
-from luthier_plugins.merge.layout import LAYER, Inputs, depth_of, layers_of
-from luthier_plugins.merge.merging import open_inputs
-from luthier_plugins.merge.tasks import Role, Task, scan_of
 from torch import Tensor
 
 
@@ -40,8 +41,13 @@ class Diff:
         rows = {name: _numbers(found, labels) for name, found in sums.items()}
         layers = {name: _numbers(found, labels) for name, found in _by_layer(sums).items()}
         whole = _numbers(sum(sums.values(), torch.zeros_like(next(iter(sums.values())))), labels)
-        report = {"models": labels, "base": inputs.base.label if inputs.base else None,
-                  "whole": whole, "layers": layers, "tensors": rows}  # fmt: skip
+        report = {
+            "models": labels,
+            "base": inputs.base.label if inputs.base else None,
+            "whole": whole,
+            "layers": layers,
+            "tensors": rows,
+        }
         (context.out / "report.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
         (context.out / "report.html").write_text(page(report), encoding="utf-8")
         columns = list(next(iter(layers.values())))
@@ -54,8 +60,10 @@ class Diff:
 
 def _labels(names: list[str]) -> list[str]:
     """The models' names; the second of a name is told apart by its number."""
-    return [name if name not in names[:place] else f"{name} {names[: place + 1].count(name)}"
-            for place, name in enumerate(names)]  # fmt: skip
+    return [
+        name if name not in names[:place] else f"{name} {names[: place + 1].count(name)}"
+        for place, name in enumerate(names)
+    ]
 
 
 def _sums(inputs: Inputs, name: str) -> Tensor:
@@ -67,9 +75,9 @@ def _sums(inputs: Inputs, name: str) -> Tensor:
     """
     shape = inputs.lead.headers[name].shape
     count = len(inputs.models)
-    base = Role(inputs.base, name) if inputs.base else None
-    task = Task(
-        MergePlace(name, shape, 0.0, count), [Role(model, name) for model in inputs.models], base, [1.0] * count
+    base = Operand(inputs.base, name) if inputs.base else None
+    job = TensorJob(
+        MergedParameter(name, shape, 0.0, count), [Operand(model, name) for model in inputs.models], base, [1.0] * count
     )
 
     def look(part: MergePart) -> Tensor:
@@ -86,7 +94,7 @@ def _sums(inputs: Inputs, name: str) -> Tensor:
         found[count, 0, 0] = float(anchor.square().sum())
         return found
 
-    return scan_of(task)(look) if math.prod(shape) else torch.zeros(count + 1, count, 3, dtype=torch.float64)
+    return scan_of(job)(look) if math.prod(shape) else torch.zeros(count + 1, count, 3, dtype=torch.float64)
 
 
 def _by_layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import Config, Field, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
-from luthier_plugins.merge.config import ModelDtype
+from luthier.merging.config import ModelDtype
 from luthier_plugins.merge.moe.families import FAMILIES
 from pydantic import model_validator
 

@@ -23,8 +23,8 @@ def from_prompts(base: Artifact, prompts: Sequence[Sequence[str]]) -> list[Tenso
     Returns:
         For each layer float32, shape (experts, hidden).
     """
-    from luthier.train.loading import fold, load_model, load_tokenizer
-    from luthier.train.text import encode_text
+    from luthier.modeling.loading import fold, load_model, load_tokenizer
+    from luthier.modeling.text import encode_text
 
     tokenizer = load_tokenizer(base)
     model: Any = fold(load_model(base)).eval()

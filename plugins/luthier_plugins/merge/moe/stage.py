@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 from luthier.api import Facts, ModelError, StageContext
+from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, model_facts
-from luthier.artifacts.room import check_room
-from luthier_plugins.merge.check import check_stored
-from luthier_plugins.merge.files import DTYPES, Scratch
-from luthier_plugins.merge.layout import NAMES, Inputs
-from luthier_plugins.merge.merging import carry, full_of, open_inputs
+from luthier.merging.chat_template import template_choice_of, write_chat_template
+from luthier.merging.check import check_stored
+from luthier.merging.files import DTYPES, Scratch
+from luthier.merging.layout import NAMES, Inputs
+from luthier.merging.merge import carry, full_of, open_inputs
+from luthier.merging.reader import Source, dump_json, whole
+from luthier.merging.verify import Verifier
+from luthier.merging.writer import Described, Output, size_of
 from luthier_plugins.merge.moe.config import MoeConfig
 from luthier_plugins.merge.moe.families import FAMILIES, Family
 from luthier_plugins.merge.moe.router import from_prompts
-from luthier_plugins.merge.reader import Source, dump_json, whole
-from luthier_plugins.merge.verify import Verifier
-from luthier_plugins.merge.voice import give_voice, voice_of
-from luthier_plugins.merge.writer import Described, Output, size_of
 from torch import Tensor
 
 FEED_FORWARD = re.compile(r"^(model\.layers\.\d+)\.mlp\.(gate_proj|up_proj|down_proj)\.weight$")
@@ -49,11 +49,11 @@ class Moe:
                 context.warn("routers without preference send every token to the first experts until they are trained")
             _check(inputs, family)
             tensors = self._tensors(base, family)
-            check_room(context.out, size_of(tensors), "the model of experts")
+            check_disk_space(context.out, size_of(tensors), "the model of experts")
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
-            give_voice(voice_of(None, inputs), inputs, context)
+            write_chat_template(template_choice_of(None, inputs), inputs, context)
             for expert in inputs.models:
                 carry_licences(full_of(expert.artifact).path, context.out, expert.label)
             dump_json(context.out / "config.json", self._config(base.config, family))
@@ -108,8 +108,10 @@ class Moe:
                     output.write(f"{block}.gate.weight", 0, routers[layer].reshape(-1), scratch)
                 if family.shared:
                     _write_shared(output, base, name, block, noise)
-                sources = {f"{block}.experts.{place}.{family.names[match[2]]}.weight": model
-                           for place, model in enumerate(inputs.models)}  # fmt: skip
+                sources = {
+                    f"{block}.experts.{place}.{family.names[match[2]]}.weight": model
+                    for place, model in enumerate(inputs.models)
+                }
             for target, source in sources.items():
                 if base.headers[name].dtype in DTYPES:
                     output.write(target, 0, whole(source, name).reshape(-1), scratch)

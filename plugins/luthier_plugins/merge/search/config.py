@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import (
-    DatasetInput,
-    Field,
-    MergeMethodConfig,
-    MergeUse,
-    MetricUse,
-    ModelInput,
-    StageConfig,
-    Use,
-    other_formats,
-)
+from luthier.api import DatasetInput, Field, MergeUse, MetricUse, ModelInput, StageConfig, Use, other_formats
 from luthier.api.artifact import ArtifactKind
-from luthier_plugins.merge.config import MergeConfig, ModelDtype
+from luthier.merging.api import MergeMethodConfig
+from luthier.merging.config import MergeConfig, ModelDtype
 from pydantic import AfterValidator, model_validator
 
 NEARLY_ZERO = 1e-8
@@ -108,9 +99,12 @@ class SearchConfig(StageConfig):
         if self.weights is not None:
             weights = [values[f"weight {place}"] for place in range(len(self.models))]
         return MergeConfig(
-            models=self.models, base=self.base, weights=weights, method=Use(self.method.component, settings),
+            models=self.models,
+            base=self.base,
+            weights=weights,
+            method=Use(self.method.component, settings),
             dtype=self.dtype,
-        )  # fmt: skip
+        )
 
     def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = other_formats("search", inputs, ("messages",))

@@ -9,9 +9,9 @@ import psutil
 import torch
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.models import TensorHeader
-from luthier_plugins.merge.files import DTYPES, Scratch
-from luthier_plugins.merge.reader import Source, whole
-from luthier_plugins.merge.writer import Described
+from luthier.merging.files import DTYPES, Scratch
+from luthier.merging.reader import Source, whole
+from luthier.merging.writer import Described
 from torch import Tensor
 
 SHARE = 0.5
@@ -37,7 +37,7 @@ class Held:
         out.view(-1).copy_(self._tensors[name].view(-1)[start : start + out.numel()])
 
 
-def held_where_they_fit(sources: list[Source]) -> list[Source]:
+def in_memory_if_they_fit(sources: list[Source]) -> list[Source]:
     """The models in memory when all of them fit; else as they are, read from the disk by every trial."""
     needed = sum(4 * torch.Size(header.shape).numel() for source in sources for header in source.headers.values())
     if needed > SHARE * psutil.virtual_memory().available:
@@ -56,9 +56,10 @@ class IntoModel:
         missing = [name for name in tensors if name not in state]
         if missing:
             raise ModelError(
-                f"transformers holds {missing[0]} in another form than the file does", where=type(model).__name__,
+                f"transformers holds {missing[0]} in another form than the file does",
+                where=type(model).__name__,
                 hint="the search works on models whose parameters are those of their files: no experts",
-            )  # fmt: skip
+            )
         self.tensors = dict(tensors)
         self._state = state
 

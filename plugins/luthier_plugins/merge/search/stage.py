@@ -16,18 +16,18 @@ import cmaes
 import numpy as np
 from luthier.api import Artifact, Facts, Metric, ModelError, Row, StageContext
 from luthier.artifacts.datasets import require_split
-from luthier.artifacts.room import check_room
-from luthier.train.loading import fold, load_model, load_tokenizer
-from luthier.train.measure import items_of
-from luthier_plugins.merge.check import check
-from luthier_plugins.merge.engine import Engine, Settings
-from luthier_plugins.merge.layout import Inputs, lay_out
-from luthier_plugins.merge.merging import merge_into, open_inputs, prepared_by
+from luthier.artifacts.disk_space import check_disk_space
+from luthier.merging.check import check
+from luthier.merging.engine import Engine, Settings
+from luthier.merging.jobs import Extras
+from luthier.merging.layout import Inputs, lay_out
+from luthier.merging.merge import merge_into, open_inputs, prepared_by
+from luthier.merging.verify import Verifier
+from luthier.merging.writer import size_of
+from luthier.modeling.loading import fold, load_model, load_tokenizer
+from luthier.modeling.measure import items_of
 from luthier_plugins.merge.search.config import SearchConfig
-from luthier_plugins.merge.search.memory import IntoModel, held_where_they_fit
-from luthier_plugins.merge.tasks import Extras
-from luthier_plugins.merge.verify import Verifier
-from luthier_plugins.merge.writer import size_of
+from luthier_plugins.merge.search.memory import IntoModel, in_memory_if_they_fit
 from pydantic import ValidationError
 from scipy.stats import t as student
 
@@ -89,9 +89,12 @@ class Search:
         extra = max(0, 2 - len(bounds))
         size = len(bounds) + extra
         optimizer = cmaes.CMA(
-            mean=np.full(size, 0.5), sigma=0.3, bounds=np.array([[0.0, 1.0]] * size), seed=seed or 1,
+            mean=np.full(size, 0.5),
+            sigma=0.3,
+            bounds=np.array([[0.0, 1.0]] * size),
+            seed=seed or 1,
             population_size=self.config.population,
-        )  # fmt: skip
+        )
         yield [float(value) for value in bounds.mean(axis=1)]
         while True:
             asked: list[Any] = []
@@ -100,17 +103,22 @@ class Search:
                     return
                 asked.append(optimizer.ask())
                 yield [float(value) for value in bounds[:, 0] + asked[-1][: len(bounds)] * width]
-            optimizer.tell(
-                [(point, _badness(trial)) for point, trial in zip(asked, trials[-len(asked) :], strict=True)]
-            )
+            optimizer.tell([(point, _cost(trial)) for point, trial in zip(asked, trials[-len(asked) :], strict=True)])
 
     def _report(
-        self, trials: list[Trial], best: Trial, alone: list[Trial], final: Rows, judge: _Judge,
+        self,
+        trials: list[Trial],
+        best: Trial,
+        alone: list[Trial],
+        final: Rows,
+        judge: _Judge,
         context: StageContext,
-    ) -> Facts:  # fmt: skip
+    ) -> Facts:
         labels = [str(artifact.manifest.get("stage")) for artifact in context.inputs("models")]
-        against = [{"model": label, "score": found["score"], **compared(final, found["rows"], len(trials))}
-                   for label, found in zip(labels, alone, strict=True)]  # fmt: skip
+        against = [
+            {"model": label, "score": found["score"], **compared(final, found["rows"], len(trials))}
+            for label, found in zip(labels, alone, strict=True)
+        ]
         for item in against:
             if not item["beyond_noise"]:
                 context.warn(f"the best merge is not better than {item['model']} alone beyond noise")
@@ -143,7 +151,7 @@ def _tried(judge: _Judge, values: dict[str, float]) -> Trial:
     return {"values": values, "score": score, "merit": score if judge.highest else -score}
 
 
-def _badness(trial: Trial) -> float:
+def _cost(trial: Trial) -> float:
     return math.inf if trial["merit"] is None else -trial["merit"]
 
 
@@ -153,10 +161,12 @@ def _best(trials: Sequence[Trial]) -> Trial:
     Raises:
         ModelError: none has a score.
     """
-    best = min(trials, key=_badness)
+    best = min(trials, key=_cost)
     if best["merit"] is None:
-        raise ModelError(f"none of {len(trials)} merges has a score: {best['problem']}",
-                         hint="do the models themselves compute? try other ranges")  # fmt: skip
+        raise ModelError(
+            f"none of {len(trials)} merges has a score: {best['problem']}",
+            hint="do the models themselves compute? try other ranges",
+        )
     return best
 
 
@@ -215,8 +225,8 @@ class _Judge:
         # What the loaded model or the disk has no place for is told before anything is tried.
         tensors = lay_out(largest, opened, context.seed, self.config.dtype).tensors
         IntoModel(self._model, tensors)
-        check_room(context.out, size_of(tensors), "the merged model")
-        held = held_where_they_fit([*opened.models, *([opened.base] if opened.base else [])])
+        check_disk_space(context.out, size_of(tensors), "the merged model")
+        held = in_memory_if_they_fit([*opened.models, *([opened.base] if opened.base else [])])
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
         method = context.component(self.config.method)
@@ -227,10 +237,10 @@ class _Judge:
         config = self.config.merge(values)
         layout = lay_out(config, self._inputs, self._context.seed, config.dtype)
         assert self._extras is not None, "the inputs are held before they are merged"
-        tasks = [replace(task, extras=self._extras.of(task.place.name)) for task in layout.tasks]
+        jobs = [replace(job, extras=self._extras.of(job.place.name)) for job in layout.jobs]
         target: Any = IntoModel(self._model, layout.tensors)
         workers = Settings(len(os.sched_getaffinity(0)))
-        Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(tasks)
+        Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(jobs)
 
     def score(self) -> float:
         """The metric of the model as it is."""
@@ -247,9 +257,7 @@ class _Judge:
 
     def _items(self, model: Any) -> Sequence[Any]:
         stops = self._lead.facts["stop_token_ids"]
-        found = items_of(
-            model, self._tokenizer, self._data, {self.metric.needs}, stops, self.config.max_new_tokens
-        )  # fmt: skip
+        found = items_of(model, self._tokenizer, self._data, {self.metric.needs}, stops, self.config.max_new_tokens)
         return found[self.metric.needs]
 
     def _by_row(self, items: Sequence[Any]) -> Rows:

@@ -1,0 +1,1 @@
+"""The streaming merge engine. Authors of merge methods import `luthier.merging.api`."""

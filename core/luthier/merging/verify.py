@@ -1,0 +1,117 @@
+"""Checks a written model: the index against the files, and a look at it by transformers.
+
+Where transformers is not loaded yet, the look is a process of its own, see `luthier.merging.load_check`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from luthier.api import Facts, ModelError
+from luthier.artifacts.models import check_model_folder, read_json
+from luthier.merging.load_check import load_check
+
+INDEX = "model.safetensors.index.json"
+
+
+class Verifier:
+    """Looks at a model once it is written; a context manager around the process that does so, where there is one.
+
+    Args:
+        folder: The model that will be looked at.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # A file, because a pipe that nobody reads would stop a library that has much to say.
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed when the verifier is
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Verifier:
+        if "transformers" in sys.modules:
+            return self
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "luthier.merging.load_check"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._log.close()
+
+    @property
+    def apart(self) -> bool:
+        """Whether a process of its own is getting ready for the look."""
+        return self._process is not None
+
+    def verdict(self, meanwhile: Callable[[], None] = lambda: None) -> Facts:
+        """What the look at the finished folder showed.
+
+        Args:
+            meanwhile: What to do while the other process looks.
+
+        Raises:
+            ModelError: the model is not what it should be.
+        """
+        check_index(self.folder)
+        if self._process is None:
+            found = load_check(self.folder)
+            meanwhile()
+        else:
+            found = self._asked(self._process, meanwhile)
+        if "problem" in found:
+            raise ModelError(
+                f"the written model is not sound: {found['problem']}",
+                where=str(self.folder),
+                hint="nothing was stored; do the models themselves load with transformers?",
+            )
+        return found
+
+    def _asked(self, process: subprocess.Popen[str], meanwhile: Callable[[], None]) -> Facts:
+        """What the other process finds."""
+        assert process.stdin is not None
+        with suppress(BrokenPipeError):
+            process.stdin.write(f"{self.folder}\n")
+            process.stdin.flush()
+        meanwhile()
+        out, _ = process.communicate()
+        found: dict[str, Any] = json.loads(out.strip().rpartition("\n")[2] or "{}")
+        if found:
+            return found
+        if process.returncode < 0:
+            return {
+                "problem": f"signal {-process.returncode} ended the process that looked at it (often the sign of "
+                "too little memory)"
+            }
+        self._log.seek(0)
+        return {"problem": self._log.read().strip().rpartition("\n")[2]}
+
+
+def check_index(folder: Path) -> None:
+    """The index names exactly the tensors that the files have, and there are no other files.
+
+    Raises:
+        ModelError: it does not.
+    """
+    check_model_folder(folder)
+    files = {path.name for path in folder.glob("*.safetensors")}
+    index = folder / INDEX
+    named = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    if files != named:
+        raise ModelError(f"the weights files {sorted(files ^ named)} do not fit the index", where=str(folder))

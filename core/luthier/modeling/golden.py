@@ -1,0 +1,57 @@
+"""Entries of golden files: conversations, the tokens that they become, and what the model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from luthier.api.artifact import Artifact
+from luthier.api.protocols import Message, Row
+from luthier.artifacts.datasets import read_split
+from luthier.modeling.text import encode_prompt, render
+
+ENTRIES = 16
+LIMIT = 48
+"""The most tokens of a golden answer."""
+HELLO: list[Message] = [Message(role="user", content="Hello, who are you?")]
+
+
+def conversations_of(data: Sequence[Artifact]) -> list[list[Message]]:
+    """Some conversations of the recipe's own, without their last answers, and one that everybody begins with."""
+    found = [HELLO]
+    rows: Iterator[Row] = (row for item in data for row in read_split(item, "train"))
+    for row in rows:
+        messages: list[Message] = row["messages"][:-1] if "messages" in row else row.get("prompt") or []
+        if messages and messages[-1]["role"] == "user" and messages not in found:
+            found.append(messages)
+        if len(found) == ENTRIES:
+            break
+    return found
+
+
+def entries_of(
+    tokenizer: Any,
+    conversations: Sequence[Sequence[Message]],
+    answers: Callable[[Sequence[Sequence[Message]]], Iterator[str]],
+    room: int,
+) -> list[dict[str, Any]]:
+    """Golden entries of conversations; empty for a model without a chat template.
+
+    Args:
+        answers: Answers conversations.
+        room: The context in tokens; conversations that leave no room for an answer are left out.
+    """
+    if tokenizer.chat_template is None:
+        return []
+    ids = [encode_prompt(tokenizer, messages) for messages in conversations]
+    short = [place for place, prompt in enumerate(ids) if len(prompt) + LIMIT <= room]
+    chosen = [conversations[place] for place in short]
+    return [
+        {
+            "messages": list(messages),
+            "prompt": render(tokenizer, messages, open_turn=True),
+            "prompt_ids": ids[place],
+            "answer": answer,
+        }
+        for place, messages, answer in zip(short, chosen, answers(chosen), strict=True)
+    ]

@@ -1,0 +1,183 @@
+"""Loads and saves models, adapters and tokenizers, with nothing lost on the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import ModelError
+from luthier.api.protocols import Facts
+from luthier.artifacts.adapters import adapter_facts
+from luthier.artifacts.disk_space import check_disk_space
+from luthier.artifacts.models import carry_text_files, model_facts, read_json
+
+SHARD = 5_000_000_000
+PROBED = 16
+"""Tokens with which a folded adapter is compared to what it was."""
+SAME = 1e-3
+"""How much of the largest logit rounding may move one."""
+HEADROOM = 1.5
+"""How many times its size a model may need while it computes."""
+
+
+def model_folder(artifact: Artifact) -> Path:
+    """The folder of full weights: the artifact's own, or that of an adapter's base."""
+    return artifact.base.path if artifact.kind == "adapter" else artifact.path
+
+
+def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model or adapter, with a padding token that is never trained on."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(artifact.path, local_files_only=True)
+    if tokenizer.pad_token is None:
+        # Padding is masked out of attention and loss, so any token serves; none is added.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(artifact: Artifact, *, trainable: bool = False, options: dict[str, Any] | None = None) -> Any:
+    """A model in float32, with its adapter on top when the artifact is one.
+
+    Args:
+        artifact: A model or an adapter.
+        trainable: Whether the adapter's weights will be trained further.
+        options: Extra arguments for ``from_pretrained``, such as a quantization config.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            model_folder(artifact), dtype=torch.float32, local_files_only=True, **(options or {})
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"transformers cannot load the model: {error}", where=str(artifact.path)) from error
+    if artifact.kind == "adapter":
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, artifact.path, is_trainable=trainable)
+    return model
+
+
+def fold(model: Any) -> PreTrainedModel:
+    """Fold an adapter into the full-precision weights it sits on; other models come back as they are.
+
+    Raises:
+        ModelError: PEFT cannot fold adapters of this kind.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    try:
+        return model.merge_and_unload(safe_merge=True)
+    except NotImplementedError as error:
+        raise ModelError(f"PEFT cannot fold this adapter: {error}", hint="it works beside its model only") from error
+
+
+def to_best_device(model: Any) -> Any:
+    """The model on the GPU, where there is one with room for it and for what it computes; else where it is."""
+    if not torch.cuda.is_available():
+        return model
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return model.to("cuda") if HEADROOM * size < torch.cuda.mem_get_info()[0] else model
+
+
+def full_weights(artifact: Artifact, scratch: Path) -> Path:
+    """A folder with the artifact's weights in full: its own, or `scratch` with its adapter folded in.
+
+    Folding is done and kept in float32 on the full-precision base, whatever the adapter was trained on.
+    """
+    if artifact.kind != "adapter":
+        return artifact.path
+    scratch.mkdir(parents=True, exist_ok=True)
+    model = load_model(artifact)
+    before = _answers(model)
+    folded = fold(model)
+    difference = float((_answers(folded) - before).abs().max())
+    if difference > SAME * float(before.abs().max()):
+        raise ModelError(
+            f"folded into its model, the adapter is another one: the scores of tokens differ by {difference:.3g}",
+            where=str(artifact.path),
+            hint="is the embedding tuned, and the output head tied to it? then it cannot be folded; "
+            "train with an untied head",
+        )
+    check_disk_space(scratch, torch.float32.itemsize * folded.num_parameters(), "the model with the adapter folded in")
+    folded.save_pretrained(scratch)
+    carry_text_files(artifact.path, scratch)
+    return scratch
+
+
+def _answers(model: Any) -> torch.Tensor:
+    """The logits after a few tokens, whichever they are."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        return model(input_ids=torch.arange(0, rows, max(1, rows // PROBED))[None, :PROBED]).logits
+
+
+def dequantized(artifact: Artifact, scratch: Path) -> Artifact:
+    """The model, or what it stands for in float32 when it is quantized in a layout that transformers alone cannot load.
+
+    Args:
+        scratch: A folder for the weights in float32.
+    """
+    from luthier.modeling.quantized import READABLE, read_floats
+    from luthier.modeling.shards import ShardWriter
+
+    config = read_json(artifact.path / "config.json")
+    if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
+        return artifact
+    scratch.mkdir(parents=True, exist_ok=True)
+    parameters: int = artifact.facts.get("parameters") or model_facts(artifact.path)["parameters"]
+    check_disk_space(scratch, torch.float32.itemsize * parameters, "what is computed with")
+    writer = ShardWriter(scratch, SHARD)
+    for name, tensor in read_floats(artifact.path):
+        writer.add(name, tensor)
+    writer.close()
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    (scratch / "config.json").write_text(json.dumps(plain), encoding="utf-8")
+    carry_text_files(artifact.path, scratch)
+    return replace(artifact, path=scratch)
+
+
+def load_client(artifact: Artifact, scratch: Path) -> Any:
+    """A model as the programs that serve its folder compute it, for comparing and trying out.
+
+    Args:
+        scratch: A folder for weights in float32, where they are quantized.
+    """
+    from luthier.modeling.activations import round_activations
+
+    model = to_best_device(load_model(dequantized(artifact, scratch)))
+    if artifact.kind == "model":
+        round_activations(model, artifact.path)
+    return model
+
+
+def save_model(model: Any, source: Artifact, out: Path) -> Facts:
+    """Write a full model in the dtype of the one it came from, and its text files; return its facts."""
+    dtype = getattr(torch, str(_dtype_name(source)))
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
+    if not finite:
+        raise ModelError("the trained weights have NaN or infinite values", hint="lower the learning rate")
+    model.config.use_cache = True
+    model.to(dtype).save_pretrained(out)
+    carry_text_files(source.path, out)
+    return model_facts(out)
+
+
+def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
+    """Write the adapter named ``default`` and the text files; return its facts."""
+    model.save_pretrained(out, selected_adapters=["default"])
+    (out / "README.md").unlink(missing_ok=True)
+    carry_text_files(source.path, out)
+    # The folder it was loaded from is this machine's matter; the key says which model it is.
+    return adapter_facts(out, source.facts["base"] if source.kind == "adapter" else source.key, source)
+
+
+def _dtype_name(source: Artifact) -> str:
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names.get(source.facts["dtype"], "float32")

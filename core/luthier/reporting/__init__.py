@@ -1,0 +1,1 @@
+"""Tables and pages: what a run, an artifact and a report look like."""

@@ -1,0 +1,183 @@
+"""A child process that serves one artifact on 127.0.0.1, as OpenAI's chat completions: for trying a model out.
+
+An export is served by the program that it is made for, where that has a server of its own; a model or an adapter by
+transformers, one answer at a time.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from luthier.api.artifact import Artifact
+from luthier.api.errors import LuthierError, ModelError, StoreError
+from luthier.registry import default_registry
+from luthier.serving.chat_server import HOST, ChatServer
+
+UNBOUNDED = 1 << 20
+
+
+class TransformersSpeaker:
+    """A model or adapter in transformers that says its answers piece by piece."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        # Only this child process loads torch.
+        self._torch: Any = import_module("torch")
+        self._transformers: Any = import_module("transformers")
+        self._text: Any = import_module("luthier.modeling.text")
+        loading: Any = import_module("luthier.modeling.loading")
+        self._tokenizer: Any = loading.load_tokenizer(artifact)
+        self._scratch = tempfile.TemporaryDirectory()
+        self._model: Any = loading.load_client(artifact, Path(self._scratch.name) / "floats")
+        self._model.eval()
+        self._stops: list[int] = artifact.facts["stop_token_ids"]
+        self._length: int = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
+        # The model answers one at a time.
+        self._lock = threading.Lock()
+
+    def prompt(self, messages: list[Any]) -> list[int]:
+        """The tokens of a conversation, open for the assistant.
+
+        Raises:
+            DataError: the chat template refuses it.
+            ModelError: it is longer than the model's context.
+        """
+        ids: list[int] = self._text.encode_prompt(self._tokenizer, messages)
+        if len(ids) >= self._length:
+            raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
+        return ids
+
+    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Spoken:
+        """Answer with at most so many tokens; greedily where the temperature is 0."""
+        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        options = {
+            "max_new_tokens": min(limit, self._length - len(ids)),
+            "eos_token_id": self._stops or None,
+            "pad_token_id": self._tokenizer.pad_token_id,
+            "repetition_penalty": None,
+            **sampling,
+        }
+        return Spoken(self, ids, options)
+
+    def pieces(self, ids: list[int], options: dict[str, Any], spoken: Spoken) -> Iterator[str]:
+        """Have the model write what `spoken` is; it ends early when nobody reads on."""
+        torch = self._torch
+        gone = threading.Event()
+        failures: list[BaseException] = []
+        with self._lock:
+            streamer = self._transformers.TextIteratorStreamer(
+                self._tokenizer, skip_prompt=True, skip_special_tokens=True
+            )
+
+            def given_up(ids: Any, scores: Any) -> Any:
+                return torch.full((ids.shape[0],), gone.is_set(), device=ids.device)
+
+            def work() -> None:
+                try:
+                    with torch.no_grad():
+                        (written,) = self._model.generate(
+                            input_ids=torch.tensor([ids], device=self._model.device),
+                            streamer=streamer,
+                            stopping_criteria=[given_up],
+                            **options,
+                        ).tolist()
+                    spoken.tokens = len(written) - len(ids)
+                    spoken.finish_reason = "stop" if written[-1] in self._stops else "length"
+                # It is raised where the answer is read.
+                except BaseException as error:  # noqa: BLE001
+                    failures.append(error)
+                    streamer.end()
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            try:
+                yield from streamer
+            finally:
+                gone.set()
+                thread.join()
+            if failures:
+                raise ModelError(f"the model fails: {failures[0]}")
+
+
+class Spoken:
+    """An answer of `TransformersSpeaker`, written while it is read."""
+
+    def __init__(self, speaker: TransformersSpeaker, ids: list[int], options: dict[str, Any]) -> None:
+        self.tokens = 0
+        self.finish_reason: Literal["stop", "length"] = "length"
+        self._speaker, self._ids, self._options = speaker, ids, options
+
+    def __iter__(self) -> Iterator[str]:
+        return self._speaker.pieces(self._ids, self._options, self)
+
+
+def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
+    """Serve until the process is ended; the address is printed once it answers.
+
+    Raises:
+        ModelError: the artifact is no model, adapter or export, or its program has no server.
+        StoreError: the port is taken.
+    """
+    _check_port(port)
+    if artifact.kind == "export":
+        registry = default_registry()
+        component = registry.get("exporter", artifact.facts["format"])
+        config = registry.config_class(component).model_validate({}, context={"components": registry})
+        listen = getattr(registry.impl_class(component)(config), "listen", None)
+        if listen is not None:
+            with listen(artifact, variant, port) as url:
+                _wait(url)
+            return
+        artifact = Artifact(artifact.key, "model", artifact.path, artifact.facts, artifact.manifest)
+    if artifact.kind not in ("model", "adapter"):
+        raise ModelError(f"a {artifact.kind} cannot be served", hint="name a model, an adapter or an export")
+    if variant:
+        raise ModelError(f"there is no variant {variant}: it is one model", hint="leave --variant out")
+    name = str(artifact.manifest.get("stage", "model"))
+    server = ChatServer(TransformersSpeaker(artifact), name, port)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    _wait(f"http://{HOST}:{server.server_port}")
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that is taken, before a model is loaded.
+
+    Raises:
+        StoreError: it is.
+    """
+    try:
+        # As the servers will take it: one that was just given back counts as free.
+        socket.create_server((HOST, port), reuse_port=False).close()
+    except OSError as error:
+        raise StoreError(f"the port {port} cannot be used: {error}", hint="choose another one with --port") from error
+
+
+def _wait(url: str) -> None:
+    print(f"{url}/v1 answers; Ctrl-C ends it", flush=True)
+    threading.Event().wait()
+
+
+def main() -> None:
+    """Entry point of ``python -m luthier.serving.serve FOLDER VARIANT PORT``."""
+    folder, variant, port = sys.argv[1:]
+    # Ended from a script as cleanly as with Ctrl-C, which programs started in the background do not get.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve_artifact(Artifact.load(Path(folder)), variant or None, int(port))
+    except KeyboardInterrupt:
+        return
+    except LuthierError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

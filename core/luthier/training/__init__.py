@@ -1,0 +1,1 @@
+"""Trains models: batches, the trainer, and the mathematics that objectives share."""

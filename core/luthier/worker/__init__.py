@@ -1,0 +1,1 @@
+"""The child process that runs stages: jobs come in, events go out."""

@@ -1,0 +1,23 @@
+"""The merge method ``nearswap``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from luthier.merging.api import Granularity, MergePart
+from luthier_plugins.merge_methods.config import NearswapConfig
+from torch import Tensor
+
+
+class Nearswap:
+    """base + sign(d) min(|d|, t) for d = theta - base (alchemonaut 2024, model card of QuartetAnemoi-70B-t0.0001)."""
+
+    granularity: ClassVar[Granularity] = "elementwise"
+
+    def __init__(self, config: NearswapConfig) -> None:
+        self.t = config.t
+
+    def merge(self, part: MergePart) -> Tensor:
+        assert part.base is not None, "nearswap requires a base in its config"
+        t = part.place.value(self.t)
+        return part.deltas[0].clamp_(-t, t).add_(part.base)
