@@ -17,7 +17,7 @@ from luthier.merging.reader import content_of
 from luthier.modeling.loading import fold, load_model
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier_plugins.merge import pool
+from luthier.merging import pool
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
 from safetensors.torch import load_file, save_file

@@ -12,7 +12,7 @@ from luthier.api import ModelError
 from luthier.merging.api import MergedParameter
 from luthier.merging.parts import Grid, Noise, merge_tensors
 from luthier.registry import default_registry
-from luthier.train import merging
+from luthier.merging import parts as merging_parts
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.selection import largest
 from torch import Tensor
@@ -514,7 +514,7 @@ def test_a_parameter_in_many_parts_is_merged_like_one_in_one_part(
             given_weights = [1.0, 2.0, 0.5][:count] if config.weighted else None
             found = []
             for block, memory in ((1 << 18, 1 << 22), (50, 1 << 22), (50, 0)):
-                monkeypatch.setattr(merging, "BLOCK", block)
+                monkeypatch.setattr(merging_parts, "BLOCK", block)
                 monkeypatch.setattr(selection, "IN_MEMORY", memory)
                 found.append(
                     merge_tensors(

@@ -38,8 +38,8 @@ from luthier.modeling.measure import items_of
 from luthier.modeling.text import encode_text
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.train import merging
-from luthier_plugins.merge import look
+from luthier.merging import parts as merging_parts
+from luthier.merging import load_check
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
 from safetensors.torch import load_file, save_file
@@ -136,7 +136,7 @@ OWN_SETTINGS = {
 def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
     tmp_path: Path, models: list[Artifact], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merging, "BLOCK", 1000)
+    monkeypatch.setattr(merging_parts, "BLOCK", 1000)
     registry = default_registry()
     asks: Any = registry.config_class(registry.get("merge", name))
     given_models = models[: 1 if asks.models == (1, 1) else 2]
@@ -930,7 +930,7 @@ def test_what_is_written_is_looked_at(
     shutil.copytree(models[0].path, folder)
     assert Verifier(folder).verdict() == {"loaded": "memory", "forward": "finite"}
     with monkeypatch.context() as patch:
-        patch.setattr(look, "ROOM", 0.0)
+        patch.setattr(load_check, "ROOM", 0.0)
         assert Verifier(folder).verdict() == {"loaded": "meta device"}
         lacking = changed(models[1], tmp_path / "lacking", without_one)
         with pytest.raises(ModelError, match="missing keys"):

@@ -76,8 +76,8 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
             "given `per_model`, but not for 2 models",
         ),
         (
-            "luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, slices: [{sources: [{model: a, layers: [0, 1], "
-            "weight: 0.5}]}]}\n",
+            "luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, "
+            "slices: [{sources: [{model: a, layers: [0, 1], weight: 0.5}]}]}\n",
             "passthrough does not look at weights",
         ),
         (

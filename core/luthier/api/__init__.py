@@ -5,42 +5,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from luthier.api.component import KINDS, Component, Kind
+from luthier.api.component import Component, Implementation, Kind
 from luthier.api.hooks import hookimpl
+from luthier.api.kinds import KINDS, KindInfo, kind_of_use
 
 if TYPE_CHECKING:
     from luthier.api.artifact import ARTIFACT_KINDS, Artifact, ArtifactKind
     from luthier.api.config import (
-        AdapterUse,
-        AugmenterUse,
         Config,
         DatasetInput,
         DatasetInputs,
         Estimate,
-        ExporterUse,
         Field,
         FileSource,
-        FormatUse,
         Gate,
         Input,
-        MergeUse,
-        MetricUse,
         ModelInput,
         ModelSource,
         NotIdentity,
         OneOrMany,
         Pattern,
-        PreferenceLossUse,
-        QuantizerUse,
-        RegularizerUse,
+        Resources,
         Source,
         StageConfig,
         SubComponent,
-        TrackerUse,
         Use,
-        other_formats,
+        schema_problems,
     )
-    from luthier.api.context import StageContext
+    from luthier.api.context import Context, StageContext
+    from luthier.api.data import Augmenter, Format, Message, Row, Schema
     from luthier.api.errors import (
         DataError,
         GateError,
@@ -53,104 +46,140 @@ if TYPE_CHECKING:
         StageError,
         StoreError,
     )
-    from luthier.api.protocols import (
-        Adapter,
-        Augmenter,
+    from luthier.api.evaluation import Answers, Metric, MetricConfig, Needs, Sample, Score
+    from luthier.api.execution import (
+        Event,
         Executor,
+        ExecutorContext,
+        Outcome,
+        ProcessSession,
+        RunInfo,
+        Session,
+        Slot,
+        Tracker,
+        WorkerLaunch,
+    )
+    from luthier.api.serving import (
+        Completion,
         Exporter,
-        Facts,
-        Format,
-        Message,
-        Metric,
-        Prediction,
-        PreferenceBatch,
-        PreferenceLoss,
+        Generator,
         Quantizer,
+        Request,
+        Sampling,
+        ToolEnvironment,
+    )
+    from luthier.api.stages import Facts, Stage
+    from luthier.api.training import (
+        Adapter,
+        CompletionBatch,
+        LossResult,
+        Objective,
+        Optimizer,
         Regularizer,
         Reward,
-        Row,
-        Stage,
-        Teacher,
-        TokenLoss,
-        Tracker,
+        Schedule,
+        TokenBatch,
+        Unit,
     )
-    from luthier.api.training import PreferenceTrainingConfig, TrainingConfig
+    from luthier.api.tuning import ObjectiveConfig, PreferenceTuningConfig, TrainingConfig, TuningConfig
 
 _HOME = {
     "artifact": ("ARTIFACT_KINDS", "Artifact", "ArtifactKind"),
     "config": (
-        "AdapterUse", "AugmenterUse", "Config", "DatasetInput", "DatasetInputs", "Estimate", "ExporterUse", "Field",
-        "FileSource", "FormatUse", "Gate", "Input", "MergeUse", "MetricUse", "ModelInput", "ModelSource",
-        "NotIdentity", "OneOrMany", "Pattern", "PreferenceLossUse", "QuantizerUse", "RegularizerUse",
-        "Source", "StageConfig", "SubComponent", "TrackerUse", "Use", "other_formats",
+        "Config", "DatasetInput", "DatasetInputs", "Estimate", "Field", "FileSource", "Gate", "Input", "ModelInput",
+        "ModelSource", "NotIdentity", "OneOrMany", "Pattern", "Resources", "Source", "StageConfig", "SubComponent",
+        "Use", "schema_problems",
     ),
-    "context": ("StageContext",),
+    "context": ("Context", "StageContext"),
+    "data": ("Augmenter", "Format", "Message", "Row", "Schema"),
     "errors": (
-        "DataError", "GateError", "Interrupted", "LuthierError", "ModelError", "PluginError", "Problem",
-        "RecipeError", "StageError", "StoreError",
+        "DataError", "GateError", "Interrupted", "LuthierError", "ModelError", "PluginError", "Problem", "RecipeError",
+        "StageError", "StoreError",
     ),
-    "protocols": (
-        "Adapter", "Augmenter", "Executor", "Exporter", "Facts", "Format", "Message", "Metric",
-        "Prediction", "PreferenceBatch", "PreferenceLoss", "Quantizer", "Regularizer", "Reward", "Row",
-        "Stage", "Teacher", "TokenLoss", "Tracker",
+    "evaluation": ("Answers", "Metric", "MetricConfig", "Needs", "Sample", "Score"),
+    "execution": (
+        "Event", "Executor", "ExecutorContext", "Outcome", "ProcessSession", "RunInfo", "Session", "Slot", "Tracker",
+        "WorkerLaunch",
     ),
-    "training": ("PreferenceTrainingConfig", "TrainingConfig"),
+    "serving": ("Completion", "Exporter", "Generator", "Quantizer", "Request", "Sampling", "ToolEnvironment"),
+    "stages": ("Facts", "Stage"),
+    "training": (
+        "Adapter", "CompletionBatch", "LossResult", "Objective", "Optimizer", "Regularizer", "Reward", "Schedule",
+        "TokenBatch", "Unit",
+    ),
+    "tuning": ("ObjectiveConfig", "PreferenceTuningConfig", "TrainingConfig", "TuningConfig"),
 }  # fmt: skip
+"""Where each name is: imported when it is asked for."""
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "ARTIFACT_KINDS",
     "Adapter",
-    "AdapterUse",
+    "Answers",
     "Artifact",
     "ArtifactKind",
     "Augmenter",
-    "AugmenterUse",
+    "Completion",
+    "CompletionBatch",
     "Component",
     "Config",
+    "Context",
     "DataError",
     "DatasetInput",
     "DatasetInputs",
     "Estimate",
+    "Event",
     "Executor",
+    "ExecutorContext",
     "Exporter",
-    "ExporterUse",
     "Facts",
     "Field",
     "FileSource",
     "Format",
-    "FormatUse",
     "Gate",
     "GateError",
+    "Generator",
+    "Implementation",
     "Input",
     "Interrupted",
     "KINDS",
     "Kind",
+    "KindInfo",
+    "LossResult",
     "LuthierError",
-    "MergeUse",
     "Message",
     "Metric",
-    "MetricUse",
+    "MetricConfig",
     "ModelError",
     "ModelInput",
     "ModelSource",
+    "Needs",
     "NotIdentity",
+    "Objective",
+    "ObjectiveConfig",
     "OneOrMany",
+    "Optimizer",
+    "Outcome",
     "Pattern",
     "PluginError",
-    "Prediction",
-    "PreferenceBatch",
-    "PreferenceLoss",
-    "PreferenceLossUse",
-    "PreferenceTrainingConfig",
+    "PreferenceTuningConfig",
     "Problem",
+    "ProcessSession",
     "Quantizer",
     "RecipeError",
     "Regularizer",
-    "QuantizerUse",
-    "RegularizerUse",
+    "Request",
+    "Resources",
     "Reward",
     "Row",
+    "RunInfo",
+    "Sample",
+    "Sampling",
+    "Schedule",
+    "Schema",
+    "Score",
+    "Session",
+    "Slot",
     "Source",
     "Stage",
     "StageConfig",
@@ -158,18 +187,23 @@ __all__ = [
     "StageError",
     "StoreError",
     "SubComponent",
-    "Teacher",
-    "TokenLoss",
+    "TokenBatch",
+    "ToolEnvironment",
     "Tracker",
-    "TrackerUse",
     "TrainingConfig",
+    "TuningConfig",
+    "Unit",
     "Use",
+    "WorkerLaunch",
     "hookimpl",
-    "other_formats",
+    "schema_problems",
 ]
+"""Beside these, `AdapterUse`, `MetricUse`, ...: the types of fields that choose a component, one for every kind."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
-        raise AttributeError(f"module 'luthier.api' has no attribute '{name}'")
-    return getattr(import_module(f"luthier.api.{_MODULE[name]}"), name)
+    if name in _MODULE:
+        return getattr(import_module(f"luthier.api.{_MODULE[name]}"), name)
+    if kind_of_use(name) is not None:
+        return getattr(import_module("luthier.api.config"), name)
+    raise AttributeError(f"module 'luthier.api' has no attribute '{name}'")

@@ -17,7 +17,7 @@ BASE = "base"
 
 
 REQUIRED_FACTS: dict[ArtifactKind, tuple[str, ...]] = {
-    "dataset": ("format", "rows"),
+    "dataset": ("schema", "rows"),
     "model": ("architecture", "dtype", "parameters", "tensors", "tokenizer", "stop_token_ids"),
     "adapter": ("base", "adapter", "architecture", "tokenizer", "stop_token_ids"),
     "export": ("format", "files"),

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-Kind = Literal[
-    "stage",
-    "adapter",
-    "regularizer",
-    "preference_loss",
-    "merge",
-    "quantizer",
-    "exporter",
-    "augmenter",
-    "teacher",
-    "format",
-    "metric",
-    "reward",
-    "tracker",
-    "executor",
-]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+if TYPE_CHECKING:
+    from luthier.api.config import Config
+    from luthier.api.context import Context
+
+Kind = str
+"""A key of the table `luthier.api.kinds.KINDS`."""
+C = TypeVar("C", bound="Config")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,12 +19,13 @@ class Component:
     """What a plugin provides under a kind and a name.
 
     Attributes:
-        kind: What it is; decides the protocol in `luthier.api` that `impl` follows.
+        kind: What it is; decides the protocol that `impl` follows, see `luthier.api.kinds.KINDS`.
         name: What a recipe says after ``uses:``.
         summary: One line, shown by ``luthier plugins``.
         config: ``"module:Class"`` of a `luthier.api.Config`. The module imports pydantic at most.
         impl: ``"module:Class"`` of the work. The module may import torch; only the worker loads it.
-        revision: Raise it when the same config would give another result.
+        revision: Raise it when the same config would give another result: it is part of keys, so artifacts that were
+            made before are made again.
     """
 
     kind: Kind
@@ -43,3 +34,22 @@ class Component:
     config: str
     impl: str
     revision: int = 1
+
+
+class Implementation(Generic[C]):
+    """What the class behind every component's `impl` has in common: it is made from its config and a context.
+
+    The protocols of all kinds derive from it, and implementations derive from the protocol of their kind: that brings
+    them the defaults of its optional members.
+
+    Attributes:
+        config: The component's validated config.
+        context: The way to artifacts, files, sub-components, the seed and the log.
+    """
+
+    def __init__(self, config: C, context: Context) -> None:
+        self.config = config
+        self.context = context
+
+
+AnyImplementation = Implementation[Any]

@@ -21,6 +21,7 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from luthier.api.artifact import ArtifactKind
 from luthier.api.component import Component, Kind
 from luthier.api.errors import PluginError
+from luthier.api.kinds import kind_of_use
 
 
 class Config(BaseModel):
@@ -86,6 +87,20 @@ class NotIdentity:
         return "NotIdentity()"
 
 
+class Resources(Config):
+    """What a stage wants of the machine; none of it changes the result beyond rounding."""
+
+    gpus: int | None = Field(default=None, ge=0)
+    """GPUs; only slots with at least so many are given the stage. 0 keeps it on the CPU."""
+    processes: int | None = Field(default=None, gt=0)
+    """Processes (ranks) that compute the stage together; by default one for each GPU that is asked for, else one."""
+
+    @property
+    def ranks(self) -> int:
+        """How many processes compute the stage."""
+        return self.processes or self.gpus or 1
+
+
 class StageConfig(Config):
     """Base of a stage's config."""
 
@@ -96,6 +111,10 @@ class StageConfig(Config):
 
     after: Annotated[list[str], NotIdentity()] = []
     """Stages that must be done, and their gates hold, before this one starts."""
+    seed: Annotated[int | None, NotIdentity()] = Field(default=None, ge=0, lt=2**32)
+    """The seed of this stage; by default the recipe's. Two stages that differ in nothing else make two artifacts."""
+    resources: Annotated[Resources, NotIdentity()] = Resources()
+    """What the stage wants of the machine."""
 
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         """The kind of artifact made, given the kinds of the inputs by field path."""
@@ -124,22 +143,36 @@ class StageConfig(Config):
         """What is wrong with these kinds of inputs, by field path; asked before anything runs."""
         return []
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         """What is wrong with these inputs' facts, as far as they are known before running."""
         return []
+
+    def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
+        """This config with every choice made that depends on what its files hold, such as a format that is recognised.
+
+        What is chosen is part of the plan and of the key.
+
+        Args:
+            sources: Local paths by field path; hub models that are not here yet are left out.
+            components: Where components are looked up.
+
+        Raises:
+            LuthierError: the choice cannot be made.
+        """
+        return self
 
     def gates(self, facts: Mapping[str, Any]) -> list[Gate]:
         """The verdicts on the finished artifact's facts; a failed one ends the run with exit code 3."""
         return []
 
 
-def other_formats(
+def schema_problems(
     stage: str, inputs: Mapping[str, Sequence[Mapping[str, Any]]], known: Sequence[str], field: str = "data"
 ) -> list[str]:
-    """A problem for each dataset whose format a stage cannot read."""
-    formats = [str(facts["format"]) for facts in inputs.get(field, [])]
+    """A problem for each dataset whose schema a stage cannot read."""
+    schemas = [str(facts["schema"]) for facts in inputs.get(field, []) if "schema" in facts]
     wanted = " or ".join(known)
-    return [f"{stage} reads the format {wanted}, not {name}" for name in formats if name not in known]
+    return [f"{stage} reads rows of the schema {wanted}, not {name}" for name in schemas if name not in known]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +210,27 @@ class Components(Protocol):
         """The component's config class. Raises PluginError when it cannot be imported."""
         ...
 
+    def names(self, kind: Kind) -> list[str]:
+        """The names of all components of a kind."""
+        ...
+
+    def use(self, kind: Kind, given: Any) -> Use:
+        """A component chosen as a recipe does: its name, or a mapping with its name under ``uses``.
+
+        Raises:
+            PluginError: there is none of this name, or two claim it.
+            ValidationError: its config is wrong.
+        """
+        ...
+
+    def build(self, use: Use, context: Any) -> Any:
+        """An instance of a chosen component.
+
+        Raises:
+            PluginError: it cannot be imported or made, or lacks what its kind has; names whose component it is.
+        """
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Use:
@@ -192,7 +246,8 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class SubComponent:
-    """Marks a field that holds ``{uses: name, ...}`` or a bare name, of the given kind."""
+    """Marks a field that holds ``{uses: name, ...}`` or a bare name, of the given kind. Its default, where it has one,
+    is written in the same way."""
 
     kind: Kind
 
@@ -208,22 +263,15 @@ class SubComponent:
     def _validate(self, value: Any, info: ValidationInfo) -> Use:
         if isinstance(value, Use):
             return value
-        given: Any = {"uses": value} if isinstance(value, str) else value
-        raw = cast("dict[str, Any]", given if isinstance(given, dict) else {})
-        if not isinstance(raw.get("uses"), str):
-            raise PydanticCustomError("uses_missing", "expected a name, or a mapping with the key 'uses'")
         context: Mapping[str, Any] = info.context or {}
         components: Components | None = context.get("components")
         if components is None:
             raise PydanticCustomError("no_components", "a sub-component needs the registry to be validated")
         try:
-            component = components.get(self.kind, raw["uses"])
-            config_class = components.config_class(component)
+            # A nested ValidationError is merged into the outer one, with the outer location in front.
+            return components.use(self.kind, value)
         except PluginError as error:
             raise PydanticCustomError("component", "{text}", {"text": str(error)}) from error
-        # A nested ValidationError is merged into the outer one, with the outer location in front.
-        rest = {key: item for key, item in raw.items() if key != "uses"}
-        return Use(component, config_class.model_validate(rest, context=info.context))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,17 +294,6 @@ def dump_use(use: Use) -> dict[str, Any]:
     """The recipe form of a sub-component, defaults filled in."""
     return {"uses": use.name, **use.config.model_dump(mode="json")}
 
-
-AdapterUse = Annotated[Use, SubComponent("adapter")]
-AugmenterUse = Annotated[Use, SubComponent("augmenter")]
-ExporterUse = Annotated[Use, SubComponent("exporter")]
-FormatUse = Annotated[Use, SubComponent("format")]
-MergeUse = Annotated[Use, SubComponent("merge")]
-MetricUse = Annotated[Use, SubComponent("metric")]
-QuantizerUse = Annotated[Use, SubComponent("quantizer")]
-PreferenceLossUse = Annotated[Use, SubComponent("preference_loss")]
-RegularizerUse = Annotated[Use, SubComponent("regularizer")]
-TrackerUse = Annotated[Use, SubComponent("tracker")]
 
 DatasetInput = Annotated[str, Input(("dataset",))]
 DatasetInputs = Annotated[list[DatasetInput], Field(min_length=1), OneOrMany()]
@@ -317,6 +354,24 @@ def configs_in(config: BaseModel) -> Iterator[BaseModel]:
             yield from configs_in(child)
 
 
+def uses_in(config: BaseModel) -> Iterator[Use]:
+    """Every component that a config, or one inside of it, chooses."""
+    for inner in configs_in(config):
+        for name in type(inner).model_fields:
+            yield from _uses_in(getattr(inner, name))
+
+
+def _uses_in(value: Any) -> Iterator[Use]:
+    if isinstance(value, Use):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in cast("list[Any]", value):
+            yield from _uses_in(item)
+    elif isinstance(value, dict):
+        for item in cast("dict[Any, Any]", value).values():
+            yield from _uses_in(item)
+
+
 def _children(path: str, value: Any) -> Iterator[tuple[str, BaseModel]]:
     if isinstance(value, Use):
         yield path, value.config
@@ -330,35 +385,67 @@ def _children(path: str, value: Any) -> Iterator[tuple[str, BaseModel]]:
             yield from _children(f"{path}.{key}", item)
 
 
-def identity(config: BaseModel) -> dict[str, Any]:
-    """The part of a config that decides the result: no device, no path, no stage id.
+def identity(config: BaseModel, components: Components) -> dict[str, Any]:
+    """The part of a config that decides the result, as far as it differs from the defaults: no device, no path.
 
-    Fields that name inputs or sources are left out: their keys and digests stand for them.
+    Fields that name inputs or sources are left out: their keys and digests stand for them. A chosen component counts as
+    the default only while its revision is the first: a raised revision of a default is seen.
     """
     result: dict[str, Any] = {}
-    for name in type(config).model_fields:
+    for name, field in type(config).model_fields.items():
         value = getattr(config, name)
         names_input = marker(type(config), name, Input)
         is_input = names_input is not None and value not in names_input.words
         if is_input or any(marker(type(config), name, kind) is not None for kind in (NotIdentity, Source)):
             continue
-        result[name] = _identity_of(value)
+        found = _identity_of(value, components)
+        if field.is_required() or not _is_default(type(config), name, found, components):
+            result[name] = found
     return result
 
 
-def _identity_of(value: Any) -> Any:
+def _is_default(config_class: type[BaseModel], name: str, found: Any, components: Components) -> bool:
+    """Whether a field's identity is that of its default."""
+    default = config_class.model_fields[name].get_default(call_default_factory=True)
+    used = marker(config_class, name, SubComponent)
+    if used is not None and default is not None:
+        # Defaults are written as in recipes.
+        several = isinstance(default, (list, tuple))
+        uses = [components.use(used.kind, item) for item in cast("Any", default if several else [default])]
+        default = uses if several else uses[0]
+    same = found == _identity_of(default, components)
+    return same and not _has_raised_revision(found)
+
+
+def _has_raised_revision(value: Any) -> bool:
+    """Whether a component inside of an identity has another revision than the first."""
+    if isinstance(value, dict):
+        inside = cast("dict[str, Any]", value)
+        raised = "uses" in inside and inside.get("revision", 1) != 1
+        return raised or any(_has_raised_revision(item) for item in inside.values())
+    return isinstance(value, list) and any(_has_raised_revision(item) for item in cast("list[Any]", value))
+
+
+def _identity_of(value: Any, components: Components) -> Any:
     if isinstance(value, Use):
         about = value.component
-        return {"uses": about.name, "revision": about.revision, "config": identity(value.config)}
+        return {"uses": about.name, "revision": about.revision, "config": identity(value.config, components)}
     if isinstance(value, BaseModel):
-        return identity(value)
+        return identity(value, components)
     if isinstance(value, dict):
-        return {str(key): _identity_of(item) for key, item in cast("dict[Any, Any]", value).items()}
+        return {str(key): _identity_of(item, components) for key, item in cast("dict[Any, Any]", value).items()}
     if isinstance(value, (list, tuple)):
-        return [_identity_of(item) for item in cast("list[Any]", value)]
+        return [_identity_of(item, components) for item in cast("list[Any]", value)]
     if value is None or isinstance(value, (str, bool, int, float)):
         return value
-    raise TypeError(f"{type(value).__name__} cannot be part of a key; use plain values in configs")
+    raise PluginError(
+        f"a config holds {type(value).__name__}, which cannot be part of a key", hint="use plain values in configs"
+    )
 
 
-__all__ = ["Config", "Field", "StageConfig"]
+def __getattr__(name: str) -> Any:
+    """`AdapterUse`, `MetricUse`, ...: the type of a field that chooses a component, for every kind that there is."""
+    kind = kind_of_use(name)
+    if kind is None:
+        raise AttributeError(f"module 'luthier.api.config' has no attribute '{name}'")
+    return Annotated[Use, SubComponent(kind)]

@@ -1,65 +1,80 @@
-"""What a running stage can ask for and report."""
+"""What a running component can ask for and report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from luthier.api.artifact import Artifact
-from luthier.api.component import Kind
-from luthier.api.config import Use
+
+if TYPE_CHECKING:
+    from luthier.api.config import Use
+    from luthier.api.serving import Generator
 
 
-class StageContext(Protocol):
-    """A stage's only way to its inputs, its sub-components, its folders and its log.
+class Context(Protocol):
+    """A component's only way to the world, wherever it stands in a recipe.
+
+    Artifacts and files are asked for by the value of the config field that names them: `context.artifact(config.data)`.
+
+    On a rank other than 0, `log`, `warn`, `progress` and `metrics` say nothing, and a stage's `out` cannot be had: rank
+    0 alone writes and reports.
 
     Attributes:
         stage: The stage's id in the recipe.
         seed: The seed for everything random.
-        out: An empty folder; what is in it when the stage ends becomes the artifact.
-        work: A scratch folder that survives a crash; checkpoints go here.
+        scratch: A folder that survives a crash; checkpoints go here.
+        rank: Which of the processes that compute the stage together this is, from 0.
+        world: How many there are.
     """
 
     stage: str
     seed: int
-    out: Path
-    work: Path
+    scratch: Path
+    rank: int
+    world: int
 
-    def input(self, field: str) -> Artifact:
-        """The one artifact that a field names, such as ``"model"`` or ``"method.data"``."""
+    @property
+    def device(self) -> str:
+        """What to compute on: ``cuda`` (with the rank's number, where there are several) or ``cpu``."""
         ...
 
-    def inputs(self, field: str) -> list[Artifact]:
-        """All artifacts that a field names; empty when it is unset."""
+    def artifact(self, value: str | None) -> Artifact:
+        """The artifact that a config field names, by the field's value.
+
+        Raises:
+            PluginError: no field of the stage's config that is marked as an input has this value.
+        """
         ...
 
-    def source(self, field: str) -> Path:
-        """The local path of a field that names a file, a folder or a hub model."""
+    def artifacts(self, values: Sequence[str] | None) -> list[Artifact]:
+        """The artifacts of a field that names several; none when it is unset."""
         ...
 
-    def sources(self, field: str) -> list[Path]:
-        """The local paths of a field that names several of them."""
+    def path(self, value: str) -> Path:
+        """The local path of a field that names a file, a folder or a hub model, by the field's value.
+
+        Raises:
+            PluginError: no field of the stage's config that is marked as a source has this value.
+        """
         ...
 
-    def component(self, use: Use) -> Any:
-        """An instance of a sub-component: its `impl`, made with its config."""
+    def build(self, use: Use) -> Any:
+        """An instance of a sub-component: its `impl`, made with its config and this context."""
         ...
 
-    def make(self, kind: Kind, name: str) -> Any:
-        """An instance of a component with its default config."""
+    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator]:
+        """A model, an adapter or an export to ask: the latter in the program that it is made for."""
         ...
 
-    def finished(self, path: Path) -> None:
-        """Say that a file in `out` is finished: it is hashed now, while the stage may do something else."""
+    def collected(self, hook: str) -> Mapping[str, Any]:
+        """What plugins hand over by name: ``gguf_architectures`` or ``tool_environments``."""
         ...
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
         """Report progress. Raises Interrupted when the user asked to stop."""
-        ...
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Report metrics of a step, such as the training loss."""
         ...
 
     def log(self, message: str) -> None:
@@ -72,4 +87,25 @@ class StageContext(Protocol):
 
     def stopping(self) -> bool:
         """Whether the user asked to stop: checkpoint, then raise Interrupted."""
+        ...
+
+
+class StageContext(Context, Protocol):
+    """What a stage has beside: a place for its artifact.
+
+    Attributes:
+        out: An empty folder; what is in it when the stage ends becomes the artifact.
+    """
+
+    @property
+    def out(self) -> Path:
+        """An empty folder; what is in it when the stage ends becomes the artifact."""
+        ...
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Report metrics of a step, such as the training loss."""
+        ...
+
+    def finished(self, path: Path) -> None:
+        """Say that a file in `out` is finished: it is hashed now, while the stage may do something else."""
         ...

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import click
 
     from luthier.api.component import Component
+    from luthier.api.serving import ToolEnvironment
 
 hookimpl = pluggy.HookimplMarker("luthier")
 hookspec = pluggy.HookspecMarker("luthier")
@@ -27,6 +28,19 @@ class Hooks:
     @hookspec
     def luthier_commands(self) -> Iterable[click.Command]:
         """Hand over verbs for the command line."""
+        raise AssertionError("a hook specification is never called")
+
+    @hookspec
+    def luthier_gguf_architectures(self) -> Mapping[str, str]:
+        """Hand over converters to GGUF: ``module:Class`` by the architecture's name in ``config.json``.
+
+        The class follows `luthier.serving.gguf.Architecture`. Two plugins with one architecture are an error.
+        """
+        raise AssertionError("a hook specification is never called")
+
+    @hookspec
+    def luthier_tool_environments(self) -> Iterable[ToolEnvironment]:
+        """Hand over tools that get an environment of their own, see ``luthier doctor``."""
         raise AssertionError("a hook specification is never called")
 
     @hookspec

@@ -1,100 +1,185 @@
-"""The config fields that every training stage has."""
+"""The protocols of training: adapters, objectives, regularizers, optimizers, rewards, and what they see."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from luthier.api.component import C, Implementation
+from luthier.api.data import Row
 
-from luthier.api.artifact import ArtifactKind
-from luthier.api.config import (
-    DatasetInput,
-    Estimate,
-    ModelInput,
-    NotIdentity,
-    RegularizerUse,
-    StageConfig,
-    other_formats,
-)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer as TorchOptimizer
+    from torch.optim.lr_scheduler import LRScheduler
 
-CHARACTERS_PER_TOKEN = 4
+    from luthier.api.serving import Completion
 
-
-class TrainingConfig(StageConfig):
-    """How long, how fast and in which batches to train."""
-
-    epochs: float | None = Field(default=None, gt=0)
-    """Passes over the training rows; 1 when neither this nor `steps` is given."""
-    steps: int | None = Field(default=None, gt=0)
-    """Optimizer steps; instead of `epochs`."""
-    learning_rate: float = Field(default=2e-5, gt=0)
-    """The peak learning rate of AdamW."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after warm-up."""
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    """The share of steps over which the learning rate rises from 0."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW's weight decay."""
-    batch_size: int = Field(default=8, gt=0)
-    """Rows in one forward pass."""
-    accumulate: int = Field(default=1, gt=0)
-    """Forward passes in one optimizer step."""
-    max_length: int = Field(default=1024, gt=1)
-    """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
-    gradient_checkpointing: bool = False
-    """Trade time for memory."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """The precision of forward and backward passes; weights and optimizer stay in fp32."""
-    regularizers: list[RegularizerUse] = []
-    """Terms added to the loss."""
-    save_every: Annotated[int, NotIdentity()] = Field(default=200, gt=0)
-    """Steps between checkpoints, from which a killed stage resumes."""
-    log_every: Annotated[int, NotIdentity()] = Field(default=10, gt=0)
-    """Steps between logged metrics."""
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("give `epochs` or `steps`, not both")
-        return self
-
-    def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
-        parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
-        data = inputs.get("data", [])
-        rows = sum(facts.get("rows", {}).get("train", 0) for facts in data)
-        if self.steps is not None and rows:
-            rows = self.steps * self.batch_size * self.accumulate
-        elif self.epochs is not None:
-            rows = round(rows * self.epochs)
-        # Weights, gradients and two moments in fp32, four bytes each.
-        return Estimate(
-            rows=rows or None,
-            tokens=_tokens(data, rows) or None,
-            memory=16 * parameters or None,
-            disk=14 * parameters or None,
-        )
+Unit = Literal["token", "completion", "pair"]
+"""What an objective has one loss for; the step's loss is the mean over all of them, however the step is cut."""
+Need = Literal["reference"]
+"""What an objective wants beside the policy's log-probabilities."""
 
 
-def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:
-    """About how many tokens so many rows have: a token is some four characters of text."""
-    characters = sum(facts.get("characters", 0) for facts in data)
-    known = sum(sum(facts.get("rows", {}).values()) for facts in data if "characters" in facts)
-    return round(characters / CHARACTERS_PER_TOKEN * rows / known) if known else 0
+class Adapter(Implementation[C]):
+    """Kind ``adapter``: a parameter-efficient way to train a model."""
+
+    def load_options(self) -> Mapping[str, Any]:
+        """How its base is loaded, as plain values: ``{"quantization": {...}}`` has the arguments of transformers'
+        ``BitsAndBytesConfig``, dtypes by their names. The adapter's artifact keeps them, so that whoever trains it
+        further loads the base in the same way. By default nothing special."""
+        return {}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """Return the model with a fresh, trainable adapter, as a ``peft.PeftModel``."""
+        raise NotImplementedError
 
 
-class PreferenceTrainingConfig(TrainingConfig):
-    """What every stage that trains on preference pairs has."""
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """What goes into the model: completions, each with the prompt that it follows.
 
-    model: ModelInput
-    """The model to train; an adapter is trained further, on its base."""
-    data: DatasetInput
-    """Preference pairs."""
-    on_long: Literal["drop", "fail"] = "drop"
-    """What to do with pairs longer than `max_length`: leave them out and say how many, or stop."""
+    Attributes:
+        input_ids: Shape (completions, length), padded at the right.
+        attention_mask: 1 for tokens, 0 for padding, of the same shape.
+        labels: The token's id where it is trained on, -100 elsewhere, of the same shape.
+        pairs: See `CompletionBatch`.
+        desirable: See `CompletionBatch`.
+    """
 
-    def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
-        return "adapter" if "adapter" in inputs["model"] else "model"
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    pairs: Tensor | None = None
+    desirable: Tensor | None = None
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        return other_formats("preference training", inputs, ("preference",))
+
+@dataclass(frozen=True, slots=True)
+class CompletionBatch:
+    """Log-probabilities of completions, in nats; ragged, so that padded and packed batches look alike.
+
+    Attributes:
+        logps: Of each target token under the policy, shape (targets,).
+        owner: Which completion a target belongs to, shape (targets,).
+        sums: `logps` added up by completion, shape (completions,).
+        lengths: Targets of each completion, shape (completions,).
+        reference_logps: As `logps`, under the reference: the model as the stage was given it; None where the
+            objective does not need it.
+        reference_sums: `reference_logps` added up by completion.
+        pairs: The chosen and the rejected completion of each pair, shape (pairs, 2); None without pairs.
+        desirable: Whether a completion is a good one, shape (completions,); None without such labels.
+    """
+
+    logps: Tensor
+    owner: Tensor
+    sums: Tensor
+    lengths: Tensor
+    reference_logps: Tensor | None = None
+    reference_sums: Tensor | None = None
+    pairs: Tensor | None = None
+    desirable: Tensor | None = None
+
+    def by_completion(self, values: Tensor) -> Tensor:
+        """Values of targets, shape (targets,), added up by completion, shape (completions,)."""
+        return values.new_zeros(len(self.lengths)).index_add(0, self.owner, values)
+
+    def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Values of completions, shape (completions,), of the chosen and of the rejected ones, each of shape (pairs,)."""
+        assert self.pairs is not None, "an objective on pairs reads rows of the schema `preference`"
+        return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
+
+    def count(self, unit: Unit) -> int:
+        """How many units there are."""
+        if unit == "token":
+            return len(self.logps)
+        if unit == "completion":
+            return len(self.lengths)
+        assert self.pairs is not None, "an objective on pairs reads rows of the schema `preference`"
+        return len(self.pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class LossResult:
+    """What an objective makes of a batch.
+
+    Attributes:
+        losses: One for each unit, shape (units,).
+        logs: Values to log beside the loss, each a scalar or one for each unit, of which the mean is logged.
+    """
+
+    losses: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict[str, "Tensor"])
+
+
+class Objective(Implementation[C]):
+    """Kind ``objective``: what training minimises. Its config says which rows it is for, see `ObjectiveConfig`."""
+
+    unit: ClassVar[Unit]
+    """What there is one loss for."""
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What it wants beside the policy's log-probabilities."""
+
+    def loss(self, batch: CompletionBatch) -> LossResult:
+        """The loss of each unit; the trainer takes the mean over the whole optimizer step."""
+        raise NotImplementedError
+
+
+class Regularizer(Implementation[C]):
+    """Kind ``regularizer``: a term added to the training loss."""
+
+    def start(self, model: nn.Module, batches: Callable[[], Iterator[TokenBatch]]) -> None:
+        """Called once before the first step.
+
+        Args:
+            model: The model as it is about to be trained.
+            batches: Gives the training batches, each time from the first, for those that look at data.
+        """
+
+    def penalty(self, model: nn.Module, batch: TokenBatch, outputs: CompletionBatch) -> Tensor:
+        """The term to add to the loss of a step: a scalar on the model's device."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What a training stage says of its steps.
+
+    Attributes:
+        steps: Optimizer steps in all.
+        warmup_steps: Over how many of them the learning rate rises from 0.
+        learning_rate: Its peak.
+        shape: How it falls behind the peak.
+        weight_decay: The stage's weight decay.
+    """
+
+    steps: int
+    warmup_steps: int
+    learning_rate: float
+    shape: Literal["linear", "cosine", "constant"]
+    weight_decay: float
+
+
+class Optimizer(Implementation[C]):
+    """Kind ``optimizer``: how weights follow their gradients."""
+
+    def make(self, model: nn.Module, schedule: Schedule) -> tuple[TorchOptimizer, LRScheduler]:
+        """An optimizer of the trainable parameters, and what sets its learning rate step by step.
+
+        `luthier.training.optimizers` has what most need: parameters in groups with and without weight decay, and the
+        scheduler of a schedule.
+        """
+        raise NotImplementedError
+
+
+class Reward(Implementation[C]):
+    """Kind ``reward``: a score for a completion, for training from rewards."""
+
+    def score(self, completions: Sequence[Completion], rows: Sequence[Row]) -> Sequence[float | None]:
+        """One score a completion, higher is better; None where it cannot be judged, which is counted.
+
+        Args:
+            completions: What was answered.
+            rows: For each completion the row that it answers, all columns included.
+        """
+        raise NotImplementedError

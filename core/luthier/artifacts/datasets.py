@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from luthier.api.artifact import Artifact
+from luthier.api.data import Row, Schema
 from luthier.api.errors import DataError
-from luthier.api.protocols import Row
+from luthier.artifacts.rows import COLUMNS, texts_of
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -47,23 +48,16 @@ def require_split(dataset: Artifact, split: Split) -> list[Row]:
     return rows
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text inside of a row."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in cast("dict[str, Any]", value).values():
-            yield from _texts(item)
-    elif isinstance(value, list):
-        for item in cast("list[Any]", value):
-            yield from _texts(item)
-
-
-def dataset_facts(format_name: str, splits: dict[Split, list[Row]], dropped: dict[str, int]) -> dict[str, Any]:
-    """The manifest facts of a dataset: its format, rows by split, and dropped rows by reason."""
+def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:
+    """The manifest facts of a dataset: its schema, rows by split, characters, and dropped rows by reason."""
     return {
-        "format": format_name,
+        "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
-        "characters": sum(len(text) for rows in splits.values() for row in rows for text in _texts(row)),
-        "dropped": dropped,
+        "characters": sum(len(text) for rows in splits.values() for row in rows for text in texts_of(row)),
+        "dropped": dict(dropped),
     }
+
+
+def columns_of(dataset: Artifact) -> tuple[str, ...]:
+    """The columns that its schema gives a dataset."""
+    return COLUMNS[dataset.facts["schema"]]

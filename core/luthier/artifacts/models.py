@@ -306,7 +306,9 @@ def model_facts(folder: Path) -> dict[str, Any]:
     sizes: dict[str, int] = {}
     for header in own.values():
         sizes[header.dtype] = sizes.get(header.dtype, 0) + math.prod(header.shape)
+    quantized: dict[str, Any] = config.get("quantization_config") or {}
     return {
+        **({"quantization": {"method": quantized.get("quant_method", "unknown")}} if quantized else {}),
         "architecture": (config.get("architectures") or [config.get("model_type")])[0],
         "dtype": max(sizes, key=lambda dtype: sizes[dtype]),
         "parameters": sum(sizes.values()),

@@ -44,6 +44,10 @@ class Store:
         """One folder per run: events, logs, report."""
         return self.root / "run"
 
+    def tracking(self, recipe: str, stage: str, key: str) -> Path:
+        """Where trackers write what they keep of a stage and key: the same place in every run that works on it."""
+        return self.root / "tracking" / recipe / f"{stage}-{key[:12]}"
+
     def work(self, key: str) -> Path:
         """The scratch folder of a key; it survives a crash."""
         return self.root / "work" / key

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from luthier.artifacts.store import Store
 from luthier.cli import tools
 from luthier.registry import default_registry
-from luthier.serving.environments import ENVIRONMENTS
+from luthier.serving.environments import folder_of, is_ready
 
 DEVICES = """
 import json, torch
@@ -30,7 +30,7 @@ print(json.dumps({"cuda": names, "threads": torch.get_num_threads()}))
 @click.command("doctor", epilog="Example: luthier doctor --json")
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
-@click.option("--install", type=click.Choice(sorted(ENVIRONMENTS)), help="Make the environment of a tool.")
+@click.option("--install", metavar="TOOL", help="Make the environment of a tool.")
 @click.option("--yes", is_flag=True, help="Do not ask before installing.")
 def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: bool) -> None:
     """Show versions, devices, the store, broken plugins, and what each extra or tool would add.
@@ -38,7 +38,10 @@ def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: 
     Ends with exit code 1 when something that Luthier needs is missing or too old.
     """
     if install is not None:
-        tools.install(ENVIRONMENTS[install], yes)
+        known = default_registry().tool_environments()
+        if install not in known:
+            raise click.BadParameter(f"there is no tool '{install}'; there are: {', '.join(sorted(known)) or 'none'}")
+        tools.install(known[install], yes)
         return
     found = _examine(Store.at(store))
     if as_json:
@@ -66,7 +69,10 @@ def _examine(store: Store) -> dict[str, Any]:
         "extras": {
             extra: [name for name, spec, has in items if not _fits(spec, has)] for extra, items in extras.items()
         },
-        "tools": {name: str(item.folder) if item.ready else None for name, item in ENVIRONMENTS.items()},
+        "tools": {
+            name: str(folder_of(tool)) if is_ready(tool) else None
+            for name, tool in default_registry().tool_environments().items()
+        },
         "devices": devices,
         "store": {"path": str(store.root), "artifacts": len(list(store)), "free": shutil.disk_usage(existing).free},
         "problems": problems,

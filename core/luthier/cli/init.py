@@ -89,7 +89,7 @@ def init_command(data: Path, base: str, out: Path | None) -> None:
     head = HEAD.format(name=name, base=_quoted(base), data=_quoted(str(where)), share=share)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(head + body + EXPORT, encoding="utf-8")
-    click.echo(f"{out}: {count} rows of the format '{form}'")
+    click.echo(f"{out}: {count} rows of the schema '{form}'")
     click.echo(f"next: luthier plan {out}\n      luthier run {out}\n      luthier chat {name}/tuned")
 
 

@@ -11,21 +11,21 @@ from typing import Any
 
 import click
 
+from luthier.api.kinds import KINDS
 from luthier.registry import default_registry
 
 NAME = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 SCAFFOLD = files("luthier.cli") / "scaffold"
-KINDS_WITH_TEMPLATE = ("adapter", "augmenter", "exporter", "merge", "metric", "preference_loss", "stage")
 
 
-@click.group("plugin", epilog="Example: luthier plugin new median --kind merge")
+@click.group("plugin", epilog="Example: luthier plugin new median --kind merge_method")
 def plugin_command() -> None:
     """Write a plugin, or check an installed one."""
 
 
-@plugin_command.command("new", epilog="Example: luthier plugin new median --kind merge")
+@plugin_command.command("new", epilog="Example: luthier plugin new median --kind merge_method")
 @click.argument("name")
-@click.option("--kind", required=True, type=click.Choice(KINDS_WITH_TEMPLATE), help="What it provides.")
+@click.option("--kind", required=True, type=click.Choice(sorted(KINDS)), help="What it provides.")
 @click.option("--out", type=click.Path(path_type=Path), help="The folder; by default luthier-plugin-NAME.")
 def new_command(name: str, kind: str, out: Path | None) -> None:
     """Write a package that installs and whose tests pass as written."""

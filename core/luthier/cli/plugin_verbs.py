@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from luthier.api.component import KINDS
+from luthier.api.kinds import KINDS
 from luthier.registry import default_registry
 
 
-@click.command("plugins", epilog="Example: luthier plugins --kind merge")
-@click.option("--kind", type=click.Choice(KINDS), help="Only components of this kind.")
+@click.command("plugins", epilog="Example: luthier plugins --kind merge_method")
+@click.option("--kind", type=click.Choice(sorted(KINDS)), help="Only components of this kind.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
 def plugins_command(kind: str | None, as_json: bool) -> None:
     """List the installed components with their providers, and the plugins that could not be loaded."""

@@ -7,30 +7,31 @@ from collections.abc import Iterable
 
 import click
 
+from luthier.api.serving import ToolEnvironment
 from luthier.planning import Plan
-from luthier.serving.environments import Environment
+from luthier.serving import environments
 
 
-def install(environment: Environment, yes: bool = False) -> None:
+def install(tool: ToolEnvironment, yes: bool = False) -> None:
     """Make the environment of a tool, when the user agrees.
 
     Args:
         yes: Do not ask.
     """
-    if environment.ready:
-        click.echo(f"{environment.name} is installed: {environment.folder}")
+    if environments.is_ready(tool):
+        click.echo(f"{tool.name} is installed: {environments.folder_of(tool)}")
         return
     click.echo(
-        f"{environment.name}: {environment.about}\ninto {environment.folder}: "
-        f"{', '.join(environment.packages)} and what these need, some GB"
+        f"{tool.name}: {tool.summary}\ninto {environments.folder_of(tool)}: "
+        f"{', '.join(tool.packages)} and what these need, some GB"
     )
     if yes or click.confirm("install?"):
-        environment.install(click.echo)
+        environments.install(tool, click.echo)
         click.echo("installed")
 
 
 def offer_missing(plan: Plan, only: Iterable[str] = ()) -> None:
     """Offer to make the environments that a run needs; a run without a terminal says what to do instead."""
     if sys.stdin.isatty() and sys.stdout.isatty():
-        for environment in plan.missing_tools(only):
-            install(environment)
+        for tool in plan.missing_tools(only):
+            install(tool)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 from pydantic import AfterValidator, Field
 
 from luthier.api.artifact import Artifact
+from luthier.api.component import C, Implementation
 from luthier.api.config import Config
-from luthier.api.context import StageContext
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ class MergeMethodConfig(Config):
     weighted: ClassVar[bool] = True
     """Whether it looks at the models' weights."""
     prepares: ClassVar[bool] = False
-    """Whether it learns something of each model first, see `Preparing`."""
+    """Whether it learns something of each model first, see `MergeMethod.prepare`."""
 
     @property
     def divides(self) -> Divisor:
@@ -252,33 +252,29 @@ class Scan(Protocol):
         ...
 
 
-class Merge(Protocol):
-    """Kind ``merge``: how tensors of several models become one.
+class MergeMethod(Implementation[C]):
+    """Kind ``merge_method``: how tensors of several models become one."""
 
-    A method of the granularity ``statistics`` also has ``measure(scan)``: it looks at the whole parameter first, and
-    its result is every part's `found`. One that learns from data has ``prepare(context, models)``, see `Preparing`.
-    Its attribute ``suits_gpu``, where it has one, says whether tensors may be on a GPU: whole matrices are unless it is
-    False, parts of parameters only where it is True, and then they are larger than elsewhere.
-    """
+    granularity: ClassVar[Granularity]
+    """What is merged at a time: parts of rows (``elementwise``), parts after a walk over the whole parameter
+    (``statistics``, see `measure`), or whole parameters in their own shape (``matrix``)."""
 
-    granularity: Granularity
+    suits_gpu: bool | None = None
+    """Whether tensors may be on a GPU; parts of parameters are larger there than elsewhere. None: whole matrices may,
+    parts may not."""
+    needs_base: bool = False
+    """Whether it needs a base though its config class does not say so, because a setting decides it."""
 
     def merge(self, part: MergePart) -> Tensor:
         """The merged part: float32, of the shape of the part's tensors."""
-        ...
-
-
-class Measuring(Merge, Protocol):
-    """A merge method that looks at a whole parameter before it merges its parts."""
+        raise NotImplementedError
 
     def measure(self, scan: Scan) -> Any:
-        """What the parts need to know of the whole parameter."""
-        ...
+        """What the parts need to know of the whole parameter: every part's `found`; for the granularity ``statistics``
+        only."""
+        return None
 
-
-class Preparing(Merge, Protocol):
-    """A merge method that learns something of each model before the first parameter is merged."""
-
-    def prepare(self, context: StageContext, models: Sequence[Artifact]) -> Sequence[Mapping[str, Path]]:
-        """For each model: safetensors files by parameter, with the extra tensor under the parameter's name."""
-        ...
+    def prepare(self, models: Sequence[Artifact]) -> Sequence[Mapping[str, Path]]:
+        """What it learns of each model before the first parameter is merged: safetensors files by parameter, with the
+        extra tensor under the parameter's name. By default nothing; a config that `prepares` says so."""
+        return []

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from luthier.api import Config, Field, Input, MergeUse, ModelInput, NotIdentity, StageConfig, Use
+from luthier.api import Config, Field, Input, MergeMethodUse, ModelInput, NotIdentity, StageConfig, Use
 from luthier.api.artifact import ArtifactKind
 from luthier.artifacts.models import NO_TOKENIZER
 from luthier.merging.api import MergeMethodConfig, Setting, cancel
@@ -113,7 +113,7 @@ class MergeConfig(StageConfig):
     weights: list[Setting] | None = None
     """One weight per model, each a number, numbers from the first layer to the last, or a list of
     ``{filter, value}``; 1 by default."""
-    method: MergeUse = Field(default="linear")  # type: ignore[assignment]
+    method: MergeMethodUse = Field(default="linear")
     """How tensors become one."""
     tokenizer: TokenizerChoice = "base"
     """``base``: that of `base`, else of the first model, which all must share. ``union``: every token of every
@@ -219,10 +219,15 @@ class MergeConfig(StageConfig):
         found += settings_problems(method, name, self.weights or [], shared)
         return found
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         models = [facts for path, items in inputs.items() if not path.startswith("method.") for facts in items]
         same = [name for name in SAME if not (self.slices and name == "tensors")]
-        found: list[str] = []
+        found = [
+            f"a model is quantized ({facts['quantization']['method']}): merge the full-precision models, and quantize "
+            "what is made of them"
+            for facts in models
+            if "quantization" in facts
+        ]
         for name in [*same, *(["tokenizer"] if self.tokenizer == "base" else [])]:
             values = list(dict.fromkeys(str(facts.get(name)) for facts in models))
             if name == "tokenizer" and NO_TOKENIZER in values and len(values) > 1:

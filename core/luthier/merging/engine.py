@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier.api import ModelError
 from luthier.merging import gpu_parts
-from luthier.merging.api import Merge, MergePart
+from luthier.merging.api import MergeMethod, MergePart
 from luthier.merging.devices import best_device, with_cpu_fallback
 from luthier.merging.files import SIZES, Scratch
 from luthier.merging.jobs import Look, ScanOf, Span, TensorJob, read_part
@@ -60,7 +60,9 @@ class Engine:
         progress: Called with the entries done and their number.
     """
 
-    def __init__(self, method: Merge, output: Output, settings: Settings, progress: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, method: MergeMethod[Any], output: Output, settings: Settings, progress: Callable[[int, int], None]
+    ) -> None:
         self.method = method
         self.output = output
         self.settings = settings
@@ -108,7 +110,7 @@ class Engine:
                 future.cancel()
             raise
 
-    def _method(self, job: TensorJob) -> Merge:
+    def _method(self, job: TensorJob) -> MergeMethod[Any]:
         return job.method or self.method
 
     # -- one worker, one tensor -------------------------------------------------------------------
@@ -146,7 +148,7 @@ class Engine:
     def _device(self, job: TensorJob) -> str:
         """Where a parameter is worked on, as far as there is memory."""
         method = self._method(job)
-        suits = getattr(method, "suits_gpu", method.granularity == "matrix")
+        suits = method.granularity == "matrix" if method.suits_gpu is None else method.suits_gpu
         return best_device(job.entries) if suits else "cpu"
 
     def _suits_gpu(self, job: TensorJob) -> bool:

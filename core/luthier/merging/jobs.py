@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from luthier.artifacts.models import safetensors_header
-from luthier.merging.api import Merge, MergedParameter, MergePart, Scan
+from luthier.merging.api import MergedParameter, MergeMethod, MergePart, Scan
 from luthier.merging.files import Files, Scratch
 from luthier.merging.parts import Grid, Noise, in_order
 from luthier.merging.reader import Source
@@ -52,7 +53,7 @@ class TensorJob:
     extras: Sequence[tuple[Files, str]] = ()
     copied: bool = False
     slice: int | None = None
-    method: Merge | None = None
+    method: MergeMethod[Any] | None = None
 
     @property
     def entries(self) -> int:

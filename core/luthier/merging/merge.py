@@ -22,7 +22,7 @@ from luthier.artifacts.models import (
     model_facts,
     read_json,
 )
-from luthier.merging.api import Merge
+from luthier.merging.api import MergeMethod
 from luthier.merging.chat_template import TemplateChoice, template_choice_of, write_chat_template
 from luthier.merging.check import (
     check,
@@ -53,7 +53,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
     Args:
         verifier: Looks at the result; it may still be starting.
     """
-    method: Merge = context.component(config.method)
+    method: MergeMethod[Any] = context.build(config.method)
     with ExitStack() as stack:
         artifacts = _artifacts(config, context)
         inputs = open_inputs(
@@ -63,9 +63,9 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         draft = _drafted(config, inputs, context)
         inputs, vocabulary, layout = draft.inputs, draft.vocabulary, draft.layout
         _warn_of_suspicious_settings(config, inputs, layout, context)
-        prepared = stack.enter_context(closing(Extras(prepared_by(method, context, artifacts))))
-        own: dict[int | None, Merge] = {
-            place: context.component(use) for place, use in config.methods_of_slices().items()
+        prepared = stack.enter_context(closing(Extras(method.prepare(artifacts))))
+        own: dict[int | None, MergeMethod[Any]] = {
+            place: context.build(use) for place, use in config.methods_of_slices().items()
         }
         jobs = [replace(job, extras=prepared.of(job.place.name), method=own.get(job.slice)) for job in layout.jobs]
         bare = [job.place.name for job in jobs if not job.extras and not job.copied]
@@ -216,10 +216,10 @@ def _vocabulary(config: MergeConfig, context: StageContext, inputs: Inputs) -> V
     if config.tokenizer == "base" and not config.tokens and multiple == 1:
         return None
     shared = config.tokenizer in ("base", "union")
-    owner = inputs.lead if shared else _merged_as("tokenizer", context.input("tokenizer"), inputs)
+    owner = inputs.lead if shared else _merged_as("tokenizer", context.artifact(config.tokenizer), inputs)
     tokens = [
-        (rows, _merged_as("tokens", context.input(f"tokens.{place}.model"), inputs) if rows.model else None)
-        for place, rows in enumerate(config.tokens)
+        (rows, _merged_as("tokens", context.artifact(rows.model), inputs) if rows.model else None)
+        for rows in config.tokens
     ]
     return vocabulary_of(inputs, owner, joined=config.tokenizer == "union", tokens=tokens, multiple=multiple)
 
@@ -235,21 +235,17 @@ def _merged_as(key: str, wanted: Artifact, inputs: Inputs) -> Source:
 def _artifacts(config: MergeConfig, context: StageContext) -> list[Artifact]:
     """The models in the order in which layers or weights name them."""
     if not config.slices:
-        return context.inputs("models")
-    return [
-        context.input(f"slices.{place}.sources.{number}.model")
-        for place, part in enumerate(config.slices)
-        for number in range(len(part.sources))
-    ]
+        return context.artifacts(config.models)
+    return [context.artifact(source.model) for part in config.slices for source in part.sources]
 
 
 def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
-    return context.input("base") if config.base else None
+    return context.artifact(config.base) if config.base else None
 
 
 def _own_bases(config: MergeConfig, context: StageContext) -> dict[int, Artifact]:
     """The bases of the slices that have one of their own."""
-    return {place: context.input(f"slices.{place}.base") for place, part in enumerate(config.slices) if part.base}
+    return {place: context.artifact(part.base) for place, part in enumerate(config.slices) if part.base}
 
 
 def open_inputs(
@@ -311,13 +307,7 @@ def _folded(artifact: Artifact, reason: str, context: StageContext) -> Path:
             hint="name the full-precision model: <model>+<adapter>",
         )
     context.log(f"folding {label_of(artifact)} with PEFT: it has {reason}")
-    return full_weights(artifact, context.work / f"folded-{artifact.key[:16]}")
-
-
-def prepared_by(method: Any, context: StageContext, models: Sequence[Artifact]) -> Any:
-    """What a method has learned of each model, see `luthier.merging.api.Preparing`; nothing for most."""
-    prepare = getattr(method, "prepare", None)
-    return prepare(context, models) if prepare else []
+    return full_weights(artifact, context.scratch / f"folded-{artifact.key[:16]}")
 
 
 def _settings(config: MergeConfig, verifier: Verifier) -> Settings:

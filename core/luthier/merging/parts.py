@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.merging.api import Merge, MergedParameter, MergePart, Scan
+from luthier.merging.api import MergedParameter, MergeMethod, MergePart, Scan
 
 BLOCK = 1 << 19
 """Entries in a part, at most, unless one row has more: small enough for a core's cache, and large enough that threads
@@ -95,7 +95,7 @@ def in_order(values: Iterator[Tensor]) -> Tensor:
 
 
 def merge_tensors(
-    method: Merge,
+    method: MergeMethod[Any],
     tensors: Sequence[Tensor],
     weights: Sequence[float] | None = None,
     base: Tensor | None = None,
@@ -151,9 +151,8 @@ def merge_tensors(
     return torch.cat(merged).reshape(shape) if merged else torch.empty(shape)
 
 
-def measured(method: Merge, scan: Scan) -> Any:
+def measured(method: MergeMethod[Any], scan: Scan) -> Any:
     """What a method finds in the whole parameter; None when it needs nothing."""
     if method.granularity != "statistics" or 0 in scan.place.shape:
         return None
-    measure: Callable[[Any], Any] = getattr(method, "measure")  # noqa: B009 - only such methods have it
-    return measure(scan)
+    return method.measure(scan)

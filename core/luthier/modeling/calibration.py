@@ -10,9 +10,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from luthier.api.artifact import Artifact
+from luthier.api.data import Row
 from luthier.api.errors import DataError, StoreError
-from luthier.api.protocols import Row
 from luthier.artifacts.datasets import Split, read_split
+from luthier.artifacts.rows import conversations, trainable_text
 from luthier.modeling.text import encode_text, render
 
 SEED = 20
@@ -51,22 +52,21 @@ def _present(artifact: Artifact, keys: Sequence[str]) -> Iterator[Artifact]:
 
 def texts_in(data: Artifact) -> bool:
     """Whether a dataset holds text that a model is trained on."""
-    return data.facts["format"] in ("messages", "text", "preference") and bool(data.facts["rows"].get("train"))
+    return trainable_text(data.facts["schema"]) and bool(data.facts["rows"].get("train"))
 
 
 def text_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """A row as the model was shown it: in its chat template, or as it is.
 
     Raises:
-        DataError: the row is neither a conversation nor a text.
+        DataError: the row holds neither a conversation nor a text.
     """
-    if "messages" in row:
-        return render(tokenizer, row["messages"])
-    if "chosen" in row:
-        return render(tokenizer, [*row["prompt"], *row["chosen"]])
     if "text" in row:
         return row["text"]
-    raise DataError("calibration looks at conversations, preferences or texts", hint="name such data")
+    found = conversations(row)
+    if not found:
+        raise DataError("calibration looks at conversations, preferences or texts", hint="name such data")
+    return render(tokenizer, found[0])
 
 
 def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase, split: Split = "train") -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from luthier.api.artifact import Artifact
-from luthier.api.protocols import Facts
+from luthier.api.stages import Facts
 from luthier.modeling.calibration import texts_of
 
 CORPUS = (

@@ -1,75 +1,134 @@
-"""Greedy answers and token losses of a model: what metrics are computed from."""
+"""Answers and log-probabilities of a model: what metrics, checks and servers are made from."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from luthier.api.protocols import TokenLoss
-from luthier.modeling.text import IGNORED, Encoded
+from luthier.api.artifact import Artifact
+from luthier.api.serving import Completion, Generator, Request, Sampling
+from luthier.modeling.loading import load_client, load_tokenizer
+from luthier.modeling.text import IGNORED, Encoded, encode_prompt
+
+BATCH = 32
+"""Prompts in one batch."""
 
 
-def greedy_answers(
+def completions(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     stop_ids: Sequence[int],
-    limit: int,
-    batch_size: int = 32,
+    sampling: Sampling,
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     special: bool = True,
-) -> Iterator[str]:
-    """The greedy answer to each prompt, in order, without the stop token.
+) -> Iterator[tuple[Completion, ...]]:
+    """The answers to each prompt, in order, without the stop token.
 
     Args:
-        prompts: Token ids, each ending with the opening of an assistant turn.
+        model: The model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, each ending with the opening of an assistant turn; batches are made of like lengths.
         stop_ids: The tokens on which generation stops.
-        limit: The most tokens of an answer.
-        batch_size: Prompts in one batch; batches are made of prompts of like length.
-        progress: Called with the answers made and their number, batch by batch.
+        sampling: How answers are drawn.
+        progress: Called with the prompts answered and their number, batch by batch.
         special: Whether special tokens show; servers leave them out.
     """
     model.eval()
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    answers: dict[int, str] = {}
-    for start in range(0, len(order), batch_size):
-        progress(start, len(order))
-        chosen = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in chosen)
-        padding = [width - len(prompts[index]) for index in chosen]
-        ids = [[tokenizer.pad_token_id] * pad + prompts[index] for pad, index in zip(padding, chosen, strict=True)]
-        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
-                max_new_tokens=limit,
-                do_sample=False,
-                # The model's own sampling settings are for chatting, not for measuring.
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                repetition_penalty=None,
-                eos_token_id=list(stop_ids),
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        for index, row in zip(chosen, output[:, width:].tolist(), strict=True):
-            end = next((place for place, token in enumerate(row) if token in set(stop_ids)), len(row))
-            answers[index] = tokenizer.decode(row[:end], skip_special_tokens=not special)
+    answers: dict[int, tuple[Completion, ...]] = {}
+    # Sampling draws from torch's own generator, which is left as it was.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        for start in range(0, len(order), BATCH):
+            progress(start, len(order))
+            chosen = order[start : start + BATCH]
+            written = _generate(model, tokenizer, [prompts[index] for index in chosen], stop_ids, sampling)
+            for place, index in enumerate(chosen):
+                rows = written[place * sampling.n : (place + 1) * sampling.n]
+                answers[index] = tuple(_completion(tokenizer, row, set(stop_ids), special) for row in rows)
     for index in range(len(prompts)):
         yield answers[index]
 
 
-def token_losses(model: Any, rows: Sequence[Encoded]) -> Iterator[TokenLoss]:
-    """The summed -log p of each row's trained tokens, in nats."""
+def _generate(
+    model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: Sequence[int], sampling: Sampling
+) -> list[list[int]]:
+    """Token ids behind each prompt, `sampling.n` rows a prompt, padded behind their ends."""
+    width = max(map(len, prompts))
+    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    drawn = sampling.temperature > 0
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=drawn,
+            # The model's own sampling settings are for chatting, not for measuring.
+            temperature=sampling.temperature if drawn else None,
+            top_p=sampling.top_p if drawn else None,
+            top_k=0 if drawn else None,
+            repetition_penalty=None,
+            num_return_sequences=sampling.n,
+            eos_token_id=list(stop_ids),
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return output[:, width:].tolist()
+
+
+def _completion(tokenizer: Any, row: list[int], stops: set[int], special: bool) -> Completion:
+    end = next((place for place, token in enumerate(row) if token in stops), None)
+    text = tokenizer.decode(row[:end], skip_special_tokens=not special)
+    return Completion(text, len(row) if end is None else end + 1, "length" if end is None else "stop")
+
+
+class TransformersGenerator(Generator[Any]):
+    """A model or an adapter in transformers; quantized folders are computed as servers compute them.
+
+    Args:
+        artifact: The model or adapter.
+        scratch: A folder for weights in float32, where they are quantized.
+        progress: Called with the requests answered and their number.
+        special: Whether special tokens show; servers leave them out.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        scratch: Path,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        special: bool = True,
+    ) -> None:
+        self.tokenizer = load_tokenizer(artifact)
+        self.model: Any = load_client(artifact, scratch)
+        self._stops: list[int] = artifact.facts["stop_token_ids"]
+        self._progress = progress
+        self._special = special
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
+        ids = [encode_prompt(self.tokenizer, messages) for messages in requests]
+        yield from completions(
+            self.model, self.tokenizer, ids, self._stops, sampling, self._progress, special=self._special
+        )
+
+    def close(self) -> None:
+        self.model = None
+
+
+def target_log_probabilities(model: Any, row: Encoded) -> tuple[Tensor, Tensor]:
+    """log p of the whole vocabulary at each trained token of a row, float32 of shape (targets, vocabulary), and the
+    ids of these tokens, shape (targets,)."""
     model.eval()
-    for row in rows:
-        ids = torch.tensor([row.input_ids], device=model.device)
-        labels = torch.tensor(row.labels[1:], device=model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[0, :-1].float()
-        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-        yield TokenLoss(float(losses), int((labels != IGNORED).sum()))
+    ids = torch.tensor([row.input_ids], device=model.device)
+    labels = torch.tensor(row.labels[1:], device=model.device)
+    trained = labels != IGNORED
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, :-1][trained].float()
+    return logits.log_softmax(-1), labels[trained]

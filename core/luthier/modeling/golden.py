@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from luthier.api.artifact import Artifact
-from luthier.api.protocols import Message, Row
+from luthier.api.data import Message, Row
+from luthier.api.serving import Generator, Sampling
 from luthier.artifacts.datasets import read_split
+from luthier.artifacts.rows import prompt_of
 from luthier.modeling.text import encode_prompt, render
 
 ENTRIES = 16
@@ -21,7 +23,7 @@ def conversations_of(data: Sequence[Artifact]) -> list[list[Message]]:
     found = [HELLO]
     rows: Iterator[Row] = (row for item in data for row in read_split(item, "train"))
     for row in rows:
-        messages: list[Message] = row["messages"][:-1] if "messages" in row else row.get("prompt") or []
+        messages = prompt_of(row)
         if messages and messages[-1]["role"] == "user" and messages not in found:
             found.append(messages)
         if len(found) == ENTRIES:
@@ -32,13 +34,13 @@ def conversations_of(data: Sequence[Artifact]) -> list[list[Message]]:
 def entries_of(
     tokenizer: Any,
     conversations: Sequence[Sequence[Message]],
-    answers: Callable[[Sequence[Sequence[Message]]], Iterator[str]],
+    generator: Generator[Any],
     room: int,
 ) -> list[dict[str, Any]]:
     """Golden entries of conversations; empty for a model without a chat template.
 
     Args:
-        answers: Answers conversations.
+        generator: What answers.
         room: The context in tokens; conversations that leave no room for an answer are left out.
     """
     if tokenizer.chat_template is None:
@@ -46,12 +48,13 @@ def entries_of(
     ids = [encode_prompt(tokenizer, messages) for messages in conversations]
     short = [place for place, prompt in enumerate(ids) if len(prompt) + LIMIT <= room]
     chosen = [conversations[place] for place in short]
+    answers = generator.generate(chosen, Sampling(max_new_tokens=LIMIT))
     return [
         {
             "messages": list(messages),
             "prompt": render(tokenizer, messages, open_turn=True),
             "prompt_ids": ids[place],
-            "answer": answer,
+            "answer": answer.text,
         }
-        for place, messages, answer in zip(short, chosen, answers(chosen), strict=True)
+        for place, messages, (answer,) in zip(short, chosen, answers, strict=True)
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
-from luthier.api.protocols import Facts
+from luthier.api.stages import Facts
 from luthier.artifacts.adapters import adapter_facts
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_text_files, model_facts, read_json
@@ -40,28 +41,51 @@ def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(artifact: Artifact, *, trainable: bool = False, options: dict[str, Any] | None = None) -> Any:
+def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[str, Any] | None = None) -> Any:
     """A model in float32, with its adapter on top when the artifact is one.
 
     Args:
         artifact: A model or an adapter.
-        trainable: Whether the adapter's weights will be trained further.
-        options: Extra arguments for ``from_pretrained``, such as a quantization config.
+        trainable: Whether it will be trained further: an adapter's base is loaded as it was when the adapter was
+            trained before. For everything else it is loaded in full precision.
+        options: How to load it, in the plain values of `luthier.api.Adapter.load_options`.
 
     Raises:
         ModelError: transformers cannot load it.
     """
+    if trainable and artifact.kind == "adapter":
+        options = artifact.facts.get("load_options")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(artifact), dtype=torch.float32, local_files_only=True, **(options or {})
+            model_folder(artifact), local_files_only=True, **_arguments(options or {})
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"transformers cannot load the model: {error}", where=str(artifact.path)) from error
     if artifact.kind == "adapter":
-        from peft import PeftModel
+        from peft import PeftModel, prepare_model_for_kbit_training
 
+        if options and "quantization" in options:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = PeftModel.from_pretrained(model, artifact.path, is_trainable=trainable)
     return model
+
+
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``from_pretrained`` is called with for load options."""
+    unknown = sorted(set(options) - {"dtype", "quantization"})
+    if unknown:
+        raise ModelError(
+            f"models cannot be loaded with the option '{unknown[0]}'", hint="`dtype` and `quantization` can"
+        )
+    found: dict[str, Any] = {"dtype": getattr(torch, options.get("dtype", "float32"))}
+    if "quantization" in options:
+        from transformers import BitsAndBytesConfig
+
+        on_gpu = torch.cuda.is_available()
+        computed = torch.bfloat16 if on_gpu else torch.float32
+        found["quantization_config"] = BitsAndBytesConfig(**options["quantization"], bnb_4bit_compute_dtype=computed)
+        found["device_map"] = {"": 0 if on_gpu else "cpu"}
+    return found
 
 
 def fold(model: Any) -> PreTrainedModel:
@@ -127,6 +151,8 @@ def dequantized(artifact: Artifact, scratch: Path) -> Artifact:
     from luthier.modeling.quantized import READABLE, read_floats
     from luthier.modeling.shards import ShardWriter
 
+    if artifact.kind != "model":
+        return artifact
     config = read_json(artifact.path / "config.json")
     if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
         return artifact
@@ -169,13 +195,21 @@ def save_model(model: Any, source: Artifact, out: Path) -> Facts:
     return model_facts(out)
 
 
-def save_adapter(model: Any, source: Artifact, out: Path) -> Facts:
-    """Write the adapter named ``default`` and the text files; return its facts."""
+def save_adapter(model: Any, source: Artifact, out: Path, load_options: Mapping[str, Any]) -> Facts:
+    """Write the adapter named ``default`` and the text files; return its facts.
+
+    Args:
+        model: The model with the adapter.
+        source: The model or adapter that it was made from.
+        out: The folder.
+        load_options: How its base was loaded.
+    """
     model.save_pretrained(out, selected_adapters=["default"])
     (out / "README.md").unlink(missing_ok=True)
     carry_text_files(source.path, out)
-    # The folder it was loaded from is this machine's matter; the key says which model it is.
-    return adapter_facts(out, source.facts["base"] if source.kind == "adapter" else source.key, source)
+    # The folder it was loaded from means nothing elsewhere; the key says which model it is.
+    facts = adapter_facts(out, source.facts["base"] if source.kind == "adapter" else source.key, source)
+    return {**facts, "load_options": dict(load_options)} if load_options else facts
 
 
 def _dtype_name(source: Artifact) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from luthier.api.data import Message
 from luthier.api.errors import DataError
-from luthier.api.protocols import Message
 
 IGNORED = -100
 """The label of a token that is not trained on."""
@@ -106,18 +106,17 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return encoding["input_ids"]
 
 
-def packed(streams: Iterable[Sequence[int]], length: int, separator: int | None) -> Iterator[Encoded]:
-    """Blocks of exactly `length` tokens out of documents put one behind the other; all tokens are trained.
+def encode_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], stop_ids: Sequence[int]) -> Encoded:
+    """Tokens of a conversation of which the last answer alone is trained, also where the prompt holds earlier turns of
+    the assistant; what follows its stop token is left out.
 
-    The last, shorter block is kept.
+    Raises:
+        DataError: see `encode_conversation`.
     """
-    buffer: list[int] = []
-    for ids in streams:
-        buffer.extend(ids)
-        if separator is not None:
-            buffer.append(separator)
-        while len(buffer) >= length:
-            yield Encoded(buffer[:length], buffer[:length])
-            buffer = buffer[length:]
-    if len(buffer) > 1:
-        yield Encoded(buffer, list(buffer))
+    encoded = encode_conversation(tokenizer, messages, stop_ids)
+    last = max(place for place, label in enumerate(encoded.labels) if label != IGNORED)
+    first = last
+    while first > 0 and encoded.labels[first - 1] != IGNORED:
+        first -= 1
+    ids = encoded.input_ids[: last + 1]
+    return Encoded(ids, [IGNORED] * first + ids[first:])

@@ -10,8 +10,9 @@ from typing import Any, Literal, cast
 
 from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
-from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references
+from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references, uses_in
 from luthier.api.errors import LuthierError, Problem, RecipeError
+from luthier.api.serving import ToolEnvironment
 from luthier.artifacts.adapters import is_adapter, named_base
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
@@ -20,9 +21,9 @@ from luthier.planning.reasons import reason_to_run
 from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
 from luthier.recipe import Recipe
 from luthier.recipe.problems import near
-from luthier.serving.environments import ENVIRONMENTS, Environment
+from luthier.serving.environments import is_ready
 
-KEY_FORMAT = 1
+KEY_FORMAT = 2
 Status = Literal["cached", "run", "resume"]
 
 
@@ -35,6 +36,9 @@ class Node:
         asked: The stage and field that name such an input, for messages; empty for stages of the recipe.
         inputs: Stage ids (or ``artifact:<folder>``) by field path.
         sources: Resolved files and models by field path.
+        names: The stage (or artifact from outside) that each value of an input field stands for.
+        code: Digests of the source files of the stage's component and of those it uses, by kind and name.
+        changed_code: Those of them whose code is not what made the cached artifact, though their revision is the same.
         key: The sha256 that identifies the result; `payload` is what it is made of.
         expected_facts: The facts of the artifact as far as they can be told before it is made.
         status: Whether the result is there, or will be made, from a checkpoint or anew.
@@ -47,6 +51,9 @@ class Node:
     produces: ArtifactKind
     inputs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     sources: dict[str, list[ResolvedSource]] = field(default_factory=dict[str, list[ResolvedSource]])
+    names: dict[str, str] = field(default_factory=dict[str, str])
+    code: dict[str, str] = field(default_factory=dict[str, str])
+    changed_code: tuple[str, ...] = ()
     key: str = ""
     payload: dict[str, Any] = field(default_factory=dict[str, Any])
     asked: tuple[str, ...] = ()
@@ -54,6 +61,19 @@ class Node:
     reason: str = ""
     estimate: Estimate = field(default_factory=Estimate)
     expected_facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def places(self) -> dict[str, list[str]]:
+        """Local places of files and models by field path."""
+        return {path: [source.place for source in sources] for path, sources in self.sources.items()}
+
+    @property
+    def source_places(self) -> dict[str, str]:
+        """Local places by the values of the config's source fields."""
+        found: dict[str, str] = {}
+        for path, _, values in references(self.config, Source):
+            found |= dict(zip(values, (source.place for source in self.sources.get(path, [])), strict=True))
+        return found
 
     @property
     def needs(self) -> list[str]:
@@ -89,16 +109,17 @@ class Plan:
                 pending += self.nodes[name].needs
         return found
 
-    def missing_tools(self, targets: Iterable[str] = ()) -> list[Environment]:
+    def missing_tools(self, targets: Iterable[str] = ()) -> list[ToolEnvironment]:
         """The environments that making `targets`, by default everything, needs and that have not been made."""
-        found: dict[str, Environment] = {}
+        found: dict[str, ToolEnvironment] = {}
+        known = self.recipe.registry.tool_environments()
         for name in self.needed_for(targets or self.nodes):
             node = self.nodes[name]
             if self.store.find(node.key) is None:
                 for config in configs_in(node.config):
                     tool = config.needs_tool if isinstance(config, Config) else None
-                    if tool is not None and not ENVIRONMENTS[tool].ready:
-                        found[tool] = ENVIRONMENTS[tool]
+                    if tool is not None and not is_ready(known[tool]):
+                        found[tool] = known[tool]
         return [found[tool] for tool in sorted(found)]
 
     def __str__(self) -> str:
@@ -164,7 +185,8 @@ class _Planner:
             self._check_kinds(self.nodes[name])
         for node in self.nodes.values():
             self._resolve_sources(node)
-        if self.problems:
+        # Of a recipe with stages that cannot be read, nothing has a key: it is planned for its problems alone.
+        if self.problems or self.left_out:
             raise RecipeError(self.problems)
         result = Plan(self.recipe, self.store, {name: self.nodes[name] for name in order}, self.outside)
         last = self.store.last_keys(self.recipe.name)
@@ -182,6 +204,9 @@ class _Planner:
     def _connect(self, node: Node) -> None:
         for path, _, values in references(node.config, Input):
             node.inputs[path] = [self._provider(node, path, value) for value in values]
+            for value, name in zip(values, node.inputs[path], strict=True):
+                if node.names.setdefault(value, name) != name:
+                    self._fail(node, path, f"'{value}' is taken in two ways: as {node.names[value]} and as {name}")
         for value in node.config.after:
             if value not in self.recipe.stages:
                 self._fail(node, "after", f"there is no stage '{value}'", near(value, self.recipe.stages))
@@ -212,14 +237,13 @@ class _Planner:
             return value
         name = f"{uses}({value})"
         if name not in self.nodes:
-            component = self.recipe.registry.get("stage", uses)
-            config_class = self.recipe.registry.config_class(component)
-            config = config_class.model_validate(settings, context={"components": self.recipe.registry})
+            use = self.recipe.registry.use("stage", {"uses": uses, **settings})
+            config = cast("StageConfig", use.config)
             self.nodes[name] = Node(
                 name,
-                component,
-                cast("StageConfig", config),
-                cast("Any", config).kind_made,
+                use.component,
+                config,
+                config.kind_made,
                 asked=node.asked or (node.id, *path.split(".")),
             )
             self._connect(self.nodes[name])
@@ -275,21 +299,33 @@ class _Planner:
                     node.sources[path].append(resolve(value, marker.kind, self.recipe.folder, self.store, self.lock))
                 except LuthierError as error:
                     self._fail(node, path, error.message, error.hint)
+                    return
+        local = {path: [place for place in places if Path(place).exists()] for path, places in node.places.items()}
+        try:
+            node.config = node.config.resolved(local, self.recipe.registry)
+        except LuthierError as error:
+            self._fail(node, "", str(error))
 
     def _identify(self, result: Plan, node: Node, last: Mapping[str, Any]) -> None:
         inputs = {path: [result.key_of(name) for name in names] for path, names in node.inputs.items()}
         node.payload = {
             "format": KEY_FORMAT,
-            "stage": node.component.name,
+            "kind": node.component.kind,
+            "name": node.component.name,
             "revision": node.component.revision,
-            "config": identity(node.config),
+            "config": identity(node.config, self.recipe.registry),
             "inputs": inputs,
             "sources": {path: [source.digest for source in sources] for path, sources in node.sources.items()},
-            "seed": self.recipe.seed if node.config.seeded else None,
+            "seed": self.seed_of(node),
         }
         node.key = digest_value(node.payload)
-        if self.store.find(node.key) is not None:
+        node.code = self._code_of(node)
+        cached = self.store.find(node.key)
+        if cached is not None:
             node.status, node.reason = "cached", "the result is in the store"
+            node.changed_code = _changed_code(cached, node.code)
+            if node.changed_code:
+                node.reason += f"; the code of {', '.join(node.changed_code)} changed since, the revision did not"
             return
         known = {path: [result.artifact_of(name) for name in names] for path, names in node.inputs.items()}
         facts = {path: [item.facts for item in items if item is not None] for path, items in known.items()}
@@ -300,11 +336,10 @@ class _Planner:
             ]
             for path, names in node.inputs.items()
         }
-        places = {path: [source.place for source in sources] for path, sources in node.sources.items()}
-        node.expected_facts = node.config.expected_facts(likely, places)
+        node.expected_facts = node.config.expected_facts(likely, node.places)
         node.estimate = node.config.estimate(likely)
         if all(item is not None for items in known.values() for item in items):
-            for message in node.config.problems(facts):
+            for message in node.config.input_problems(facts):
                 self._fail(node, "", message)
         whole, _ = checkpoints(self.store.work(node.key))
         node.status = "resume" if whole else "run"
@@ -314,6 +349,30 @@ class _Planner:
             inputs,
             {name: result.key_of(name) for name in node.needs if name in result.nodes or name in result.outside},
         )
+
+    def seed_of(self, node: Node) -> int | None:
+        """The seed that is part of the key: the stage's own, else the recipe's, where the stage draws numbers."""
+        return node.config.seed if node.config.seed is not None or not node.config.seeded else self.recipe.seed
+
+    def _code_of(self, node: Node) -> dict[str, str]:
+        components = [node.component, *(use.component for use in uses_in(node.config))]
+        found: dict[str, str] = {}
+        for component in components:
+            path = self.recipe.registry.source_of(component)
+            if path is not None:
+                version = self.recipe.registry.provider(component)
+                found[f"{component.kind} {component.name}"] = f"{self.store.digest_source(path)} {version}"
+        return found
+
+
+def _changed_code(cached: Artifact, now: Mapping[str, str]) -> tuple[str, ...]:
+    """The components whose source file is another one than when an artifact was made, in the same version."""
+    before: Mapping[str, str] = cached.manifest.get("code", {})
+    return tuple(
+        name
+        for name, told in now.items()
+        if name in before and before[name] != told and before[name].partition(" ")[2] == told.partition(" ")[2]
+    )
 
 
 def _a(kind: ArtifactKind) -> str:

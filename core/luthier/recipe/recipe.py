@@ -238,17 +238,13 @@ class _Reader:
             return None
         values = {str(key): item for key, item in cast("dict[Any, Any]", raw).items() if key != "uses"}
         try:
-            component = self.registry.get(kind, cast("str", raw["uses"]))
-            config_class = self.registry.config_class(component)
+            return self.registry.use(kind, raw, self.folder)
         except PluginError as error:
             self._fail((*path, "uses"), error.message, error.hint)
-            return None
-        context = {"components": self.registry, "folder": self.folder}
-        try:
-            return Use(component, config_class.model_validate(values, context=context))
         except ValidationError as error:
+            config_class = self.registry.config_class(self.registry.get(kind, cast("str", raw["uses"])))
             self.problems += from_validation(error, config_class, values, self.document, path, self.registry)
-            return None
+        return None
 
 
 def dump(value: Mapping[str, Any]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any, cast
 
-from luthier.api.component import KINDS, Kind
+from luthier.api.component import Kind
 from luthier.api.descriptions import Described
 from luthier.api.errors import PluginError
+from luthier.api.kinds import KINDS
 from luthier.registry import Registry
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
-from functools import cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +12,6 @@ from luthier.api.artifact import MANIFEST, Artifact, ArtifactKind
 from luthier.api.errors import StoreError
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.store import Store
-
-LIBRARIES = ("luthier", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "gguf",
-             "xllamacpp", "mergekit")  # fmt: skip
 
 
 def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[str, Any]) -> Artifact:
@@ -63,37 +55,6 @@ def adopt(store: Store, artifact: Artifact) -> None:
     store.artifacts.mkdir(parents=True, exist_ok=True)
     scratch.rename(store.folder(artifact.key))
     shutil.rmtree(store.work(artifact.key), ignore_errors=True)
-
-
-def environment() -> dict[str, Any]:
-    """What the manifest says of the machine and its software; no names of users, no variables."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "libraries": _versions(),
-        "argv": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "git": _git_commit(),
-    }
-
-
-@cache
-def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@cache
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _sync(path: Path) -> None:

@@ -23,47 +23,51 @@ STALE_AFTER = 60.0
 
 
 class Lock:
-    """A lock file with host, pid and heartbeat; a stale one is taken over, and says so."""
+    """A lock file with host, pid and heartbeat; a stale one is taken over, and says so.
+
+    Args:
+        folder: Where lock files are.
+        key: What is locked.
+        say: Takes messages for the user.
+    """
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None]) -> None:
         self.path = folder / f"{key}.lock"
         self._say = say
+        self._said = False
         self._stop = threading.Event()
+        self._beat: threading.Thread | None = None
 
-    @contextmanager
-    def held(self, poll: Callable[[], None] = lambda: None) -> Generator[None]:
-        """Wait for the lock, hold it, release it. `poll` is called while waiting; it may raise.
+    def acquire(self) -> bool:
+        """Take the lock if it is free; what it waits for is said once.
 
         Raises:
             StoreError: the lock file cannot be written.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._wait(poll)
+            taken = self._try()
         except OSError as error:
             raise StoreError(
                 f"the lock cannot be written: {error.strerror}",
                 where=str(self.path),
                 hint="is the store read-only or the disk full? choose another store with --store",
             ) from error
-        beat = threading.Thread(target=self._beat, daemon=True)
-        beat.start()
-        try:
-            yield
-        finally:
-            self._stop.set()
-            beat.join()
-            with self._guard():
-                self.path.unlink(missing_ok=True)
+        if taken:
+            self._beat = threading.Thread(target=self._keep_beating, daemon=True)
+            self._beat.start()
+        elif not self._said:
+            self._said = True
+            self._say(f"waiting for {_who(_read(self.path))}, which makes the same artifact")
+        return taken
 
-    def _wait(self, poll: Callable[[], None]) -> None:
-        said = False
-        while not self._try():
-            if not said:
-                self._say(f"waiting for {_who(_read(self.path))}, which makes the same artifact")
-                said = True
-            poll()
-            time.sleep(0.2)
+    def release(self) -> None:
+        """Give it back."""
+        assert self._beat is not None, "only what was taken is given back"
+        self._stop.set()
+        self._beat.join()
+        with self._guard():
+            self.path.unlink(missing_ok=True)
 
     def _try(self) -> bool:
         with self._guard():
@@ -84,7 +88,7 @@ class Lock:
             fcntl.flock(guard, fcntl.LOCK_EX)
             yield
 
-    def _beat(self) -> None:
+    def _keep_beating(self) -> None:
         while not self._stop.wait(HEARTBEAT):
             # Somebody may have removed the store under a run; the commit will say so.
             with suppress(FileNotFoundError):

@@ -25,7 +25,7 @@ class Answer(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
-class Speaker(Protocol):
+class ChatBackend(Protocol):
     """What answers.
 
     Its methods raise a `LuthierError` for what it cannot answer.
@@ -35,16 +35,16 @@ class Speaker(Protocol):
         """The tokens of a conversation, open for the assistant."""
         ...
 
-    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Answer:
+    def answer(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Answer:
         """Answer with at most so many tokens."""
         ...
 
 
 class ChatServer(ThreadingHTTPServer):
-    """Serves a speaker on 127.0.0.1.
+    """Serves a backend on 127.0.0.1.
 
     Args:
-        speaker: What answers.
+        backend: What answers.
         name: What the model is called.
         port: Where; 0 is any that is free.
 
@@ -52,9 +52,9 @@ class ChatServer(ThreadingHTTPServer):
         OSError: the port is taken.
     """
 
-    def __init__(self, speaker: Speaker, name: str, port: int) -> None:
+    def __init__(self, backend: ChatBackend, name: str, port: int) -> None:
         super().__init__((HOST, port), _Handler)
-        self.speaker = speaker
+        self.backend = backend
         self.name = name
 
 
@@ -66,7 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         return cast("ChatServer", self.server)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: what is asked is nobody's matter."""
+        """Nothing: what users ask is theirs alone."""
 
     def do_GET(self) -> None:
         if self.path == "/health":
@@ -85,14 +85,14 @@ class _Handler(BaseHTTPRequestHandler):
             body = self._body()
             limit = int(body.get("max_tokens") or body.get("max_completion_tokens") or USUAL_ANSWER)
             temperature, top_p = float(body.get("temperature") or 0), float(body.get("top_p") or 1)
-            ids = self._chat.speaker.prompt(body["messages"])
+            ids = self._chat.backend.prompt(body["messages"])
         except (ValueError, LookupError, TypeError) as error:
             self._refuse(400, f"the request cannot be read: {type(error).__name__}: {error}")
             return
         except LuthierError as error:
             self._refuse(400, str(error))
             return
-        answer = self._chat.speaker.say(ids, max(1, limit), temperature, top_p)
+        answer = self._chat.backend.answer(ids, max(1, limit), temperature, top_p)
         if body.get("stream"):
             self._stream(answer)
         else:

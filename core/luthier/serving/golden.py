@@ -56,6 +56,16 @@ class Verdict:
         return self.answer == self.expected
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What a server answered; None where it does not say."""
+
+    text: str
+    prompt_tokens: int | None
+    tokens: int | None
+    finish_reason: str | None
+
+
 def completions_url(url: str) -> str:
     """Where a server is asked, from its address with or without ``/v1``."""
     return f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
@@ -92,13 +102,20 @@ def model_of(url: str, wanted: str = "") -> str:
         return ""
 
 
-def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> tuple[str, int | None]:
-    """Ask for a greedy answer: the text, and how many tokens the prompt was.
+def ask(url: str, messages: list[Any], limit: int, model: str = "", **settings: Any) -> Reply:
+    """Ask for an answer, by default the greedy one.
+
+    Args:
+        url: The server's address.
+        messages: The conversation.
+        limit: The most tokens of the answer.
+        model: What the server calls the model.
+        **settings: What else the request says, such as ``temperature``.
 
     Raises:
         ServerError: there is no answer.
     """
-    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": limit, "seed": 0}
+    body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": limit, "seed": 0, **settings}
     with opened(completions_url(url), body) as reply:
         try:
             content: dict[str, Any] = json.load(reply)
@@ -106,8 +123,8 @@ def ask(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -
         except (LookupError, TypeError, ValueError, OSError, http.client.HTTPException) as error:
             raise ServerError(f"{url} does not answer like an OpenAI-compatible server: {error}") from error
     usage: dict[str, Any] = content.get("usage") or {}
-    tokens: int | None = usage.get("prompt_tokens")
-    return choice["message"].get("content") or "", tokens
+    text = choice["message"].get("content") or ""
+    return Reply(text, usage.get("prompt_tokens"), usage.get("completion_tokens"), choice.get("finish_reason"))
 
 
 def streamed(url: str, messages: list[dict[str, str]], limit: int, model: str = "") -> Iterator[str]:
@@ -144,8 +161,9 @@ def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:
     """
     model = model_of(url, golden.get("model", ""))
     for entry in golden["entries"]:
-        answer, tokens = ask(url, entry["messages"], golden["max_tokens"], model)
-        yield Verdict(entry["messages"][-1]["content"], tokens, len(entry["prompt_ids"]), answer, entry["answer"])
+        reply = ask(url, entry["messages"], golden["max_tokens"], model)
+        question = entry["messages"][-1]["content"]
+        yield Verdict(question, reply.prompt_tokens, len(entry["prompt_ids"]), reply.text, entry["answer"])
 
 
 def problem_of(verdicts: list[Verdict], least: float) -> str | None:

@@ -14,17 +14,19 @@ import threading
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import LuthierError, ModelError, StoreError
+from luthier.api.serving import Exporter
 from luthier.registry import default_registry
+from luthier.serving.alone import AloneContext
 from luthier.serving.chat_server import HOST, ChatServer
 
 UNBOUNDED = 1 << 20
 
 
-class TransformersSpeaker:
+class TransformersBackend:
     """A model or adapter in transformers that says its answers piece by piece."""
 
     def __init__(self, artifact: Artifact) -> None:
@@ -54,7 +56,7 @@ class TransformersSpeaker:
             raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
         return ids
 
-    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Spoken:
+    def answer(self, ids: list[int], limit: int, temperature: float, top_p: float) -> StreamedAnswer:
         """Answer with at most so many tokens; greedily where the temperature is 0."""
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature > 0:
@@ -66,10 +68,10 @@ class TransformersSpeaker:
             "repetition_penalty": None,
             **sampling,
         }
-        return Spoken(self, ids, options)
+        return StreamedAnswer(self, ids, options)
 
-    def pieces(self, ids: list[int], options: dict[str, Any], spoken: Spoken) -> Iterator[str]:
-        """Have the model write what `spoken` is; it ends early when nobody reads on."""
+    def pieces(self, ids: list[int], options: dict[str, Any], answer: StreamedAnswer) -> Iterator[str]:
+        """Have the model write what `answer` is; it ends early when nobody reads on."""
         torch = self._torch
         gone = threading.Event()
         failures: list[BaseException] = []
@@ -90,8 +92,8 @@ class TransformersSpeaker:
                             stopping_criteria=[given_up],
                             **options,
                         ).tolist()
-                    spoken.tokens = len(written) - len(ids)
-                    spoken.finish_reason = "stop" if written[-1] in self._stops else "length"
+                    answer.tokens = len(written) - len(ids)
+                    answer.finish_reason = "stop" if written[-1] in self._stops else "length"
                 # It is raised where the answer is read.
                 except BaseException as error:  # noqa: BLE001
                     failures.append(error)
@@ -108,16 +110,16 @@ class TransformersSpeaker:
                 raise ModelError(f"the model fails: {failures[0]}")
 
 
-class Spoken:
-    """An answer of `TransformersSpeaker`, written while it is read."""
+class StreamedAnswer:
+    """An answer of `TransformersBackend`, written while it is read."""
 
-    def __init__(self, speaker: TransformersSpeaker, ids: list[int], options: dict[str, Any]) -> None:
+    def __init__(self, backend: TransformersBackend, ids: list[int], options: dict[str, Any]) -> None:
         self.tokens = 0
         self.finish_reason: Literal["stop", "length"] = "length"
-        self._speaker, self._ids, self._options = speaker, ids, options
+        self._backend, self._ids, self._options = backend, ids, options
 
     def __iter__(self) -> Iterator[str]:
-        return self._speaker.pieces(self._ids, self._options, self)
+        return self._backend.pieces(self._ids, self._options, self)
 
 
 def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
@@ -130,11 +132,10 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
     _check_port(port)
     if artifact.kind == "export":
         registry = default_registry()
-        component = registry.get("exporter", artifact.facts["format"])
-        config = registry.config_class(component).model_validate({}, context={"components": registry})
-        listen = getattr(registry.impl_class(component)(config), "listen", None)
-        if listen is not None:
-            with listen(artifact, variant, port) as url:
+        use = registry.use("exporter", artifact.facts["format"])
+        exporter = cast("Exporter[Any]", registry.build(use, AloneContext(registry)))
+        if exporter.serves:
+            with exporter.listen(artifact, variant, port) as url:
                 _wait(url)
             return
         artifact = Artifact(artifact.key, "model", artifact.path, artifact.facts, artifact.manifest)
@@ -143,7 +144,7 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
     if variant:
         raise ModelError(f"there is no variant {variant}: it is one model", hint="leave --variant out")
     name = str(artifact.manifest.get("stage", "model"))
-    server = ChatServer(TransformersSpeaker(artifact), name, port)
+    server = ChatServer(TransformersBackend(artifact), name, port)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     _wait(f"http://{HOST}:{server.server_port}")
 

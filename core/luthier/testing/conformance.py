@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from luthier import api
-from luthier.api import protocols
 from luthier.api.component import Component
-from luthier.api.config import Config, StageConfig
 from luthier.api.descriptions import descriptions
-from luthier.registry import Registry, default_registry
-from luthier.testing.behaviour import BEHAVIOUR
+from luthier.api.hooks import hookimpl
+from luthier.api.kinds import KINDS, imported
+from luthier.registry import Provider, Registry, default_registry
+from luthier.registry.registry import members
+from luthier.testing.stages import TestContext
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft")
 
@@ -81,7 +81,7 @@ def _checks(
 
     def config_class() -> None:
         made["class"] = _resolve(component.config)
-        expected = StageConfig if component.kind == "stage" else Config
+        expected = KINDS[component.kind].config_base
         assert issubclass(made["class"], expected), f"{component.config} is no {expected.__name__}"
         silent = sorted(set(made["class"].model_fields) - set(descriptions(made["class"])))
         assert not silent, f"these fields have no docstring: {', '.join(silent)}"
@@ -89,42 +89,73 @@ def _checks(
     def round_trip() -> None:
         made["class"].model_json_schema()
         context = {"components": registry}
+        needed = sorted(name for name, field in made["class"].model_fields.items() if field.is_required())
+        lacking = [name for name in needed if name not in values]
+        assert not lacking, (
+            f"'{lacking[0]}' has no default: give a value, with --set {lacking[0]}=VALUE on a command line"
+        )
         made["config"] = made["class"].model_validate(values, context=context)
         again = made["class"].model_validate(made["config"].model_dump(mode="json"), context=context)
         assert again == made["config"], "the config read back from its own JSON is another one"
 
     def light() -> None:
-        module = component.config.partition(":")[0]
-        code = f"import sys, {module}; print(','.join(name for name in {HEAVY} if name in sys.modules))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert not done.stdout.strip(), f"importing {module} loads {done.stdout.strip()}"
+        _imports_nothing_heavy(component.config)
+        if KINDS[component.kind].light:
+            _imports_nothing_heavy(component.impl)
 
     def protocol() -> None:
-        made["impl"] = _resolve(component.impl)
-        kind_class = getattr(api, "".join(part.title() for part in component.kind.split("_")))
-        for name in protocols.PROTOCOL_METHODS[component.kind]:
-            assert hasattr(made["impl"], name), f"{component.impl} has no '{name}'"
+        made["impl"] = registry.impl_class(component) if _is_registered(component, registry) else _checked(component)
+        kind_class = KINDS[component.kind].protocol_class
+        for name in members(kind_class):
             _same_parameters(kind_class, made["impl"], name)
 
     def behave() -> None:
-        BEHAVIOUR[component.kind](made["impl"](made["config"]), made["config"])
+        context = TestContext(registry=registry)
+        check = imported(KINDS[component.kind].example)
+        check(made["impl"](made["config"], context), made["config"])
 
     yield "the descriptor is complete", describe
     yield "the config class is documented", config_class
     yield "the config survives JSON", round_trip
     yield "importing the config is cheap", light
     yield "the implementation follows the protocol", protocol
-    if component.kind in BEHAVIOUR:
+    if KINDS[component.kind].example:
         yield "it behaves on a small example", behave
 
 
 def _resolve(reference: str) -> Any:
-    from importlib import import_module
+    assert ":" in reference, f"'{reference}' is not written as 'module:Class'"
+    return imported(reference)
 
-    module, _, name = reference.partition(":")
-    assert name, f"'{reference}' is not written as 'module:Class'"
-    return getattr(import_module(module), name)
+
+def _imports_nothing_heavy(reference: str) -> None:
+    module = reference.partition(":")[0]
+    code = f"import sys, {module}; print(','.join(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.strip(), f"importing {module} loads {done.stdout.strip()}"
+
+
+def _is_registered(component: Component, registry: Registry) -> bool:
+    return any(component is other for other, _ in registry)
+
+
+def _checked(component: Component) -> Any:
+    """The implementation of a component that is not installed, checked like one that is."""
+    registry = Registry()
+    registry.add(_Offer(component), Provider("this", "this plugin", "?"))
+    return registry.impl_class(component)
+
+
+class _Offer:
+    """A plugin with one component."""
+
+    def __init__(self, component: Component) -> None:
+        self._component = component
+
+    @hookimpl
+    def luthier_components(self) -> list[Component]:
+        return [self._component]
 
 
 def _same_parameters(kind_class: type[Any], impl: type[Any], name: str) -> None:

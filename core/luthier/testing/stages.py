@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 from luthier.api.artifact import Artifact, ArtifactKind
-from luthier.api.config import Input, Source, StageConfig, references
-from luthier.api.protocols import Row
+from luthier.api.config import Input, Source, StageConfig, Use, references
+from luthier.api.data import Row, Schema
+from luthier.api.serving import Generator
 from luthier.artifacts.datasets import Split, dataset_facts, write_split
 from luthier.artifacts.digest import digest_value
+from luthier.artifacts.rows import COLUMNS, SCHEMAS
 from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.commit import commit
+from luthier.serving.generators import open_generator
+from luthier.worker.context import JobContext
+from luthier.worker.execute import check_facts, seed_everything
 from luthier.worker.job import Job
-from luthier.worker.worker import Context, check_facts, seed_everything
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog while 12 grey geese fly south.",
@@ -63,13 +69,17 @@ def run_stage(
     """
     registry = registry or default_registry()
     given = {name: [item] if isinstance(item, Artifact) else list(item) for name, item in (inputs or {}).items()}
-    component = registry.get("stage", uses)
-    config_class = registry.config_class(component)
     values: dict[str, Any] = copy.deepcopy(dict(config or {}))
+    artifacts: dict[str, str] = {}
     for name, items in given.items():
         many = not isinstance((inputs or {})[name], Artifact)
-        _put(values, name, [f"{name}-{place}" for place in range(len(items))] if many else name)
-    made = cast("StageConfig", config_class.model_validate(values, context={"components": registry}))
+        named = [f"{name}-{place}" for place in range(len(items))] if many else [name]
+        _put(values, name, named if many else name)
+        artifacts |= {text: str(item.path) for text, item in zip(named, items, strict=True)}
+    use = registry.use("stage", {"uses": uses, **values})
+    made = cast("StageConfig", use.config)
+    sources = {path: values for path, _, values in references(made, Source) if values}
+    made = made.resolved(sources, registry)
     kinds: dict[str, list[ArtifactKind]] = {path: [item.kind for item in items] for path, items in given.items()}
     kinds = {path: [] for path, _, _ in references(made, Input)} | kinds
     key = digest_value(
@@ -88,21 +98,24 @@ def run_stage(
         stage=uses,
         component=uses,
         config=made.model_dump(mode="json"),
-        inputs={name: [str(item.path) for item in items] for name, items in given.items()},
+        artifacts=artifacts,
         kinds=kinds,
-        sources={path: values for path, _, values in references(made, Source) if values},
+        sources={value: value for values in sources.values() for value in values},
         seed=seed,
+        key=key,
         out=str(work / "out"),
-        work=str(work),
-        run=str(store.runs),
+        scratch=str(work),
+        run="alone",
+        recipe="alone",
+        tracking=str(store.tracking("alone", uses, key)),
         store=str(store.root),
         trackers=[],
     )
-    context = Context(job, registry, _Listener())
-    stage = registry.impl_class(component)(made)
+    context = JobContext(job, registry, _Listener())
+    stage = registry.build(Use(use.component, made), context)
     seed_everything(seed)
-    facts = stage.run(context)
-    check_facts(facts, made.produces(kinds), str(registry.provider(component)))
+    facts = stage.run()
+    check_facts(facts, made.produces(kinds), str(registry.provider(use.component)))
     about = {
         "stage": uses,
         "facts": facts,
@@ -110,6 +123,87 @@ def run_stage(
         "inputs": {name: [item.key for item in items] for name, items in given.items()},
     }
     return commit(store, key, made.produces(kinds), work / "out", about)
+
+
+class TestContext:
+    """The context of a component in its author's tests: artifacts and files by the values that configs name them with.
+
+    Args:
+        scratch: A folder.
+        artifacts: Artifacts by value.
+        paths: Files by value.
+        seed: The seed.
+    """
+
+    __test__ = False
+    stage = "test"
+    rank = 0
+    world = 1
+    device = "cpu"
+
+    def __init__(
+        self,
+        scratch: Path | None = None,
+        artifacts: Mapping[str, Artifact] | None = None,
+        paths: Mapping[str, Path] | None = None,
+        *,
+        seed: int = 0,
+        registry: Registry | None = None,
+    ) -> None:
+        self.seed = seed
+        self._folder = None if scratch else tempfile.TemporaryDirectory()
+        self.scratch = scratch or Path(cast("Any", self._folder).name)
+        self.out = self.scratch / "out"
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+        self._artifacts = dict(artifacts or {})
+        self._paths = dict(paths or {})
+        self._registry = registry or default_registry()
+
+    def artifact(self, value: str | None) -> Artifact:
+        """The artifact that was given for a value."""
+        return self._artifacts[str(value)]
+
+    def artifacts(self, values: Sequence[str] | None) -> list[Artifact]:
+        """The artifacts that were given for values."""
+        return [self.artifact(value) for value in values or []]
+
+    def path(self, value: str) -> Path:
+        """The file that was given for a value."""
+        return self._paths[value]
+
+    def build(self, use: Use) -> Any:
+        """An instance of a chosen component, with this context."""
+        return self._registry.build(use, self)
+
+    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator[Any]]:
+        """What answers for an artifact."""
+        return open_generator(artifact, self._registry, self, variant)
+
+    def collected(self, hook: str) -> Mapping[str, Any]:
+        """What plugins hand over by name."""
+        return cast("Mapping[str, Any]", getattr(self._registry, hook)())
+
+    def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
+        """Nothing is shown."""
+
+    def log(self, message: str) -> None:
+        """Kept in `messages`."""
+        self.messages.append(message)
+
+    def warn(self, message: str) -> None:
+        """Kept in `warnings`."""
+        self.warnings.append(message)
+
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Nothing is shown."""
+
+    def finished(self, path: Path) -> None:
+        """Nothing is hashed."""
+
+    def stopping(self) -> bool:
+        """Nobody asks to stop."""
+        return False
 
 
 def _put(values: Any, path: str, value: Any) -> None:
@@ -125,20 +219,26 @@ def tiny_dataset(folder: Path, rows: Sequence[Row] | None = None, *, split: Spli
 
     Args:
         folder: A store.
-        rows: Rows of the format ``text``, ``messages`` or ``preference``.
+        rows: Rows of one schema.
         split: Where they go.
     """
     rows = list(rows or [{"text": text} for text in TEXTS])
-    form = next((name for name in ("messages", "text") if name in rows[0]), "preference")
+    schema = _schema_of(rows[0])
     key = digest_value({"rows": rows, "split": split})
     store = Store(folder)
     if store.find(key) is None:
         out = store.work(key) / "out"
         out.mkdir(parents=True, exist_ok=True)
         write_split(out, split, rows)
-        facts = dataset_facts(form, {split: rows}, {})
+        facts = dataset_facts(schema, {split: rows}, {})
         commit(store, key, "dataset", out, {"stage": "data", "facts": facts, "warnings": [], "inputs": {}})
     return Artifact.load(store.folder(key))
+
+
+def _schema_of(row: Row) -> Schema:
+    """The schema whose columns a row has, the one with the most of them."""
+    fitting = [schema for schema in SCHEMAS if set(COLUMNS[schema]) <= set(row)]
+    return max(fitting, key=lambda schema: len(COLUMNS[schema]))
 
 
 def tiny_model(folder: Path, *, seed: int = 0, texts: Sequence[str] = TEXTS, **sizes: Any) -> Artifact:

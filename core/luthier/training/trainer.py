@@ -1,66 +1,72 @@
-"""Runs TRL's trainers the way Luthier wants them: our labels, our seeds, our checkpoints, no surprises."""
+"""One trainer for every objective, on transformers' Trainer: our batches, our loss, our seeds, our checkpoints."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import shutil
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import datasets
+import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PrinterCallback, TrainerCallback
-from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import SFTTrainer
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from trl.trainer import add_fused_lm_head
 
 from luthier.api.context import StageContext
 from luthier.api.errors import Interrupted, ModelError
-from luthier.api.protocols import Facts, Regularizer
-from luthier.api.training import TrainingConfig
+from luthier.api.stages import Facts
+from luthier.api.training import Objective, Optimizer, Regularizer, Schedule, TokenBatch
+from luthier.api.tuning import TrainingConfig
 from luthier.artifacts.checkpoints import checkpoints, mark_whole
-from luthier.modeling.text import Encoded
+from luthier.training.batches import Reference, collate, log_probabilities, units_in
+from luthier.training.encoding import EncodedRow
+
+TENSORS = ("input_ids", "attention_mask", "labels", "pairs", "desirable")
 
 
-def quiet_libraries() -> None:
-    """No progress bars of other libraries: events tell the progress."""
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
-def trainer_arguments(config: TrainingConfig, context: StageContext) -> dict[str, Any]:
-    """The arguments that all of TRL's trainers share.
-
-    bf16 and checkpointing are on by default in TRL; here the recipe decides.
-    """
-    import torch
-
-    return {
-        "output_dir": str(context.work / "checkpoints"),
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": config.precision == "bf16",
-        "activation_checkpointing": config.gradient_checkpointing,
-        "max_steps": config.steps or -1,
-        "num_train_epochs": config.epochs or 1,
-        "learning_rate": config.learning_rate,
-        "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup,
-        "weight_decay": config.weight_decay,
-        "per_device_train_batch_size": config.batch_size,
-        "per_device_eval_batch_size": config.batch_size,
-        "gradient_accumulation_steps": config.accumulate,
-        "logging_steps": config.log_every,
-        "logging_first_step": True,
-        "save_strategy": "steps",
-        "save_steps": config.save_every,
-        "save_total_limit": 1,
-        "seed": context.seed,
-        # Without it the order of rows hangs on whatever drew random numbers before.
-        "data_seed": context.seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
+def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bool) -> TrainingArguments:
+    """The arguments of transformers' Trainer for a stage's config."""
+    micro = config.micro_batch_size or config.batch_size
+    # How often to look at the validation split: after every epoch, or as often as a checkpoint is written.
+    looks: dict[str, Any] = (
+        {"eval_strategy": "epoch"}
+        if config.steps is None
+        else {"eval_strategy": "steps", "eval_steps": config.save_every}
+    )
+    return TrainingArguments(
+        output_dir=str(context.scratch / "checkpoints"),
+        use_cpu=context.device == "cpu",
+        bf16=config.precision == "bf16",
+        activation_checkpointing=config.gradient_checkpointing,
+        max_steps=config.steps or -1,
+        num_train_epochs=config.epochs or 1,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=config.batch_size // micro,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        save_strategy="steps",
+        save_steps=config.save_every,
+        save_total_limit=1,
+        seed=context.seed,
+        # Without it the order of rows depends on whatever drew random numbers before.
+        data_seed=context.seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=context.device != "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        **(looks if evaluates else {}),
+    )
 
 
 class Reporter(TrainerCallback):
@@ -87,35 +93,125 @@ class Reporter(TrainerCallback):
         self.context.metrics(numbers, state.global_step)
 
 
-def run_trainer(trainer: Any, context: StageContext) -> Facts:
-    """Train, from the last checkpoint when there is one.
+class ObjectiveTrainer(transformers.Trainer):
+    """Trains a model on an objective.
 
-    Returns:
-        The facts ``steps``, ``loss_first`` and ``loss_last`` (and ``eval_loss`` where there is one).
-
-    Raises:
-        Interrupted: the user asked to stop; a checkpoint is written.
+    The loss of a step is the mean over all of its units (tokens, completions or pairs), however it is cut into forward
+    passes; penalties are added once a step.
     """
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Reporter(context))
-    whole, cut_short = checkpoints(Path(trainer.args.output_dir))
-    for path in cut_short:
-        context.log(f"{path.name} was cut short while it was written: it is removed")
-        shutil.rmtree(path)
-    if whole:
-        context.log(f"resuming from {whole[-1].name}")
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    if context.stopping() and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert losses, "the first and the last step are always logged"
-    facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
-    return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})
+
+    # The loss is divided by the units of the whole step.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train: Sequence[EncodedRow],
+        validation: Sequence[EncodedRow],
+        padding: int,
+        objective: Objective[Any],
+        optimizer: Optimizer[Any],
+        regularizers: Sequence[Regularizer[Any]],
+    ) -> None:
+        self._objective = objective
+        self._optimizer_component = optimizer
+        self._regularizers = regularizers
+        self._logged: dict[str, dict[str, list[tuple[float, int]]]] = {
+            "train": defaultdict(list),
+            "eval": defaultdict(list),
+        }
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda rows: _as_mapping(collate(rows, padding)),
+            train_dataset=cast("Any", train),
+            eval_dataset=cast("Any", validation) or None,
+        )
+        add_fused_lm_head(
+            model.get_base_model() if isinstance(model, PeftModel) else model, outputs=("log_probs", "is_top1")
+        )
+        self._reference = Reference(model) if "reference" in objective.needs else None
+        if isinstance(model, PeftModel) and args.activation_checkpointing:
+            model.enable_input_require_grads()
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Have the recipe's optimizer make both."""
+        args = self.args
+        schedule = Schedule(
+            num_training_steps,
+            math.ceil(num_training_steps * args.warmup_steps),
+            args.learning_rate,
+            cast("Any", str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))),
+            args.weight_decay,
+        )
+        self.optimizer, self.lr_scheduler = self._optimizer_component.make(cast("Any", self.model), schedule)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
+        """The batches of a step, and how many units they have together."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        return batches, sum(units_in(_as_batch(batch), self._objective.unit) for batch in batches)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The sum of the batch's losses over the units of the whole step."""
+        batch = _as_batch(inputs)
+        outputs, likeliest = log_probabilities(model, batch, self._reference)
+        result = self._objective.loss(outputs)
+        units = outputs.count(self._objective.unit)
+        if len(result.losses) != units:
+            raise ModelError(
+                f"the objective gave {len(result.losses)} losses for {units} {self._objective.unit}s",
+                hint="tell its author",
+            )
+        loss = result.losses.sum() / max(1, units if num_items_in_batch is None else num_items_in_batch)
+        logged = self._logged["train" if model.training else "eval"]
+        logged["token_accuracy"].append((float(likeliest.float().mean()) if len(likeliest) else 0.0, len(likeliest)))
+        for name, value in result.logs.items():
+            logged[name].append((float(value.detach().float().mean()), units))
+        if self._regularizers and model.training:
+            penalty = sum(
+                (item.penalty(model, batch, outputs) for item in self._regularizers), start=torch.zeros(()).to(loss)
+            )
+            loss = loss + penalty / self.current_gradient_accumulation_steps
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """The loss of a batch of held-out rows."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs)
+        units = units_in(_as_batch(inputs), self._objective.unit)
+        self._logged["eval"]["loss"].append((float(loss), units))
+        return loss, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the objective logged: means over units, also of the held-out loss, which transformers weighs by
+        rows."""
+        mode = "train" if self.model is not None and self.model.training else "eval"
+        prefix = "eval_" if mode == "eval" else ""
+        for name, values in self._logged[mode].items():
+            total = sum(count for _, count in values)
+            if total:
+                logs[f"{prefix}{name}"] = sum(value * count for value, count in values) / total
+        self._logged[mode].clear()
+        super().log(logs, start_time)
+
+
+def _as_mapping(batch: TokenBatch) -> dict[str, Tensor]:
+    """A batch as the Trainer moves it to a device."""
+    return {name: value for name in TENSORS if (value := getattr(batch, name)) is not None}
+
+
+def _as_batch(inputs: dict[str, Tensor]) -> TokenBatch:
+    return TokenBatch(*(cast("Any", inputs.get(name)) for name in TENSORS))
 
 
 def check_head(model: Any) -> None:
-    """Refuse to train an adapter on the output head: TRL's losses read the head's weight and go past its adapter.
+    """Refuse to train an adapter on the output head: the fused head reads its weight and goes past its adapter.
 
     Raises:
         ModelError: the model has one.
@@ -129,76 +225,73 @@ def check_head(model: Any) -> None:
         )
 
 
-def started(config: TrainingConfig, model: Any, context: StageContext) -> list[Regularizer]:
-    """The config's regularizers, each of which has seen the model before its first step."""
-    regularizers: list[Regularizer] = [context.component(use) for use in config.regularizers]
-    for regularizer in regularizers:
-        regularizer.start(model)
-    return regularizers
-
-
-def penalties(regularizers: Sequence[Regularizer], model: Any) -> Any:
-    """The sum of what the regularizers add to the loss."""
-    return sum(regularizer.penalty(model) for regularizer in regularizers)
-
-
-def evaluation_arguments(config: TrainingConfig) -> dict[str, Any]:
-    """When to look at the validation split: after every epoch, or as often as a checkpoint is written."""
-    if config.steps is None:
-        return {"eval_strategy": "epoch"}
-    return {"eval_strategy": "steps", "eval_steps": config.save_every}
-
-
-class _Trainer(SFTTrainer):
-    """SFTTrainer with regularizers, and without the model card it writes into checkpoints."""
-
-    def __init__(self, *args: Any, regularizers: Sequence[Regularizer], **kwargs: Any) -> None:
-        self._regularizers = regularizers
-        super().__init__(*args, **kwargs)
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        if not self._regularizers or not model.training:
-            return result
-        # The Trainer divides by the accumulation steps only where the loss is a mean over them.
-        extra = penalties(self._regularizers, model) / self.args.gradient_accumulation_steps
-        return (result[0] + extra, result[1]) if isinstance(result, tuple) else result + extra
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
-def train_tokens(
+def train(
     model: Any,
-    tokenizer: Any,
-    train: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    padding: int,
+    rows: Sequence[EncodedRow],
+    validation: Sequence[EncodedRow],
     config: TrainingConfig,
     context: StageContext,
 ) -> Facts:
-    """Train on ready tokens and labels with TRL's SFTTrainer, which does no templating of its own then.
+    """Train a model on encoded rows, from the last checkpoint when there is one.
+
+    Returns:
+        The facts ``steps``, ``loss_first`` and ``loss_last`` (and ``eval_loss`` where there are held-out rows).
 
     Raises:
+        Interrupted: the user asked to stop; a checkpoint is written.
         ModelError: the model has an adapter on its output head.
     """
     check_head(model)
-    quiet_libraries()
-    arguments = trainer_arguments(config, context)
-    if validation:
-        arguments |= evaluation_arguments(config)
-    regularizers = started(config, model, context)
-    trainer = _Trainer(
-        model=model,
-        args=SFTConfig(max_length=None, packing=False, dataset_kwargs={"skip_prepare_dataset": True}, **arguments),
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(validation) if validation else None,
-        processing_class=tokenizer,
-        regularizers=regularizers,
+    # No progress bars of other libraries: events tell the progress.
+    transformers.utils.logging.disable_progress_bar()
+    objective: Objective[Any] = context.build(config.objective)
+    if "reference" in objective.needs:
+        _without_dropout(model, context)
+    regularizers: list[Regularizer[Any]] = [context.build(use) for use in config.regularizers]
+
+    def batches() -> Iterator[TokenBatch]:
+        for first in range(0, len(rows), config.batch_size):
+            yield collate(rows[first : first + config.batch_size], padding)
+
+    for regularizer in regularizers:
+        regularizer.start(model, batches)
+    trainer = ObjectiveTrainer(
+        model,
+        arguments_of(config, context, evaluates=bool(validation)),
+        rows,
+        validation,
+        padding,
+        objective,
+        context.build(config.optimizer),
+        regularizers,
     )
-    return run_trainer(trainer, context)
+    return _run(trainer, context)
 
 
-def _dataset(rows: Sequence[Encoded]) -> datasets.Dataset:
-    return datasets.Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]}
-    )
+def _without_dropout(model: torch.nn.Module, context: StageContext) -> None:
+    """Turn dropout off: the reference has none, and the first step's loss has to be that of two equal models."""
+    dropped = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    for module in dropped:
+        module.p = 0.0
+    if dropped:
+        context.warn(f"dropout is off in {len(dropped)} modules: training against a reference has none")
+
+
+def _run(trainer: ObjectiveTrainer, context: StageContext) -> Facts:
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Reporter(context))
+    whole, cut_short = checkpoints(Path(str(trainer.args.output_dir)))
+    for path in cut_short:
+        context.log(f"{path.name} was cut short while it was written: it is removed")
+        shutil.rmtree(path)
+    if whole:
+        context.log(f"resuming from {whole[-1].name}")
+    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
+    if context.stopping() and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses, "the first and the last step are always logged"
+    facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
+    return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})

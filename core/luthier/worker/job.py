@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from luthier.api.artifact import ArtifactKind
@@ -14,29 +13,43 @@ class Job:
     """One stage to run.
 
     Attributes:
+        stage: The stage's id.
+        component: The name of its component.
         config: The stage's config as a recipe would write it, defaults filled in.
-        inputs: Artifact folders by field path.
-        kinds: Their kinds, by field path.
-        sources: Local places or pinned hub ids by field path.
+        artifacts: Artifact folders by the values of the config's input fields.
+        kinds: The kinds of inputs by field path.
+        sources: Local places or pinned hub ids by the values of the config's source fields.
+        seed: The seed.
+        key: The key of what is made.
+        out: An empty folder for the artifact.
+        scratch: A folder that survives a crash.
+        run: The run's id.
+        recipe: The recipe's name.
+        tracking: A folder for trackers that belongs to the stage and key.
+        store: The store's root.
         trackers: The recipe's trackers, as a recipe would write them.
+        resumed: Whether there is a checkpoint to go on from.
+        ranks: How many processes compute it together.
     """
 
     stage: str
     component: str
     config: dict[str, Any]
-    inputs: dict[str, list[str]]
+    artifacts: dict[str, str]
     kinds: dict[str, list[ArtifactKind]]
-    sources: dict[str, list[str]]
+    sources: dict[str, str]
     seed: int
+    key: str
     out: str
-    work: str
+    scratch: str
     run: str
+    recipe: str
+    tracking: str
     store: str
     trackers: list[dict[str, Any]]
+    resumed: bool = False
+    ranks: int = 1
 
     def to_json(self) -> dict[str, Any]:
+        """Plain values, from which it can be made again."""
         return asdict(self)
-
-    @property
-    def out_folder(self) -> Path:
-        return Path(self.out)

@@ -6,21 +6,15 @@ from __future__ import annotations
 from typing import Any
 
 import peft
-import torch
+from luthier.api import Adapter
 from luthier_plugins.adapters.config import LoraConfig, QloraConfig
 from torch import nn
 
 
-class Lora:
+class Lora(Adapter[LoraConfig]):
     """The adapter ``lora``."""
 
     use_dora = False
-
-    def __init__(self, config: LoraConfig) -> None:
-        self.config = config
-
-    def load_options(self) -> dict[str, Any]:
-        return {}
 
     def wrap(self, model: Any) -> nn.Module:
         config = peft.LoraConfig(
@@ -43,19 +37,13 @@ class Dora(Lora):
 class Qlora(Lora):
     """The adapter ``qlora``."""
 
-    config: QloraConfig
+    config: QloraConfig  # type: ignore[assignment] - its own settings beside those of `lora`
 
     def load_options(self) -> dict[str, Any]:
-        from transformers import BitsAndBytesConfig
-
-        on_gpu = torch.cuda.is_available()
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.config.double_quant,
-            bnb_4bit_compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
-        )
-        return {"quantization_config": quantization, "device_map": {"": 0 if on_gpu else "cpu"}}
+        double = self.config.double_quant
+        return {
+            "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+        }
 
     def wrap(self, model: Any) -> nn.Module:
         return super().wrap(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-from luthier.api import Augmenter, DataError, Facts, Format, Row, StageContext
+from luthier.api import Augmenter, Facts, Row, Schema, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
+from luthier.artifacts.rows import COLUMNS, checked
 from luthier_plugins.augment.config import AugmentConfig
 
 
-class Augment:
+class Augment(Stage[AugmentConfig]):
     """The stage ``augment``."""
 
-    def __init__(self, config: AugmentConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        dataset = context.input("data") if self.config.data else None
+    def run(self) -> Facts:
+        context = self.context
+        dataset = context.artifact(self.config.data) if self.config.data else None
         splits: dict[Split, list[Row]] = {
             split: read_split(dataset, split) if dataset else list[Row]() for split in SPLITS
         }
-        name = self.config.format.name if self.config.format else str(dataset.facts["format"]) if dataset else ""
-        if not name:
-            raise DataError("the format of the new rows is unknown", hint="give `data` or `format`")
-        parser: Format = context.component(self.config.format) if self.config.format else context.make("format", name)
-        augmenter: Augmenter = context.component(self.config.method)
-        held_out = {_text(row, parser) for split in ("validation", "test") for row in splits[split]}
-        train = list(splits["train"]) if self.config.keep_original else []
-        seen = {_text(row, parser) for row in train}
+        schema: Any = dataset.facts["schema"] if dataset else self.config.row_schema
+        augmenter: Augmenter[Any] = context.build(self.config.method)
+        held_out = {_text(row, schema) for split in ("validation", "test") for row in splits[split]}
         known = splits["train"]
-        extra = [key for key in (known[0] if known else {}) if key not in parser.columns]
+        train = list(known) if self.config.keep_original else []
+        seen = {_text(row, schema) for row in train}
+        extra = [key for key in (known[0] if known else {}) if key not in COLUMNS[schema]]
         dropped = {"repeats another row": 0, "is held out": 0}
-        for raw in augmenter.rows(splits["train"], context.seed):
-            row = parser.parse(raw) | {key: raw[key] for key in extra if key in raw}
-            text = _text(row, parser)
+        for raw in augmenter.rows(known):
+            row = checked(schema, raw) | {key: raw[key] for key in extra if key in raw}
+            text = _text(row, schema)
             if text in held_out or text in seen:
                 dropped["is held out" if text in held_out else "repeats another row"] += 1
                 continue
@@ -43,8 +40,8 @@ class Augment:
         splits["train"] = train
         for split, rows in splits.items():
             write_split(context.out, split, rows)
-        return dataset_facts(name, splits, dropped)
+        return dataset_facts(schema, splits, dropped)
 
 
-def _text(row: Row, parser: Format) -> str:
-    return json.dumps({column: row[column] for column in parser.columns}, sort_keys=True)
+def _text(row: Row, schema: Schema) -> str:
+    return json.dumps({column: row[column] for column in COLUMNS[schema]}, sort_keys=True)

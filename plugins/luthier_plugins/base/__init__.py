@@ -12,7 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Take a model from a folder or the hub, checked before anything is trained",
             config="luthier_plugins.base.config:BaseConfig",
             impl="luthier_plugins.base.stage:Base",
-            revision=2,
         ),
         Component(
             kind="stage",

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from luthier.api import Facts, ModelError, StageContext
+from luthier.api import Facts, ModelError, Stage
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.models import (
     CARRIED,
@@ -28,14 +28,12 @@ from luthier_plugins.base.config import AdapterConfig
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-class BaseAdapter:
+class BaseAdapter(Stage[AdapterConfig]):
     """The stage ``adapter``."""
 
-    def __init__(self, config: AdapterConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        folder, model = context.source("source"), context.input("model")
+    def run(self) -> Facts:
+        context = self.context
+        folder, model = context.path(self.config.source), context.artifact(self.config.model)
         _check_folder(folder)
         _check_rows(folder, model.path)
         try:

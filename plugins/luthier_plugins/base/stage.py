@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import shutil
 
-from luthier.api import Facts, ModelError, StageContext
+from luthier.api import Facts, ModelError, Stage
 from luthier.artifacts.adapters import is_adapter
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.models import PICKLES, TOKENIZER_FILES, check_model_folder, model_facts
 from luthier_plugins.base.config import BaseConfig
 
 
-class Base:
+class Base(Stage[BaseConfig]):
     """The stage ``base``."""
 
-    def __init__(self, config: BaseConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        folder = context.source("source")
+    def run(self) -> Facts:
+        context = self.context
+        folder = context.path(self.config.source)
         if not folder.is_dir():
             raise ModelError("is not a folder", where=str(folder), hint="name the folder that holds config.json")
         if is_adapter(folder):

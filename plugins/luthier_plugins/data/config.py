@@ -24,7 +24,7 @@ class DataConfig(StageConfig):
     source: FileSource
     """The file: ``.jsonl`` with one row a line, or ``.txt`` with one text a paragraph."""
     format: FormatUse | None = None
-    """What a row looks like; by default recognised from the first row's keys."""
+    """What a row looks like; by default recognised from the first row, when the recipe is planned."""
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
     """Shares to hold out, or the one split that all rows belong to."""
     keep: list[str] = []
@@ -33,6 +33,15 @@ class DataConfig(StageConfig):
     """What to do with a bad row: stop (all are listed), or drop it (all are counted by reason)."""
     limit: int | None = Field(default=None, gt=0)
     """Read only that many rows."""
+
+    def resolved(self, sources: Mapping[str, Sequence[str]], components: Any) -> StageConfig:
+        files = [Path(place) for place in sources.get("source", [])]
+        if self.format is not None or not files:
+            return self
+        # Only where it is needed: a recipe that names its formats reads no data to be planned.
+        from luthier_plugins.data.recognise import recognised
+
+        return self.model_copy(update={"format": recognised(files[0], components)})
 
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]

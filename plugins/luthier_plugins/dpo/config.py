@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from luthier.api import Field, PreferenceLossUse, PreferenceTrainingConfig
+from luthier.api import Field, ObjectiveUse, PreferenceTuningConfig
 
 
-class DpoConfig(PreferenceTrainingConfig):
+class DpoConfig(PreferenceTuningConfig):
     """Trains on preference pairs. The reference is `model` itself, its adapter included."""
 
-    beta: float = Field(default=0.1, gt=0)
-    """How strongly the model is held to the reference."""
-    loss: PreferenceLossUse = Field(default="sigmoid")  # type: ignore[assignment]
-    """The loss of a pair."""
+    objective: ObjectiveUse = Field(default="dpo")
+    """What training minimises."""
     learning_rate: float = Field(default=1e-6, gt=0)
-    """The peak learning rate of AdamW."""
+    """The peak learning rate."""

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from luthier.api import Facts, StageContext
-from luthier.training.preference import tune_on_pairs
+from luthier.api import Facts, Stage
+from luthier.training.tuning import tune
 from luthier_plugins.dpo.config import DpoConfig
 
 
-class Dpo:
+class Dpo(Stage[DpoConfig]):
     """The stage ``dpo``."""
 
-    def __init__(self, config: DpoConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        return tune_on_pairs(context.component(self.config.loss), self.config.beta, self.config, context)
+    def run(self) -> Facts:
+        return tune(self.config, self.context)

@@ -7,7 +7,18 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, Gate, Input, MetricUse, NotIdentity, OneOrMany, StageConfig, other_formats
+from luthier.api import (
+    DatasetInput,
+    Field,
+    Gate,
+    Input,
+    MetricConfig,
+    MetricUse,
+    NotIdentity,
+    OneOrMany,
+    StageConfig,
+    schema_problems,
+)
 from luthier.api.artifact import ArtifactKind
 from pydantic import field_validator, model_validator
 
@@ -35,8 +46,8 @@ class EvaluateConfig(StageConfig):
     """Others to show beside it, such as the untuned base; one name, or a list."""
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
-    metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
-    """What to measure; one metric, or a list of different ones."""
+    metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)
+    """What to measure; one metric, or a list. One metric may stand there twice, with other settings and a `name`."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
     max_new_tokens: int = Field(default=128, gt=0)
@@ -44,6 +55,11 @@ class EvaluateConfig(StageConfig):
     require: Annotated[dict[str, str], NotIdentity()] = {}
     """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
     `against`, as ``exact_match: ">= merged - 0.05"``."""
+
+    @property
+    def names(self) -> list[str]:
+        """What reports and gates call the metrics."""
+        return [(use.config.name if isinstance(use.config, MetricConfig) else None) or use.name for use in self.metrics]
 
     @field_validator("require")
     @classmethod
@@ -55,12 +71,10 @@ class EvaluateConfig(StageConfig):
 
     @model_validator(mode="after")
     def _requirements_fit(self) -> EvaluateConfig:
-        names = [use.name for use in self.metrics]
+        names = self.names
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(
-                f"the metric '{twice[0]}' stands twice: measure it with other settings in a stage of its own"
-            )
+            raise ValueError(f"two metrics are called '{twice[0]}': give one another `name`")
         for name in self.require:
             if name not in names:
                 raise ValueError(f"`require` names {name}, which is not among `metrics` ({', '.join(names)})")
@@ -75,8 +89,8 @@ class EvaluateConfig(StageConfig):
             return ["`variant` names a file of an export, but the model is none: leave it out"]
         return []
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        found = other_formats("evaluate", inputs, ("messages",))
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        found = schema_problems("evaluate", inputs, ("messages", "preference"))
         for facts in inputs.get("data", []):
             if not facts["rows"].get("test"):
                 found.append("the data has no split 'test': give its stage `split: {test: 0.1}`")

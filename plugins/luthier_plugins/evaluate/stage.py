@@ -3,104 +3,151 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from luthier.api import Artifact, DataError, Exporter, Facts, Metric, Row, StageContext
+from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage
 from luthier.artifacts.datasets import require_split
-from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
-from luthier.modeling.measure import items_of, predictions_of
+from luthier.artifacts.rows import prompt_of
+from luthier.modeling.generate import TransformersGenerator
+from luthier.modeling.samples import asked, measured, samples_of
 from luthier_plugins.evaluate.config import EvaluateConfig
 
 
-class Evaluate:
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """One model: what metrics see of it, by their names."""
+
+    artifact: Artifact
+    samples: Mapping[str, Sequence[Sample]]
+
+
+class Evaluate(Stage[EvaluateConfig]):
     """The stage ``evaluate``."""
 
-    def __init__(self, config: EvaluateConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        rows = require_split(context.input("data"), "test")
-        if self.config.by is not None and self.config.by not in rows[0]:
-            raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
-        alone = sum(len(row["messages"]) < 2 for row in rows)
-        if alone:
-            raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
-        metrics: dict[str, Metric] = {use.name: context.component(use) for use in self.config.metrics}
-        facts = self._measure("model", context.input("model"), rows, metrics, context)
-        facts["against"] = [
-            self._measure(f"against-{place}", artifact, rows, metrics, context)
-            for place, artifact in enumerate(context.inputs("against"), 1)
-        ]
+    def run(self) -> Facts:
+        rows = self._rows()
+        metrics: dict[str, Metric[Any]] = {}
+        for use, name in zip(self.config.metrics, self.config.names, strict=True):
+            metrics[name] = self.context.build(use)
+        lonely = [name for name, metric in metrics.items() if metric.needs.baseline and not self.config.against]
+        if lonely:
+            raise DataError(f"the metric '{lonely[0]}' compares with another model", hint="name one under `against`")
+        artifacts = [self.context.artifact(self.config.model), *self.context.artifacts(self.config.against)]
+        roles = ["model", *(f"against-{place}" for place in range(1, len(artifacts)))]
+        models = [self._measured(role, item, rows, metrics) for role, item in zip(roles, artifacts, strict=True)]
+        baseline = models[1] if len(models) > 1 else None
+        found = [self._facts(role, model, baseline, rows, metrics) for role, model in zip(roles, models, strict=True)]
+        facts: Facts = {
+            **found[0],
+            "against": found[1:],
+            "higher_is_better": {name: metric.higher_is_better for name, metric in metrics.items()},
+        }
         facts["table"] = _table(facts)
-        (context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
+        (self.context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
 
-    def _measure(
-        self, role: str, artifact: Artifact, rows: list[Row], metrics: dict[str, Metric], context: StageContext
+    def _rows(self) -> list[Row]:
+        rows = require_split(self.context.artifact(self.config.data), "test")
+        if self.config.by is not None and self.config.by not in rows[0]:
+            raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
+        alone = sum(not prompt_of(row) for row in rows)
+        if alone:
+            raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
+        return rows
+
+    def _measured(
+        self, role: str, artifact: Artifact, rows: Sequence[Row], metrics: Mapping[str, Metric[Any]]
+    ) -> _Measured:
+        """Ask one model everything that any metric needs, each once."""
+        self.context.log(f"measuring {artifact.manifest['stage']} on {len(rows)} rows")
+        needs = {name: metric.needs for name, metric in metrics.items()}
+        scoring = [name for name, need in needs.items() if need.token_logps or need.distributions]
+        if artifact.kind == "export" and scoring:
+            raise DataError(
+                f"an export answers, but tells no probabilities, which {', '.join(scoring)} needs",
+                hint="measure that on the model it was made from",
+            )
+        variant = self.config.variant if artifact.kind == "export" else None
+        with self.context.generator(artifact, variant) as generator:
+            answers = asked(generator, rows, needs.values(), self.config.max_new_tokens, self.context.seed)
+            logps, readers = [], []
+            if isinstance(generator, TransformersGenerator):
+                stops: list[int] = artifact.facts["stop_token_ids"]
+                folder = self.context.scratch / "distributions" / role
+                logps, readers = measured(
+                    generator.model, generator.tokenizer, rows, stops, list(needs.values()), folder
+                )
+        return _Measured(
+            artifact, {name: samples_of(rows, need, answers, logps, readers) for name, need in needs.items()}
+        )
+
+    def _facts(
+        self,
+        role: str,
+        model: _Measured,
+        baseline: _Measured | None,
+        rows: Sequence[Row],
+        metrics: Mapping[str, Metric[Any]],
     ) -> Facts:
-        context.log(f"measuring {artifact.manifest['stage']} on {len(rows)} rows")
-        items = self._items(role, artifact, rows, {metric.needs for metric in metrics.values()}, context)
-        scores = {name: metric.score(items[metric.needs]) for name, metric in metrics.items()}
-        context.metrics(scores, 0)
-        facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": scores}
+        """The scores of one model, and a file with what it answered and what each row contributed."""
+        scores = {name: self._score(name, metric, model, baseline, rows) for name, metric in metrics.items()}
+        values = {name: score.value for name, score in scores.items()}
+        self.context.metrics(values, 0)
+        self._write_rows(role, model, scores, rows)
+        artifact = model.artifact
+        facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": values}
         if artifact.kind == "export" and self.config.variant is not None:
             facts["variant"] = self.config.variant
         if self.config.by is not None:
-            facts["slices"] = {value: self._slice(value, rows, items, metrics) for value in self._values(rows)}
+            column = str(self.config.by)
+            facts["slices"] = {
+                value: {
+                    name: self._score(name, metric, model, baseline, rows, value).value
+                    for name, metric in metrics.items()
+                }
+                for value in sorted({str(row[column]) for row in rows})
+            }
         return facts
 
-    def _values(self, rows: list[Row]) -> list[str]:
-        return sorted({str(row[str(self.config.by)]) for row in rows})
-
-    def _slice(
-        self, value: str, rows: list[Row], items: dict[str, Sequence[Any]], metrics: dict[str, Metric]
-    ) -> dict[str, float]:
-        places = [place for place, row in enumerate(rows) if str(row[str(self.config.by)]) == value]
-        return {
-            name: metric.score([items[metric.needs][place] for place in places]) for name, metric in metrics.items()
-        }
-
-    def _items(
-        self, role: str, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
-    ) -> dict[str, Sequence[Any]]:
-        ask = self._ask_export if artifact.kind == "export" else self._ask_model
-        items: dict[str, Sequence[Any]] = ask(artifact, rows, needs, context)
-        if "predictions" in items:
-            lines = [json.dumps(asdict(item), ensure_ascii=False) for item in items["predictions"]]
-            (context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return items
-
-    def _ask_model(
-        self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
-    ) -> dict[str, Sequence[Any]]:
-        return items_of(
-            to_best_device(load_model(artifact)),
-            load_tokenizer(artifact),
-            rows,
-            needs,
-            artifact.facts["stop_token_ids"],
-            self.config.max_new_tokens,
-            progress=lambda done, total: context.progress(done, total, "answers"),
+    def _score(
+        self,
+        name: str,
+        metric: Metric[Any],
+        model: _Measured,
+        baseline: _Measured | None,
+        rows: Sequence[Row],
+        value: str | None = None,
+    ) -> Score:
+        """A metric over all rows, or over those of a slice."""
+        places = [place for place, row in enumerate(rows) if value is None or str(row[str(self.config.by)]) == value]
+        compared = baseline.samples[name] if baseline is not None and metric.needs.baseline else None
+        return metric.score(
+            [model.samples[name][place] for place in places],
+            None if compared is None else [compared[place] for place in places],
         )
 
-    def _ask_export(
-        self, artifact: Artifact, rows: list[Row], needs: set[str], context: StageContext
-    ) -> dict[str, Sequence[Any]]:
-        if "losses" in needs:
-            names = ", ".join(use.name for use in self.config.metrics)
-            raise DataError(
-                f"an export answers, but tells no token losses, which one of {names} needs",
-                hint="measure perplexity on the model it was made from",
-            )
-        exporter: Exporter = context.make("exporter", artifact.facts["format"])
-        with exporter.serve(artifact, self.config.variant, self.config.max_new_tokens) as program:
-            answers: list[str] = []
-            for answer in program.answer([row["messages"][:-1] for row in rows]):
-                context.progress(len(answers), len(rows), "answers")
-                answers.append(answer)
-        return {"predictions": predictions_of(rows, answers)}
+    def _write_rows(self, role: str, model: _Measured, scores: Mapping[str, Score], rows: Sequence[Row]) -> None:
+        for name, score in scores.items():
+            if len(score.by_row) != len(rows):
+                raise DataError(
+                    f"the metric '{name}' gave {len(score.by_row)} values for {len(rows)} rows", hint="tell its author"
+                )
+        lines: list[str] = []
+        for place in range(len(rows)):
+            samples = {name: found[place] for name, found in model.samples.items()}
+            first = next(iter(samples.values()))
+            about = {
+                "prompt": first.prompt,
+                "reference": first.reference,
+                "answers": {
+                    name: [item.text for item in sample.answers] for name, sample in samples.items() if sample.answers
+                },
+                "scores": {name: score.by_row[place] for name, score in scores.items()},
+            }
+            lines.append(json.dumps(about, ensure_ascii=False))
+        (self.context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _table(facts: Facts) -> Facts:

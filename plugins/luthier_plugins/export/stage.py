@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from luthier.api import Exporter, Facts, StageContext
+from typing import Any
+
+from luthier.api import Exporter, Facts, Stage
 from luthier_plugins.export.config import ExportConfig
 
 
-class Export:
+class Export(Stage[ExportConfig]):
     """The stage ``export``."""
 
-    def __init__(self, config: ExportConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        source = context.input("model")
-        exporter: Exporter = context.component(self.config.format)
-        facts = exporter.export(source, context)
+    def run(self) -> Facts:
+        source = self.context.artifact(self.config.model)
+        exporter: Exporter[Any] = self.context.build(self.config.format)
+        facts = exporter.export(source)
         carried = {name: source.facts[name] for name in ("architecture", "tokenizer", "chat_template", "stop_tokens")}
         return {**carried, "format": self.config.format.name, "model": source.key, **facts}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
-from luthier.api import Row
+from luthier.api import Format, Row, Schema
+from luthier.artifacts.rows import conversation
 from luthier_plugins.formats.config import MessagesConfig
-from luthier_plugins.formats.turns import checked_conversation
 
 
-class Messages:
+class Messages(Format[MessagesConfig]):
     """Conversations that end with the assistant."""
 
-    columns = ("messages",)
+    schema: ClassVar[Schema] = "messages"
 
-    def __init__(self, config: MessagesConfig) -> None:
-        self.field = config.field
+    def recognises(self, raw: Mapping[str, Any]) -> bool:
+        return self.config.field in raw
 
-    def parse(self, raw: Mapping[str, Any]) -> Row:
-        return {"messages": checked_conversation(raw.get(self.field), self.field)}
+    def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
+        yield {"messages": conversation(raw.get(self.config.field), self.config.field)}
+
+    def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
+        return {self.config.field, f"{self.config.field}.role", f"{self.config.field}.content"}

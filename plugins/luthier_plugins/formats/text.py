@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
-from luthier.api import DataError, Row
+from luthier.api import DataError, Format, Row, Schema
 from luthier_plugins.formats.config import TextConfig
 
 
-class Text:
+class Text(Format[TextConfig]):
     """Plain texts."""
 
-    columns = ("text",)
+    schema: ClassVar[Schema] = "text"
 
-    def __init__(self, config: TextConfig) -> None:
-        self.field = config.field
+    def recognises(self, raw: Mapping[str, Any]) -> bool:
+        return set(raw) >= {self.config.field} and isinstance(raw[self.config.field], str)
 
-    def parse(self, raw: Mapping[str, Any]) -> Row:
-        value = raw.get(self.field)
+    def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
+        value = raw.get(self.config.field)
         if not isinstance(value, str) or not value.strip():
-            raise DataError(f"has no text under '{self.field}'")
-        return {"text": value}
+            raise DataError(f"has no text under '{self.config.field}'")
+        yield {"text": value}

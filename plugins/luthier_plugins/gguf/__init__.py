@@ -14,3 +14,11 @@ def luthier_components() -> list[Component]:
             impl="luthier_plugins.gguf.exporter:Gguf",
         )
     ]
+
+
+@hookimpl
+def luthier_gguf_architectures() -> dict[str, str]:
+    # Late: only who exports pays for their module.
+    from luthier_plugins.gguf.architectures import ARCHITECTURES
+
+    return ARCHITECTURES

@@ -5,17 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from luthier.api import Artifact, Facts, ModelError, StageContext, Teacher
+from luthier.api import Artifact, Exporter, Facts, ModelError, StageContext
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, read_json
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
 from luthier.modeling.loading import fold, full_weights, load_model, load_tokenizer, to_best_device
+from luthier.modeling.quantizing import refuse_quantized
 from luthier.modeling.text import encode_prompt
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
@@ -28,6 +29,7 @@ from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.tokenizer import spaced_in
 from luthier_plugins.gguf.write import Source
 
+ARCHITECTURES = "gguf_architectures"
 CHECK_CONTEXT = 512
 SERVED_CONTEXT = 4096
 OWN_TEXTS = 50
@@ -39,27 +41,29 @@ BLOCK = 512
 """Tokens that the model is shown at once."""
 
 
-class Gguf:
+class Gguf(Exporter[GgufConfig]):
     """Writes GGUF files and proves each of them in llama.cpp."""
 
-    def __init__(self, config: GgufConfig) -> None:
-        self.config = config
+    serves: ClassVar[bool] = True
 
-    def export(self, model: Artifact, context: StageContext) -> Facts:
+    def export(self, model: Artifact) -> Facts:
+        context = self.context
+        refuse_quantized(model, "written as GGUF, which has types of its own")
         if self.config.adapter:
-            return self._export_adapter(model, context)
-        weights = full_weights(model, context.work / "folded")
+            return self._export_adapter(model)
+        weights = full_weights(model, context.scratch / "folded")
         if self.config.converter is not None:
-            return self._convert(model, weights, context)
+            return self._convert(model, weights)
+        architectures = context.collected(ARCHITECTURES)
         with ExitStack() as stack:
-            source = Source(weights, stack)
+            source = Source(weights, stack, architectures)
             source.override(self.config.overrides)
             check_disk_space(
                 context.out, sum(map(source.bytes, self.config.types)), f"{len(self.config.types)} GGUF files"
             )
             for file_type in self.config.types:
                 _warn_of_fallbacks(source, file_type, context)
-            tokenizer, data = load_tokenizer(model), self._data(model, context)
+            tokenizer, data = load_tokenizer(model), self._data(model)
             blocks = self._blocks(tokenizer, data) if self.config.wants_imatrix else []
             loaded = to_best_device(fold(load_model(model)))
             facts: Facts = {"imatrix": _weigh(source, loaded, blocks, context)} if blocks else {}
@@ -80,7 +84,7 @@ class Gguf:
                 )
             files: dict[str, Facts] = {}
             for file_type in self.config.types:
-                path = context.work / f"model-{file_type}.gguf"
+                path = context.scratch / f"model-{file_type}.gguf"
                 for done in source.write(path, file_type, model.key[:12]):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
                 verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
@@ -94,12 +98,11 @@ class Gguf:
                 "context_length": source.context_length,
                 "stop_token_ids": model.facts["stop_token_ids"],
             }
-        return self._finish(model, tokenizer, data, facts, context)
+        return self._finish(model, tokenizer, data, facts)
 
-    def _data(self, model: Artifact, context: StageContext) -> list[Artifact]:
+    def _data(self, model: Artifact) -> list[Artifact]:
         """The calibration data: what is named, or what the model was tuned on."""
-        named = self.config.calibration is not None
-        return context.inputs("format.calibration") if named else tuned_on(model)
+        return self.context.artifacts([self.config.calibration]) if self.config.calibration else tuned_on(model)
 
     def _blocks(self, tokenizer: Any, data: Sequence[Artifact]) -> list[list[int]]:
         """What the importances are computed on.
@@ -117,8 +120,9 @@ class Gguf:
             texts_of(data, tokenizer), tokenizer, wanted or CALIBRATION_TOKENS, BLOCK, exactly=wanted is not None
         )
 
-    def _export_adapter(self, model: Artifact, context: StageContext) -> Facts:
+    def _export_adapter(self, model: Artifact) -> Facts:
         """Write the adapter alone, and check it on its base in llama.cpp."""
+        context = self.context
         if model.kind != "adapter":
             raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
         loaded, tokenizer, stops = (
@@ -126,13 +130,13 @@ class Gguf:
             load_tokenizer(model),
             model.facts["stop_token_ids"],
         )
-        path, base = context.work / "adapter.gguf", context.work / "base-F16.gguf"
+        path, base = context.scratch / "adapter.gguf", context.scratch / "base-F16.gguf"
         with ExitStack() as stack:
-            source = Source(model.base.path, stack)
+            source = Source(model.base.path, stack, context.collected(ARCHITECTURES))
             count = write_lora(path, source, loaded, model.key[:12])
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
-        data = self._data(model, context)
+        data = self._data(model)
         expected = expected_of(
             loaded,
             tokenizer,
@@ -161,9 +165,10 @@ class Gguf:
         write_card(context.out, model, facts)
         return facts
 
-    def _convert(self, model: Artifact, weights: Path, context: StageContext) -> Facts:
+    def _convert(self, model: Artifact, weights: Path) -> Facts:
         """Have a script of the user's convert the model, and check what it wrote."""
-        script, path = context.source("format.converter"), context.work / "model-F16.gguf"
+        context = self.context
+        script, path = context.path(str(self.config.converter)), context.scratch / "model-F16.gguf"
         command = [sys.executable, str(script), str(weights), "--outfile", str(path), "--outtype", "f16"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         context.log(done.stdout + done.stderr)
@@ -175,7 +180,7 @@ class Gguf:
                 hint="its whole output is in the run's log",
             )
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
-        data = self._data(model, context)
+        data = self._data(model)
         expected = expected_of(
             to_best_device(load_model(model)),
             tokenizer,
@@ -187,29 +192,28 @@ class Gguf:
         files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
         length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
         facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}
-        return self._finish(model, tokenizer, data, facts, context)
+        return self._finish(model, tokenizer, data, facts)
 
-    def _finish(
-        self, model: Artifact, tokenizer: Any, data: Sequence[Artifact], facts: Facts, context: StageContext
-    ) -> Facts:
+    def _finish(self, model: Artifact, tokenizer: Any, data: Sequence[Artifact], facts: Facts) -> Facts:
         """Write what stands beside the files."""
+        context = self.context
         files: dict[str, Facts] = facts["files"]
         length: int = facts["context_length"]
         if self.config.serve:
             last = list(files.values())[-1]["file"]
             room = min(length, SERVED_CONTEXT)
-            with LlamaServer(context.out / last, context_length=room, limit=LIMIT) as server:
-                entries = entries_of(tokenizer, conversations_of(data), server.answer, room)
+            with LlamaServer(context.out / last, context_length=room) as server:
+                entries = entries_of(tokenizer, conversations_of(data), server, room)
             facts["serve"] = write_bundle(context.out, self.config.serve, last, length, entries, LIMIT)
         carry_licences(model.path, context.out)
         write_modelfile(context.out, files, tokenizer, model.facts, length)
         write_card(context.out, model, facts)
         return facts
 
-    def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
+    def open(self, export: Artifact, variant: str | None) -> LlamaServer:
         path, length = _file_of(export, variant), export.facts["context_length"]
         # A model made for very long contexts need not pay for all of it to answer short prompts.
-        return LlamaServer(path, context_length=min(length, SERVED_CONTEXT), limit=limit)
+        return LlamaServer(path, context_length=min(length, SERVED_CONTEXT))
 
     @contextmanager
     def listen(self, export: Artifact, variant: str | None, port: int) -> Generator[str]:

@@ -7,7 +7,8 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator as Yields
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -15,20 +16,19 @@ from typing import Any
 
 import numpy as np
 import xllamacpp
-from luthier.api import Message, ModelError
+from luthier.api import Completion, Generator, Message, ModelError, Request, Sampling
 
 SECONDS = 600
 # The wheel has no type stubs.
 llama: Any = xllamacpp
 
 
-class LlamaServer:
-    """A GGUF file, loaded in llama.cpp; a context manager, and a `luthier.api.Teacher`.
+class LlamaServer(Generator[Any]):
+    """A GGUF file, loaded in llama.cpp.
 
     Args:
         file: The GGUF file.
         context_length: The longest prompt and answer together, in tokens.
-        limit: The most tokens of an answer.
         port: Where it listens; 0 takes a free one.
         lora: An adapter to add.
         exact: Compute as exactly as llama.cpp can: keys and values in float32, a prompt in one piece; takes memory.
@@ -42,13 +42,11 @@ class LlamaServer:
         file: Path,
         *,
         context_length: int,
-        limit: int = 256,
         port: int = 0,
         lora: Path | None = None,
         exact: bool = False,
     ) -> None:
         self.file = file
-        self.limit = limit
         self._port = port
         self._lora = lora
         self._exact = exact
@@ -127,12 +125,25 @@ class LlamaServer:
         body = {"messages": list(messages), "add_generation_prompt": True}
         return self._post("/apply-template", body)["prompt"]
 
-    def answer(self, prompts: Sequence[Sequence[Message]]) -> Iterator[str]:
-        """Greedy answers to conversations, through ``/v1/chat/completions``, as a client would ask."""
-        for messages in prompts:
-            body = {"messages": list(messages), "temperature": 0, "max_tokens": self.limit, "cache_prompt": False}
-            reply = self._post("/v1/chat/completions", body)
-            yield reply["choices"][0]["message"]["content"] or ""
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
+        """Answers to conversations, through ``/v1/chat/completions``, as a client would ask."""
+        for messages in requests:
+            yield [self._completion(messages, sampling, number) for number in range(sampling.n)]
+
+    def _completion(self, messages: Request, sampling: Sampling, number: int) -> Completion:
+        body = {
+            "messages": list(messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed + number,
+            "max_tokens": sampling.max_new_tokens,
+            "cache_prompt": False,
+        }
+        reply = self._post("/v1/chat/completions", body)
+        choice: Any = reply["choices"][0]
+        reason = choice.get("finish_reason")
+        tokens: int | None = (reply.get("usage") or {}).get("completion_tokens")
+        return Completion(choice["message"]["content"] or "", tokens, reason if reason in ("stop", "length") else None)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """How many tokens a conversation is when a client asks with it."""
@@ -175,7 +186,7 @@ class LlamaServer:
 
 
 @contextmanager
-def _no_collections() -> Generator[None]:
+def _no_collections() -> Yields[None]:
     """A million objects come out of one reply: looking through them on the way takes longer than making them."""
     enabled = gc.isenabled()
     gc.disable()

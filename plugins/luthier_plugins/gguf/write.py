@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from luthier.api import ModelError
 from luthier.artifacts.models import TensorHeader, read_json, tensor_headers
-from luthier_plugins.gguf.architectures import Architecture, Planned, architecture_for
+from luthier_plugins.gguf.architectures import ARCHITECTURES, Architecture, Planned, architecture_for
 from luthier_plugins.gguf.config import FileType
 from luthier_plugins.gguf.kernels import prepare, size_in_bytes, to_type
 from luthier_plugins.gguf.mixes import (
@@ -58,16 +58,17 @@ class Source:
     Args:
         folder: Full-precision weights, ``config.json`` and tokenizer.
         stack: Keeps the safetensors files open as long as it is.
+        architectures: Converters as ``module:Class`` by the architecture's name; by default the built-in ones.
 
     Raises:
         ModelError: the architecture or the tokenizer cannot be exported, or the weights are quantized already.
     """
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, architectures: Mapping[str, str] | None = None) -> None:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.folder = folder
         self._headers = _floats(tensor_headers(folder), self.config, folder)
-        self.architecture: Architecture = architecture_for(self.config)
+        self.architecture: Architecture = architecture_for(self.config, architectures or ARCHITECTURES)
         self._files = {
             name: stack.enter_context(safe_open(folder / name, framework="pt"))
             for name in sorted({header.file for header in self._headers.values()})

@@ -2,187 +2,134 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, ModelError, Quantizer, StageContext, Teacher
+from luthier.api import Artifact, Exporter, Facts, Generator, ModelError
 from luthier.artifacts.digest import digest_file, files_in
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import carry_licences, chat_template, model_facts, read_json
-from luthier.modeling.calibration import texts_of, tuned_on
-from luthier.modeling.compare import Comparison, compared, sequences_of
-from luthier.modeling.generate import greedy_answers
+from luthier.artifacts.models import model_facts, read_json
+from luthier.modeling.calibration import tuned_on
+from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import full_weights, load_client, load_model, load_tokenizer, to_best_device
-from luthier.modeling.text import encode_prompt
+from luthier.modeling.loading import full_weights
+from luthier.modeling.quantizing import check_folder, quantize, write_folder_texts
+from luthier.modeling.weights import write_weights
 from luthier.serving.bundle import write_bundle
-from luthier_plugins.hf.compatible import generation_config, lost_in_version_4, model_config, tokenizer_config
 from luthier_plugins.hf.config import HfConfig
-from luthier_plugins.hf.weights import write_weights
 
-CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 UNTOLD = 4096
 """The context of a model that tells none."""
-FINER = (
-    "choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the model is for, "
-    "or raise `max_kl`"
-)
 LARGEST_KL = 0.01
 """In nats per token: what rounding to another dtype costs at most."""
-FEWEST = 0.5
-"""Bytes of a weight with four bits: what a quantized folder takes at least."""
 SUMS = "SHA256SUMS"
 SHARD = 2_000_000_000
 """The largest size of one file, in bytes, where nobody says."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class Hf:
+class Hf(Exporter[HfConfig]):
     """Writes a folder that every client loads, and compares it with the model."""
 
-    def __init__(self, config: HfConfig) -> None:
-        self.config = config
-
-    def export(self, model: Artifact, context: StageContext) -> Facts:
-        source = full_weights(model, context.work / "folded")
-        config = read_json(source / "config.json")
-        if config.get("quantization_config"):
-            raise ModelError(
-                "the model is quantized already",
-                where=str(source),
-                hint="its folder is what quantization made: serve it as it is",
-            )
-        data = context.inputs("format.calibration") if self.config.calibration else tuned_on(model)
-        parameters: int = model_facts(source)["parameters"]
-        if self.config.quantize is not None:
-            check_disk_space(context.out, int(FEWEST * parameters), "the quantized folder")
-            about, limit = self._quantized(model, source, data, context)
+    def export(self, model: Artifact) -> Facts:
+        data = self.context.artifacts([self.config.calibration]) if self.config.calibration else tuned_on(model)
+        if "quantization" in model.facts:
+            facts = self._as_it_is(model)
+        elif self.config.quantize is not None:
+            facts = self._quantized(model, data)
         else:
-            # A folded adapter is float32: its base's dtype is what the user thinks of.
-            about = {"dtype": self.config.dtype or DTYPES[model.facts["dtype"]]}
-            dtype: torch.dtype = getattr(torch, about["dtype"])
-            check_disk_space(context.out, dtype.itemsize * parameters, "the folder")
-            for done, total in write_weights(source, context.out, dtype, self.config.shard_size or SHARD):
-                context.progress(done, total, "tensors")
-            limit = LARGEST_KL
-        name: str = about.pop("dtype")
-        settings = {key: about[key] for key in ("quantization_config",) if key in about}
-        _dump(context.out / "config.json", model_config(config, name) | settings)
-        lost = lost_in_version_4(config)
-        if lost:
-            context.warn(lost)
-        self._texts(source, model, context.out)
-        loaded = replace(model, kind="model", path=context.out)
-        tokenizer, client = load_tokenizer(loaded), load_client(loaded, context.work / "floats")
-        verdict = self._compared(model, client, tokenizer, self.config.max_kl or limit, context)
-        stored = self.config.quantize.name if self.config.quantize else name
-        facts: Facts = {
-            **model_facts(context.out),
-            **verdict.facts(),
-            **about,
-            "parameters": parameters,
-            "files": {stored: {"file": ".", "dtype": name, "bytes": _size(context.out)}},
-            "context_length": config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD,
-            "stop_token_ids": model.facts["stop_token_ids"],
-        }
-        answers = partial(_answers, client, tokenizer, model.facts["stop_token_ids"], LIMIT, special=False)
+            facts = self._in_full(model)
+        config = read_json(self.context.out / "config.json")
+        facts["context_length"] = config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD
+        facts["stop_token_ids"] = model.facts["stop_token_ids"]
         if self.config.serve:
-            entries = entries_of(tokenizer, conversations_of(data), answers, facts["context_length"])
-            if not entries:
-                context.warn("the model has no chat template: the golden file has no entries")
-            facts["serve"] = write_bundle(context.out, self.config.serve, ".", facts["context_length"], entries, LIMIT)
-        _card(context.out, model, facts, stored)
-        _sums(context.out)
+            facts["serve"] = self._bundle(model, data, facts["context_length"])
+        _card(self.context.out, model, facts, next(iter(facts["files"])))
+        _sums(self.context.out)
         return facts
 
-    def _quantized(
-        self, model: Artifact, source: Path, data: Sequence[Artifact], context: StageContext
-    ) -> tuple[Facts, float]:
-        """Have the quantizer write the weights: what it says of them, and how far off they may be."""
-        assert self.config.quantize is not None, "the caller asks first"
-        quantizer: Quantizer = context.component(self.config.quantize)
-        texts = texts_of(data, load_tokenizer(model)) if data else iter(())
-        full = replace(model, kind="model", path=source)
-        return quantizer.quantize(full, texts, context.out, context), quantizer.largest_kl
-
-    def _texts(self, source: Path, model: Artifact, out: Path) -> None:
-        """Everything but weights and config."""
-        for name in CARRIED:
-            if (source / name).exists():
-                shutil.copyfile(source / name, out / name)
-        carry_licences(source, out)
-        _dump(out / "tokenizer_config.json", tokenizer_config(source))
-        template = chat_template(source)
-        if template is not None:
-            (out / "chat_template.jinja").write_text(template, encoding="utf-8")
-        found = generation_config(source, model.facts["stop_token_ids"])
-        if found:
-            _dump(out / "generation_config.json", found)
-
-    def _compared(
-        self, model: Artifact, client: Any, tokenizer: Any, limit: float, context: StageContext
-    ) -> Comparison:
-        """Compare the written folder with the model.
-
-        Raises:
-            ModelError: it reads or thinks differently.
-        """
-        right = load_tokenizer(model)
-        sequences = sequences_of(right, tuned_on(model))
-        if sequences_of(tokenizer, tuned_on(model)) != sequences:
-            raise ModelError("the written tokenizer reads text differently", where=str(context.out))
-        verdict = compared(to_best_device(load_model(model)), client, sequences)
-        context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
-        if not verdict.kl <= limit:
+    def _as_it_is(self, model: Artifact) -> Facts:
+        """A model that the stage `quantize` made, or that came quantized: its folder is what servers load."""
+        if self.config.quantize is not None or self.config.dtype is not None or self.config.max_kl is not None:
             raise ModelError(
-                f"the folder does not behave like the model it came from: mean KL divergence {verdict.kl:.3g} nats, "
-                f"at most {limit:g} is expected",
-                hint=FINER if self.config.quantize else "store it as bfloat16 or float32",
+                f"the model is quantized already ({model.facts['quantization']['method']})",
+                where=str(model.path),
+                hint="it is written as it is: leave `quantize`, `dtype` and `max_kl` out",
             )
-        return verdict
+        for path in files_in(model.path):
+            if path.name not in ("manifest.json", "README.md", SUMS):
+                target = self.context.out / path.relative_to(model.path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        return _quantized_facts(dict(model.facts), self.context.out)
 
-    def serve(self, export: Artifact, variant: str | None, limit: int) -> AbstractContextManager[Teacher]:
-        return _loaded(export, limit)
+    def _quantized(self, model: Artifact, data: Sequence[Artifact]) -> Facts:
+        """The stages `quantize` and `export` in one."""
+        assert self.config.quantize is not None, "the caller asks first"
+        source = full_weights(model, self.context.scratch / "folded")
+        made = quantize(model, source, self.config.quantize, data, self.config.max_kl, self.context)
+        return _quantized_facts(made, self.context.out)
 
+    def _in_full(self, model: Artifact) -> Facts:
+        """The weights in one dtype."""
+        source = full_weights(model, self.context.scratch / "folded")
+        # A folded adapter is float32: its base's dtype is what the user thinks of.
+        name = self.config.dtype or DTYPES[model.facts["dtype"]]
+        dtype: torch.dtype = getattr(torch, name)
+        parameters: int = model_facts(source)["parameters"]
+        check_disk_space(self.context.out, dtype.itemsize * parameters, "the folder")
+        for done, total in write_weights(source, self.context.out, dtype, self.config.shard_size or SHARD):
+            self.context.progress(done, total, "tensors")
+        write_folder_texts(model, source, name, {}, self.context)
+        limit = LARGEST_KL if self.config.max_kl is None else self.config.max_kl
+        verdict = check_folder(model, limit, "store it as bfloat16 or float32", self.context)
+        files = {name: {"file": ".", "dtype": name, "bytes": _size(self.context.out)}}
+        return {**model_facts(self.context.out), **verdict.facts(), "parameters": parameters, "files": files}
 
-class _Client:
-    """The exported folder in transformers."""
+    def _bundle(self, model: Artifact, data: Sequence[Artifact], length: int) -> list[str]:
+        written = replace(model, kind="model", path=self.context.out)
+        with TransformersGenerator(written, self.context.scratch / "served", special=False) as client:
+            entries = entries_of(client.tokenizer, conversations_of(data), client, length)
+        if not entries:
+            self.context.warn("the model has no chat template: the golden file has no entries")
+        return write_bundle(self.context.out, self.config.serve, ".", length, entries, LIMIT)
 
-    def __init__(self, export: Artifact, limit: int, scratch: Path) -> None:
-        folder = replace(export, kind="model")
-        self._tokenizer = load_tokenizer(folder)
-        self._model = load_client(folder, scratch)
-        self._stops: list[int] = export.facts["stop_token_ids"]
-        self._limit = limit
-
-    def answer(self, prompts: Sequence[Sequence[Any]]) -> Iterator[str]:
-        """One answer per conversation."""
-        return _answers(self._model, self._tokenizer, self._stops, self._limit, prompts)
+    def open(self, export: Artifact, variant: str | None) -> AbstractContextManager[Generator[Any]]:
+        return _loaded(export)
 
 
 @contextmanager
-def _loaded(export: Artifact, limit: int) -> Iterator[Teacher]:
-    with tempfile.TemporaryDirectory() as scratch:
-        yield _Client(export, limit, Path(scratch) / "floats")
+def _loaded(export: Artifact) -> Iterator[Generator[Any]]:
+    """The exported folder in transformers."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        TransformersGenerator(replace(export, kind="model"), Path(scratch) / "floats") as generator,
+    ):
+        yield generator
 
 
-def _answers(
-    model: Any, tokenizer: Any, stops: list[int], limit: int, prompts: Any, *, special: bool = True
-) -> Iterator[str]:
-    ids = [encode_prompt(tokenizer, messages) for messages in prompts]
-    return greedy_answers(model, tokenizer, ids, stops, limit, special=special)
-
-
-def _dump(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _quantized_facts(facts: Facts, folder: Path) -> Facts:
+    """What an export says of a quantized model's folder."""
+    about: Facts = facts["quantization"]
+    stored = {
+        key: about[key]
+        for key in ("kl", "top1", "perplexity", "reference_perplexity", "positions", "texts", "layers", "calibration")
+        if key in about
+    }
+    dtype = facts.get("stored_as") or read_json(folder / "config.json").get("dtype")
+    files = {about["method"]: {"file": ".", "dtype": dtype, "bytes": _size(folder)}}
+    return {
+        **facts,
+        **stored,
+        "files": files,
+        "quantization_config": read_json(folder / "config.json")["quantization_config"],
+    }
 
 
 def _size(folder: Path) -> int:
@@ -191,6 +138,13 @@ def _size(folder: Path) -> int:
 
 def _card(folder: Path, model: Artifact, facts: Facts, dtype: str) -> None:
     stops = ", ".join(f"`{token}`" for token in model.facts.get("stop_tokens", [])) or "none"
+    compared = ""
+    if "kl" in facts:
+        compared = f"""
+The folder was read back and compared with the model, both computed in float32: the tokenizer reads
+{facts["texts"]} texts alike, the mean KL divergence over the whole vocabulary is {facts["kl"]:.2g} nats at
+{facts["positions"]:,} positions, and the best token is the same at {facts["top1"]:.1%} of them.
+"""
     (folder / "README.md").write_text(
         f"""---
 library_name: transformers
@@ -202,10 +156,7 @@ tags:
 
 Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters as {dtype}; context:
 {facts["context_length"]:,} tokens. It stops at: {stops}.
-
-The folder was read back and compared with the model, both computed in float32: the tokenizer reads
-{facts["texts"]} texts alike, the mean KL divergence over the whole vocabulary is {facts["kl"]:.2g} nats at
-{facts["positions"]:,} positions, and the best token is the same at {facts["top1"]:.1%} of them.
+{compared}
 `{SUMS}` has the digests of all files.
 """,
         encoding="utf-8",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from luthier.api import DatasetInputs, Field, StageConfig, other_formats
+from luthier.api import DatasetInputs, Field, StageConfig, schema_problems
 from luthier.api.artifact import ArtifactKind
 from pydantic import model_validator
 
@@ -38,8 +38,8 @@ class InitConfig(StageConfig):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """The dtype of the stored weights; training computes in fp32."""
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        return other_formats("init", inputs, ("text", "messages"))
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return schema_problems("init", inputs, ("text", "messages", "preference", "labelled"))
 
     @model_validator(mode="after")
     def _heads_fit(self) -> InitConfig:

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from luthier.api import Facts, StageContext
+from luthier.api import Facts, Stage
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.models import model_facts
+from luthier.artifacts.rows import texts_of
 from luthier_plugins.init.config import InitConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,14 +26,12 @@ SPLIT = (
 )
 
 
-class Init:
+class Init(Stage[InitConfig]):
     """The stage ``init``."""
 
-    def __init__(self, config: InitConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        tokenizer = self._tokenizer(context)
+    def run(self) -> Facts:
+        context = self.context
+        tokenizer = self._tokenizer()
         torch.manual_seed(context.seed)
         model = LlamaForCausalLM(self._model_config(tokenizer)).to(getattr(torch, self.config.dtype))
         stop: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)
@@ -41,7 +40,7 @@ class Init:
         tokenizer.save_pretrained(context.out)
         return model_facts(context.out)
 
-    def _tokenizer(self, context: StageContext) -> PreTrainedTokenizerFast:
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
         bpe: Any = Tokenizer(models.BPE())
         bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -56,7 +55,7 @@ class Init:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        bpe.train_from_iterator(self._texts(context), trainer)
+        bpe.train_from_iterator(self._texts(), trainer)
         return PreTrainedTokenizerFast(
             tokenizer_object=bpe,
             eos_token=END_OF_TURN,
@@ -65,13 +64,10 @@ class Init:
             model_max_length=self.config.context_length,
         )
 
-    def _texts(self, context: StageContext) -> Iterator[str]:
-        for dataset in context.inputs("data"):
+    def _texts(self) -> Iterator[str]:
+        for dataset in self.context.artifacts(self.config.data):
             for row in require_split(dataset, "train"):
-                if "text" in row:
-                    yield row["text"]
-                for message in row.get("messages", []):
-                    yield message["content"]
+                yield from texts_of(row)
 
     def _model_config(self, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         stop: Any = tokenizer.convert_tokens_to_ids(END_OF_TURN)

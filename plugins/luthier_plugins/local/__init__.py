@@ -9,8 +9,8 @@ def luthier_components() -> list[Component]:
         Component(
             kind="executor",
             name="local",
-            summary="A worker process on this machine",
+            summary="Worker processes on this machine",
             config="luthier_plugins.local.config:LocalConfig",
-            impl="luthier_plugins.local.launch:Local",
+            impl="luthier_plugins.local.executor:Local",
         )
     ]

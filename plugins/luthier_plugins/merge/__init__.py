@@ -4,17 +4,18 @@ from luthier.api import Component, hookimpl
 
 PACKAGE = "luthier_plugins.merge"
 STAGES = (
-    ("merge", "Merge models of one architecture, in a stream", "luthier.merging.config:MergeConfig", "stage:MergeStage", 1),
+    ("merge", "Merge models of one architecture, in a stream",
+     "luthier.merging.config:MergeConfig", "stage:MergeStage", 1),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
-     "luthier_plugins.merge.adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
+     f"{PACKAGE}.adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
-     "luthier_plugins.merge.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
-    ("moe", "A mixture of experts out of dense models", "luthier_plugins.merge.moe.config:MoeConfig", "moe.stage:Moe", 1),
+     f"{PACKAGE}.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
+    ("moe", "A mixture of experts out of dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
-     "luthier_plugins.merge.search.config:SearchConfig", "search.stage:Search", 1),
-    ("diff", "Compare models parameter by parameter", "luthier_plugins.merge.diff.config:DiffConfig", "diff.stage:Diff", 1),
+     f"{PACKAGE}.search.config:SearchConfig", "search.stage:Search", 1),
+    ("diff", "Compare models parameter by parameter", f"{PACKAGE}.diff.config:DiffConfig", "diff.stage:Diff", 1),
 )  # fmt: skip
-"""Name, summary, config class, the module and class that do the work, and their revision."""
+"""Name, summary, config class, the module and class that do the work, and the revision of each."""
 
 
 @hookimpl
@@ -24,8 +25,8 @@ def luthier_components() -> list[Component]:
             kind="stage",
             name=name,
             summary=summary,
-            config=f"luthier_plugins.merge.{config}",
-            impl=f"luthier_plugins.merge.{impl}",
+            config=config,
+            impl=f"{PACKAGE}.{impl}",
             revision=revision,
         )
         for name, summary, config, impl, revision in STAGES

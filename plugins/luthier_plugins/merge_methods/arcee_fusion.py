@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import ArceeFusionConfig
 from luthier_plugins.merge_methods.selection import largest
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 TINY = 1e-8
 
 
-class ArceeFusion:
+class ArceeFusion(MergeMethod[ArceeFusionConfig]):
     """Takes over the entries whose importance is an outlier, base elsewhere (Arcee 2024, MergeKit 0.1's Arcee Fusion).
 
     An entry's importance is |theta - base| times the divergence KL(softmax(theta) || softmax(base)) of its row; it is
@@ -21,8 +21,6 @@ class ArceeFusion:
     """
 
     granularity: ClassVar[Granularity] = "statistics"
-
-    def __init__(self, config: ArceeFusionConfig) -> None: ...
 
     def measure(self, scan: Scan) -> float:
         entries = 1

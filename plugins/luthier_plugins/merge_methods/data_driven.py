@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Artifact, DataError, ModelError, StageContext
+from luthier.api import Artifact, Context, DataError, ModelError
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.models import tensor_headers
-from luthier.merging.api import Granularity, MergePart
+from luthier.artifacts.rows import conversations
+from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import DataMethodConfig, FisherConfig, RegmeanConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,17 +19,17 @@ from torch import Tensor, nn
 Prepared = list[Mapping[str, Path]]
 
 
-def _rows(config: DataMethodConfig, model: Artifact, context: StageContext) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(config: DataMethodConfig, model: Artifact, context: Context) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels, each of shape (1, tokens), of the first rows of the data."""
     from luthier.modeling.loading import load_tokenizer
     from luthier.modeling.text import encode_conversation, encode_text
 
     tokenizer = load_tokenizer(model)
-    for row in require_split(context.input("method.data"), "train")[: config.rows]:
-        if "messages" in row:
-            encoded = encode_conversation(tokenizer, row["messages"], model.facts["stop_token_ids"])
-        elif "text" in row:
+    for row in require_split(context.artifact(config.data), "train")[: config.rows]:
+        if "text" in row:
             encoded = encode_text(tokenizer, row["text"])
+        elif talks := conversations(row):
+            encoded = encode_conversation(tokenizer, talks[0], model.facts["stop_token_ids"])
         else:
             raise DataError("this method looks at conversations or texts", hint="give `method.data` one of these")
         ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
@@ -52,27 +53,24 @@ def _average(part: MergePart) -> Tensor:
     return merged
 
 
-class Fisher:
+class Fisher(MergeMethod[FisherConfig]):
     """sum_i w_i F_i theta_i / sum_i w_i F_i with F_i the diagonal of model i's empirical Fisher information: the mean
     over rows of the squared gradient of the row's loss (Matena and Raffel 2021, arXiv:2111.09832, equation 6).
     """
 
     granularity: ClassVar[Granularity] = "elementwise"
 
-    def __init__(self, config: FisherConfig) -> None:
-        self.config = config
+    def prepare(self, models: Sequence[Artifact]) -> Prepared:
+        return [self._of(model, place) for place, model in enumerate(models)]
 
-    def prepare(self, context: StageContext, models: Sequence[Artifact]) -> Prepared:
-        return [self._of(model, place, context) for place, model in enumerate(models)]
-
-    def _of(self, model: Artifact, place: int, context: StageContext) -> Mapping[str, Path]:
-        context.log(f"Fisher information of {model.manifest.get('stage')}")
+    def _of(self, model: Artifact, place: int) -> Mapping[str, Path]:
+        self.context.log(f"Fisher information of {model.manifest.get('stage')}")
         network = _full(model)
         parameters = dict(network.named_parameters())
         totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         count = 0
-        for ids, labels in _rows(self.config, model, context):
-            context.progress(count, self.config.rows, "rows")
+        for ids, labels in _rows(self.config, model, self.context):
+            self.context.progress(count, self.config.rows, "rows")
             network.zero_grad()
             network(input_ids=ids, labels=labels).loss.backward()
             for name, parameter in parameters.items():
@@ -85,7 +83,7 @@ class Fisher:
             for name, parameter in parameters.items():
                 parameter.copy_(totals[name] / count)
         # Written as the model itself would be, the entries lie where its weights lie, those of experts in tensors too.
-        folder = context.work / f"fisher-{place}"
+        folder = self.context.scratch / f"fisher-{place}"
         network.save_pretrained(folder)
         return {name: folder / header.file for name, header in tensor_headers(folder).items()}
 
@@ -104,26 +102,23 @@ class Fisher:
         return top / bottom
 
 
-class Regmean:
+class Regmean(MergeMethod[RegmeanConfig]):
     """(sum_i w_i G_i)^-1 (sum_i w_i G_i W_i) for the linear layers, G_i the inner products of model i's inputs to the
     layer, off their diagonal times `alpha` (Jin et al. 2022, arXiv:2212.09849, equation 2); the rest is averaged.
     """
 
     granularity: ClassVar[Granularity] = "matrix"
 
-    def __init__(self, config: RegmeanConfig) -> None:
-        self.config = config
+    def prepare(self, models: Sequence[Artifact]) -> Prepared:
+        return [self._of(model, place) for place, model in enumerate(models)]
 
-    def prepare(self, context: StageContext, models: Sequence[Artifact]) -> Prepared:
-        return [self._of(model, place, context) for place, model in enumerate(models)]
-
-    def _of(self, model: Artifact, place: int, context: StageContext) -> Mapping[str, Path]:
+    def _of(self, model: Artifact, place: int) -> Mapping[str, Path]:
         """A file with the inner products of each layer's inputs: (in, in), or (1, in, in) where the layer keeps its
         weight as (in, out), as GPT-2 does.
         """
         from transformers.pytorch_utils import Conv1D
 
-        context.log(f"inputs of the linear layers of {model.manifest.get('stage')}")
+        self.context.log(f"inputs of the linear layers of {model.manifest.get('stage')}")
         network = _full(model)
         products: dict[str, Tensor] = {}
 
@@ -142,13 +137,13 @@ class Regmean:
                 module.register_forward_pre_hook(watch(f"{name}.weight"))
         count = 0
         with torch.no_grad():
-            for ids, _ in _rows(self.config, model, context):
-                context.progress(count, self.config.rows, "rows")
+            for ids, _ in _rows(self.config, model, self.context):
+                self.context.progress(count, self.config.rows, "rows")
                 network(input_ids=ids)
                 count += 1
         if not count:
             raise DataError("the data has no row with more than one token")
-        path = context.work / f"gram-{place}.safetensors"
+        path = self.context.scratch / f"gram-{place}.safetensors"
         save_file({name: (total / count).contiguous() for name, total in products.items()}, path)
         return dict.fromkeys(products, path)
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from luthier.merging.api import Granularity, MergePart
+from luthier.api import Context
+from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import LinearConfig
 from torch import Tensor
 
 
-class Linear:
+class Linear(MergeMethod[LinearConfig]):
     """theta = sum_i w_i theta_i, over sum_i w_i when normalized (Wortsman et al. 2022, arXiv:2203.05482)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
 
-    def __init__(self, config: LinearConfig) -> None:
+    def __init__(self, config: LinearConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.normalize = config.normalize
 
     def merge(self, part: MergePart) -> Tensor:

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import ModelError
-from luthier.merging.api import Granularity, MergePart, ModelSetting, PerModel
+from luthier.api import Context, ModelError
+from luthier.merging.api import Granularity, MergeMethod, MergePart, ModelSetting, PerModel
 from luthier_plugins.merge_methods.config import MergekitConfig
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -25,7 +25,7 @@ DRAWN = 16
 """Numbers of each model that make the seed for a parameter."""
 
 
-class Mergekit:
+class Mergekit(MergeMethod[MergekitConfig]):
     """Hands each parameter to mergekit's own method, third-party ones included; reading and writing stay ours.
 
     The models' weights go along as mergekit's parameter ``weight`` where the method has one.
@@ -33,7 +33,8 @@ class Mergekit:
 
     granularity: ClassVar[Granularity] = "matrix"
 
-    def __init__(self, config: MergekitConfig) -> None:
+    def __init__(self, config: MergekitConfig, context: Context) -> None:
+        super().__init__(config, context)
         library: Any = import_module("mergekit.merge_methods")
         if config.module is not None:
             try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import combinations
 
 import torch
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.api import Context
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import ModelStockConfig
 from luthier_plugins.merge_methods.gram import from_base, gram
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 SINGULAR = 1e-6
 
 
-class ModelStock:
+class ModelStock(MergeMethod[ModelStockConfig]):
     """t * mean_i theta_i + (1 - t) * base, with t = k cos / (1 + (k - 1) cos) for k models whose task vectors
     are at the mean angle arccos(cos) to each other (Jang et al. 2024, arXiv:2403.19522, equation 2).
 
@@ -22,7 +23,8 @@ class ModelStock:
 
     granularity: Granularity = "statistics"
 
-    def __init__(self, config: ModelStockConfig) -> None:
+    def __init__(self, config: ModelStockConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.granularity = "elementwise" if config.filter_wise else "statistics"
 
     def measure(self, scan: Scan) -> Tensor:

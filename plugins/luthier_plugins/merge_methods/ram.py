@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from luthier.merging.api import Granularity, MergedParameter, MergePart, Scan, leaves
+from luthier.api import Context
+from luthier.merging.api import Granularity, MergedParameter, MergeMethod, MergePart, Scan, leaves
 from luthier_plugins.merge_methods.config import RamConfig
 from torch import Tensor
 
 TINY = 1e-12
 
 
-class Ram:
+class Ram(MergeMethod[RamConfig]):
     """Averages the entries that several models changed and takes over those that one changed (arXiv:2601.13572).
 
     RAM+ multiplies what only one model changed with 1 + r min(rho, alpha), rho the ratio of the model's shared to its
@@ -19,7 +20,8 @@ class Ram:
 
     granularity: Granularity = "statistics"
 
-    def __init__(self, config: RamConfig) -> None:
+    def __init__(self, config: RamConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.config = config
         self.granularity = "statistics" if any(leaves(config.r)) else "elementwise"
 

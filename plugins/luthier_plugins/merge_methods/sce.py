@@ -5,21 +5,23 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.api import Context
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import SceConfig
 from luthier_plugins.merge_methods.selection import Cut, largest
 from luthier_plugins.merge_methods.sparsify import combine
 from torch import Tensor
 
 
-class Sce:
+class Sce(MergeMethod[SceConfig]):
     """Keeps the entries in which the task vectors vary most, weighs the models by their kept energy, and leaves out
     what disagrees with the elected sign (Wan et al. 2024, arXiv:2408.07990, section 3.3).
     """
 
     granularity: ClassVar[Granularity] = "statistics"
 
-    def __init__(self, config: SceConfig) -> None:
+    def __init__(self, config: SceConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.density = config.density
 
     def measure(self, scan: Scan) -> tuple[Cut | None, list[float]]:

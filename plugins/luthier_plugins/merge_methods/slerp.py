@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.api import Context
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import NuslerpConfig, SlerpConfig
 from luthier_plugins.merge_methods.gram import combined, from_base, gram, models_of
 from torch import Tensor
@@ -31,7 +32,7 @@ def cosine_of(products: Tensor) -> float:
     return max(-1.0, min(1.0, float(products[0, 1]) / size)) if size > 0 else 1.0
 
 
-class Slerp:
+class Slerp(MergeMethod[SlerpConfig]):
     """sin((1-t)W)/sin(W) a + sin(tW)/sin(W) b, W the angle between a and b (Shoemake 1985).
 
     The angle is that of the flattened parameters; collinear ones are interpolated linearly.
@@ -39,7 +40,8 @@ class Slerp:
 
     granularity: ClassVar[Granularity] = "statistics"
 
-    def __init__(self, config: SlerpConfig) -> None:
+    def __init__(self, config: SlerpConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.t = config.t
 
     def measure(self, scan: Scan) -> tuple[float, float]:
@@ -55,14 +57,15 @@ class Slerp:
         return torch.lerp(a, b, right) if left + right == 1 else torch.add(a * left, b, alpha=right)
 
 
-class Nuslerp:
+class Nuslerp(MergeMethod[NuslerpConfig]):
     """SLERP (Shoemake 1985) with t = w_2 / (w_1 + w_2), between task vectors where there is a base; by rows unless
     flattened.
     """
 
     granularity: Granularity = "statistics"
 
-    def __init__(self, config: NuslerpConfig) -> None:
+    def __init__(self, config: NuslerpConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.granularity = "statistics" if config.flatten else "elementwise"
 
     def measure(self, scan: Scan) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from luthier.merging.api import Granularity, MergePart
+from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import IsoCConfig, TsvMConfig
 from torch import Tensor
 
@@ -29,16 +29,13 @@ def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     )
 
 
-class IsoC:
+class IsoC(MergeMethod[IsoCConfig]):
     """base + scale * s U V^T, with U S V^T the sum of the task matrices and s the mean of S (Marczak et al. 2025,
     arXiv:2502.04959, section 4.1); directions in which nothing changed, as with adapters, are left alone. What is no
     matrix, and embeddings, is averaged.
     """
 
     granularity: ClassVar[Granularity] = "matrix"
-
-    def __init__(self, config: IsoCConfig) -> None:
-        self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "iso_c requires a base in its config"
@@ -55,16 +52,13 @@ class IsoC:
         return part.base + scale * mean[..., None, None] * ((u * there[..., None, :]) @ vh)
 
 
-class TsvM:
+class TsvM(MergeMethod[TsvMConfig]):
     """base + scale * U' S V'^T: each job's first singular vectors side by side, made orthogonal to each other by
     the nearest orthogonal matrices U' and V' (Gargiulo et al. 2025, arXiv:2412.00081, algorithm 1). What is no matrix,
     and embeddings, is averaged.
     """
 
     granularity: ClassVar[Granularity] = "matrix"
-
-    def __init__(self, config: TsvMConfig) -> None:
-        self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "tsv_m requires a base in its config"

@@ -9,8 +9,8 @@ import math
 from typing import ClassVar
 
 import torch
-from luthier.api import ModelError
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.api import Context, ModelError
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import KarcherConfig, MultislerpConfig
 from luthier_plugins.merge_methods.gram import combined, from_base, gram, models_of
 from torch import Tensor
@@ -18,14 +18,15 @@ from torch import Tensor
 TINY = 1e-8
 
 
-class Multislerp:
+class Multislerp(MergeMethod[MultislerpConfig]):
     """Maps the models' directions to the tangent space at their weighted mean, averages there, maps back (Goddard
     2024, "Multi-SLERP"); the length is the weighted mean of the lengths. With a base, of task vectors.
     """
 
     granularity: ClassVar[Granularity] = "statistics"
 
-    def __init__(self, config: MultislerpConfig) -> None:
+    def __init__(self, config: MultislerpConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.normalize = config.normalize
 
     def measure(self, scan: Scan) -> Tensor:
@@ -60,14 +61,15 @@ class Multislerp:
         return combined(part, from_base, part.found)
 
 
-class Karcher:
+class Karcher(MergeMethod[KarcherConfig]):
     """The point on the sphere with the least weighted sum of squared angles to the models' directions, by
     Riemannian gradient descent (Karcher 1977); the length is the weighted mean of the lengths.
     """
 
     granularity: ClassVar[Granularity] = "statistics"
 
-    def __init__(self, config: KarcherConfig) -> None:
+    def __init__(self, config: KarcherConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.steps = config.steps
         self.tolerance = config.tolerance
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from luthier.merging.api import Granularity, MergePart, Scan
+from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import (
     BreadcrumbsConfig,
     DareConfig,
     DellaConfig,
     TaskArithmeticConfig,
-    TiesConfig,
 )
 from luthier_plugins.merge_methods.sparsify import (
     by_chance,
@@ -22,13 +21,10 @@ from luthier_plugins.merge_methods.sparsify import (
 from torch import Tensor
 
 
-class TaskArithmetic:
+class TaskArithmetic(MergeMethod[TaskArithmeticConfig]):
     """base + scale * sum_i w_i (theta_i - base) (Ilharco et al. 2022, arXiv:2212.04089, section 2)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
-
-    def __init__(self, config: TaskArithmeticConfig) -> None:
-        self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
         return combine(
@@ -41,15 +37,12 @@ class TaskArithmetic:
         )
 
 
-class DareLinear:
+class DareLinear(MergeMethod[DareConfig]):
     """Task arithmetic on task vectors with entries dropped at random (Yu et al. 2023, arXiv:2311.03099)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
     suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = False
-
-    def __init__(self, config: DareConfig) -> None:
-        self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
         densities = part.place.values(self.config.density)
@@ -75,15 +68,12 @@ class DareTies(DareLinear):
     consensus: ClassVar[bool] = True
 
 
-class Della:
+class Della(MergeMethod[DellaConfig]):
     """Drops the small entries of a row more likely, then elects signs (Deep et al. 2024, arXiv:2406.11617)."""
 
     granularity: ClassVar[Granularity] = "elementwise"
     suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = True
-
-    def __init__(self, config: DellaConfig) -> None:
-        self.config = config
 
     def merge(self, part: MergePart) -> Tensor:
         place, config = part.place, self.config
@@ -110,7 +100,7 @@ class DellaLinear(Della):
     consensus: ClassVar[bool] = False
 
 
-class Ties:
+class Ties(MergeMethod[Any]):
     """Trim, elect signs, merge (Yadav et al. 2023, arXiv:2306.01708, sections 3.1 to 3.3).
 
     Each task vector keeps its `density` largest entries; per entry, the sign with the larger weighted mass wins; the
@@ -121,9 +111,6 @@ class Ties:
     granularity: ClassVar[Granularity] = "statistics"
     suits_gpu: ClassVar[bool] = True
     consensus: ClassVar[bool] = True
-
-    def __init__(self, config: TiesConfig | BreadcrumbsConfig) -> None:
-        self.config = config
 
     def gammas(self, scan: Scan) -> list[float]:
         """The share of each task vector's largest entries that is dropped."""

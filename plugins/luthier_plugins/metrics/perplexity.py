@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar
 
-from luthier.api import TokenLoss
+from luthier.api import Metric, Needs, Sample, Score
 from luthier_plugins.metrics.config import PerplexityConfig
 
 LARGEST = 700.0
 """The mean beyond which exp would overflow."""
 
 
-class Perplexity:
+class Perplexity(Metric[PerplexityConfig]):
     """exp(sum of -log p over all target tokens / their number)."""
 
-    needs: Literal["losses"] = "losses"
+    higher_is_better: ClassVar[bool] = False
 
-    def __init__(self, config: PerplexityConfig) -> None:
-        self.config = config
+    @property
+    def needs(self) -> Needs:
+        return Needs(token_logps=True)
 
-    def score(self, items: Sequence[TokenLoss]) -> float:
-        mean = sum(item.nll for item in items) / sum(item.tokens for item in items)
-        return math.exp(min(mean, LARGEST)) if not math.isnan(mean) else math.nan
+    def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
+        tokens = sum(len(item.logps) for item in samples)
+        value = _exp(-sum(sum(item.logps) for item in samples) / tokens)
+        return Score(value, [_exp(-sum(item.logps) / len(item.logps)) for item in samples])
+
+
+def _exp(mean: float) -> float:
+    return math.exp(min(mean, LARGEST)) if not math.isnan(mean) else math.nan

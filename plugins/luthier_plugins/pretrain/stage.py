@@ -3,41 +3,29 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from luthier.api import Facts, StageContext
-from luthier.artifacts.datasets import read_split, require_split
-from luthier.modeling.loading import load_model, load_tokenizer, save_model
-from luthier.modeling.text import Encoded, encode_text, packed, render
-from luthier.training.trainer import train_tokens
+from luthier.api import Facts, Row, Stage
+from luthier.modeling.text import encode_text, render
+from luthier.training.encoding import EncodedRow, packed_rows
+from luthier.training.tuning import run_training
 from luthier_plugins.pretrain.config import PretrainConfig
 
 
-class Pretrain:
+class Pretrain(Stage[PretrainConfig]):
     """The stage ``pretrain``."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
+    def run(self) -> Facts:
+        return run_training(self.config, self.context, self._blocks)
 
-    def run(self, context: StageContext) -> Facts:
-        source = context.input("model")
-        tokenizer = load_tokenizer(source)
-        datasets = context.inputs("data")
-        train = self._blocks([row for item in datasets for row in require_split(item, "train")], tokenizer, context)
-        held_out = [row for item in datasets for row in read_split(item, "validation")]
-        validation = self._blocks(held_out, tokenizer, context)
-        model = load_model(source)
-        facts = train_tokens(model, tokenizer, train, validation, self.config, context)
-        tokens = sum(len(block.input_ids) for block in train)
-        return {**save_model(model, source, context.out), "training": {**facts, "blocks": len(train), "tokens": tokens}}
+    def _blocks(self, tokenizer: Any, rows: Sequence[Row]) -> list[EncodedRow]:
+        shuffled = list(rows)
+        random.Random(self.context.seed).shuffle(shuffled)
+        return list(packed_rows(_documents(shuffled, tokenizer), self.config.max_length, tokenizer.eos_token_id))
 
-    def _blocks(self, rows: list[dict[str, Any]], tokenizer: Any, context: StageContext) -> list[Encoded]:
-        random.Random(context.seed).shuffle(rows)
-        return list(packed(self._documents(rows, tokenizer), self.config.max_length, tokenizer.eos_token_id))
 
-    @staticmethod
-    def _documents(rows: list[dict[str, Any]], tokenizer: Any) -> Iterator[list[int]]:
-        for row in rows:
-            text = row["text"] if "text" in row else render(tokenizer, row["messages"])
-            yield encode_text(tokenizer, text).input_ids
+def _documents(rows: Sequence[Row], tokenizer: Any) -> Iterator[list[int]]:
+    for row in rows:
+        text = row["text"] if "text" in row else render(tokenizer, row["messages"])
+        yield encode_text(tokenizer, text).input_ids

@@ -1,6 +1,13 @@
 """Weights with fewer bits, in the layouts that vLLM, TGI, SGLang and transformers load."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from luthier.api import Component, hookimpl
+
+if TYPE_CHECKING:
+    from luthier.api import ToolEnvironment
 
 METHODS = {
     "awq": ("4 bits in AutoAWQ's layout, for vLLM and TGI", "AwqConfig", "grouped:Awq"),
@@ -24,3 +31,11 @@ def luthier_components() -> list[Component]:
         )
         for name, (summary, config, impl) in METHODS.items()
     ]
+
+
+@hookimpl
+def luthier_tool_environments() -> list[ToolEnvironment]:
+    # Late: only who asks for tools pays for their module.
+    from luthier_plugins.quantizers.tools import AUTO_ROUND, TORCHAO
+
+    return [AUTO_ROUND, TORCHAO]

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Artifact, Facts, ModelError, StageContext
+from luthier.api import Artifact, Facts, ModelError, Quantizer
 from luthier.artifacts.models import tensor_headers
 from luthier.modeling.shards import ShardWriter, tensors_of
-from luthier_plugins.quantizers.config import Fp8Config, Int8Config
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
 from torch import Tensor
 
@@ -18,7 +17,7 @@ SHARD = 2_000_000_000
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
-class _Channels:
+class _Channels(Quantizer[Any]):
     """What both have in common."""
 
     kind: ClassVar[str]
@@ -26,11 +25,11 @@ class _Channels:
     dtype: ClassVar[torch.dtype]
     top: ClassVar[float]
 
-    def __init__(self, config: Int8Config | Fp8Config) -> None:
-        self.config = config
-        self.largest_kl = config.largest_kl
+    @property
+    def largest_kl(self) -> float:
+        return self.config.largest_kl
 
-    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; no data is needed."""
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
@@ -47,7 +46,7 @@ class _Channels:
                 writer.add(f"{name}_scale", scale)
             else:
                 writer.add(name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
-            context.progress(place, len(headers), "tensors")
+            self.context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("weight", "weight_scale"))
         return {

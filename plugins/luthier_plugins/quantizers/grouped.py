@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from luthier.api import Artifact, DataError, Facts, Interrupted, ModelError, StageContext
+from luthier.api import Artifact, Context, DataError, Facts, Interrupted, ModelError, Quantizer
 from luthier.artifacts.models import tensor_headers
 from luthier.modeling.calibration import blocks_of, digest_of
 from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
 from luthier.modeling.quantized import Grouped, to_awq, to_gptq
 from luthier.modeling.shards import ShardWriter, tensors_of
-from luthier.serving.environments import ENVIRONMENTS
+from luthier.serving.environments import python_of, run_script
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
 from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, kept_of, layers_of
 from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
+from luthier_plugins.quantizers.tools import AUTO_ROUND
 from safetensors import safe_open
 from torch import Tensor
 
@@ -30,18 +31,21 @@ SHARD = 2_000_000_000
 WORD = 32
 
 
-class _Grouped(ABC):
+class _Grouped(Quantizer[Any], ABC):
     """What both layouts have in common."""
 
     name: ClassVar[str]
     layout: ClassVar[Callable[[Grouped], dict[str, Tensor]]]
 
-    def __init__(self, config: AwqConfig | GptqConfig) -> None:
-        self.config = config
+    def __init__(self, config: AwqConfig | GptqConfig, context: Context) -> None:
+        super().__init__(config, context)
         self.grid = Grid(config.bits, config.group_size, config.symmetric)
-        self.largest_kl = config.largest_kl
 
-    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+    @property
+    def largest_kl(self) -> float:
+        return self.config.largest_kl
+
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; the facts have ``quantization_config``, ``layers`` and ``calibration``."""
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
@@ -52,7 +56,7 @@ class _Grouped(ABC):
         for name, tensor in tensors_of(model.path):
             in_half(tensor, name)
         if self.config.rounding == "auto-round":
-            return facts | self._by_auto_round(model, calibration, chosen, out, context)
+            return facts | self._by_auto_round(model, calibration, chosen, out)
         made: dict[str, dict[str, Tensor]] = {}
         dense = [name for name in chosen if not EXPERT.search(name)]
         if self.config.rounding == "gptq" and dense:
@@ -60,7 +64,7 @@ class _Grouped(ABC):
             facts["calibration"] = digest_of(blocks)
             loaded = to_best_device(load_model(model)).eval()
             for name, matrix in rounded_on_data(
-                loaded, dense, blocks, self.grid, lambda done, total: context.progress(done, total, "layers")
+                loaded, dense, blocks, self.grid, lambda done, total: self.context.progress(done, total, "layers")
             ):
                 made[name] = type(self).layout(matrix)
             del loaded
@@ -74,21 +78,19 @@ class _Grouped(ABC):
                     writer.add(f"{name.removesuffix('.weight')}.{part}", value)
             else:
                 writer.add(name, in_half(tensor, name))
-            context.progress(place, len(headers), "tensors")
+            self.context.progress(place, len(headers), "tensors")
         writer.close()
         check_done(out, chosen, tensor_headers(out), ("qweight", "qzeros", "scales"))
         return facts
 
-    def _by_auto_round(
-        self, model: Artifact, calibration: Iterable[str], chosen: list[str], out: Path, context: StageContext
-    ) -> Facts:
+    def _by_auto_round(self, model: Artifact, calibration: Iterable[str], chosen: list[str], out: Path) -> Facts:
         """Have auto-round write the weights, in its own environment."""
-        environment = ENVIRONMENTS["auto-round"]
+        context = self.context
         # Before anything is computed: it may not be there.
-        _ = environment.python
+        _ = python_of(AUTO_ROUND)
         blocks = self._blocks(model, calibration)
         headers = tensor_headers(model.path)
-        made, job = context.work / "auto-round", context.work / "job.json"
+        made, job = context.scratch / "auto-round", context.scratch / "job.json"
         values = {
             "model": str(model.path),
             "out": str(made),
@@ -102,7 +104,7 @@ class _Grouped(ABC):
         }
         job.write_text(json.dumps(values), encoding="utf-8")
         done = 0
-        for line in environment.lines(SCRIPT, [str(job)], context.work / "auto-round.log"):
+        for line in run_script(AUTO_ROUND, SCRIPT, [str(job)], context.scratch / "auto-round.log"):
             if "quantized " in line:
                 done += 1
                 context.progress(done, None, "blocks")

@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, StageContext
+from luthier.api import Artifact, Facts, Quantizer
 from luthier.artifacts.models import tensor_headers
 from luthier_plugins.quantizers.config import Nf4Config
 from luthier_plugins.quantizers.layers import check_done, layers_of
 
 
-class Nf4:
+class Nf4(Quantizer[Nf4Config]):
     """bitsandbytes quantizes while transformers loads, and transformers writes what it has."""
 
-    def __init__(self, config: Nf4Config) -> None:
-        self.config = config
-        self.largest_kl = config.largest_kl
+    @property
+    def largest_kl(self) -> float:
+        return self.config.largest_kl
 
-    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; no data is needed."""
         from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

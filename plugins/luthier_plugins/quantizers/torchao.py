@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.api import Artifact, Facts, Interrupted, StageContext
+from luthier.api import Artifact, Facts, Interrupted, Quantizer
 from luthier.artifacts.models import read_json, tensor_headers
-from luthier.serving.environments import ENVIRONMENTS
+from luthier.serving.environments import run_script
 from luthier_plugins.quantizers.channels import DTYPES
 from luthier_plugins.quantizers.config import TorchaoConfig, TorchaoType
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
+from luthier_plugins.quantizers.tools import TORCHAO
 
 SCRIPT = Path(__file__).with_name("torchao_script.py")
 CLASSES: Mapping[TorchaoType, str] = {
@@ -23,22 +24,22 @@ CLASSES: Mapping[TorchaoType, str] = {
 }
 
 
-class Torchao:
+class Torchao(Quantizer[TorchaoConfig]):
     """torchao's tensors as transformers writes them, made in an environment of their own.
 
     Where torchao is installed beside them, peft and trl import it, which makes every start a second slower.
     """
 
-    def __init__(self, config: TorchaoConfig) -> None:
-        self.config = config
-        self.largest_kl = config.largest_kl
+    @property
+    def largest_kl(self) -> float:
+        return self.config.largest_kl
 
-    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path, context: StageContext) -> Facts:
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; no data is needed."""
-        environment = ENVIRONMENTS["torchao"]
+        context = self.context
         headers = tensor_headers(model.path)
         chosen = layers_of(headers, self.config.skip)
-        made, job = context.work / "torchao", context.work / "job.json"
+        made, job = context.scratch / "torchao", context.scratch / "job.json"
         values = {
             "model": str(model.path),
             "out": str(made),
@@ -46,7 +47,7 @@ class Torchao:
             "skip": ["lm_head", *kept_of(headers, chosen)],
         }
         job.write_text(json.dumps(values), encoding="utf-8")
-        for _ in environment.lines(SCRIPT, [str(job)], context.work / "torchao.log"):
+        for _ in run_script(TORCHAO, SCRIPT, [str(job)], context.scratch / "torchao.log"):
             if context.stopping():
                 raise Interrupted("stopped on request")
         for path in made.glob("*.safetensors*"):

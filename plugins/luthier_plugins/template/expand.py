@@ -10,29 +10,29 @@ from typing import Any, cast
 from jinja2 import StrictUndefined, TemplateError
 from jinja2 import Template as Compiled
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from luthier.api import DataError, Row
+from luthier.api import Augmenter, Context, DataError, Row
 from luthier_plugins.template.config import LettersSlot, RangeSlot, TemplateConfig
 
 PATIENCE = 200
 """Draws in a row that bring nothing new, after which the templates count as exhausted."""
 
 
-class Template:
+class Template(Augmenter[TemplateConfig]):
     """The augmenter ``template``."""
 
-    def __init__(self, config: TemplateConfig) -> None:
-        self.config = config
+    def __init__(self, config: TemplateConfig, context: Context) -> None:
+        super().__init__(config, context)
         self._environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
         # Compiling a template takes a hundred times as long as rendering it.
         self._compiled: dict[str, Compiled] = {}
 
-    def rows(self, rows: Sequence[Row], seed: int) -> Iterator[Row]:
-        """Yield `count` different rows, drawn with `seed`.
+    def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Yield `count` different rows, drawn with the stage's seed.
 
         Raises:
             DataError: a template does not render, or there are fewer different rows than asked for.
         """
-        draw = random.Random(seed)
+        draw = random.Random(self.context.seed)
         seen: set[str] = set()
         failures = 0
         while len(seen) < self.config.count:

@@ -9,14 +9,14 @@ def luthier_components() -> list[Component]:
         Component(
             kind="tracker",
             name="jsonl",
-            summary="One file of JSON lines per stage, in the run's folder",
+            summary="A file of JSON lines for each stage and key",
             config="luthier_plugins.trackers.config:JsonlConfig",
             impl="luthier_plugins.trackers.jsonl:Jsonl",
         ),
         Component(
             kind="tracker",
             name="tensorboard",
-            summary="TensorBoard event files, in the run's folder",
+            summary="TensorBoard event files for each stage and key",
             config="luthier_plugins.trackers.config:TensorBoardConfig",
             impl="luthier_plugins.trackers.tensorboard:TensorBoard",
         ),

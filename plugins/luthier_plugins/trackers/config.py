@@ -6,8 +6,8 @@ from luthier.api import Config
 
 
 class JsonlConfig(Config):
-    """Writes ``metrics/<stage>.jsonl``."""
+    """Writes ``metrics.jsonl``, and ``run.json`` with what the stage was and how it ended."""
 
 
 class TensorBoardConfig(Config):
-    """Writes ``tensorboard/<stage>/``; look at it with ``tensorboard --logdir``."""
+    """Writes event files; look at them with ``tensorboard --logdir .luthier/tracking``."""

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import TextIO
+from dataclasses import asdict
+from typing import Any, TextIO
 
+from luthier.api import Context, Outcome, RunInfo, Tracker
 from luthier_plugins.trackers.config import JsonlConfig
 
 
-class Jsonl:
-    """One JSON object a step: the step and its metrics."""
+class Jsonl(Tracker[JsonlConfig]):
+    """One JSON object a step, with the step and its metrics; a resumed stage goes on in its file."""
 
-    def __init__(self, config: JsonlConfig) -> None:
+    def __init__(self, config: JsonlConfig, context: Context) -> None:
+        super().__init__(config, context)
         self._file: TextIO | None = None
+        self._run: RunInfo | None = None
 
-    def start(self, folder: Path, stage: str) -> None:
-        path = folder / "metrics" / f"{stage}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    def start(self, run: RunInfo) -> None:
+        self._run = run
+        self._describe({"outcome": "running"})
+        path = run.folder / "metrics.jsonl"
+        self._file = path.open("a" if run.resumed else "w", encoding="utf-8", buffering=1)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         assert self._file is not None, "a tracker is started before it logs"
         self._file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def finish(self) -> None:
+    def finish(self, outcome: Outcome, facts: Mapping[str, Any]) -> None:
         if self._file is not None:
             self._file.close()
+        self._describe({"outcome": outcome, "facts": dict(facts)})
+
+    def _describe(self, ending: Mapping[str, Any]) -> None:
+        assert self._run is not None, "a tracker is started before it is finished"
+        about = {**asdict(self._run), "folder": str(self._run.folder), **ending}
+        (self._run.folder / "run.json").write_text(json.dumps(about, indent=2), encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Field, Input, MergeUse, ModelInput, StageConfig
+from luthier.api import Field, Input, MergeMethodUse, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
 from luthier.merging.api import MergeMethodConfig
 from luthier.merging.config import settings_problems
@@ -32,7 +32,7 @@ class MergeAdaptersConfig(RankConfig):
     """The adapters."""
     weights: list[float] | None = None
     """One weight per adapter; 1 by default."""
-    method: MergeUse = Field(default="linear")  # type: ignore[assignment]
+    method: MergeMethodUse = Field(default="linear")
     """How the adapters' updates become one; task vectors are the updates themselves."""
     space: Literal["cat", "delta", "core"] = "cat"
     """Where they are merged. ``cat`` puts the factors side by side: exact, for `linear`. ``delta`` multiplies them
@@ -63,7 +63,7 @@ class MergeAdaptersConfig(RankConfig):
             raise ValueError("; ".join(problems))
         return self
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         facts = inputs.get("models", [])
         other = [str(item["adapter"]) for item in facts if item["adapter"] != "lora"]
         found = [

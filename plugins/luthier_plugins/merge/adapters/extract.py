@@ -6,7 +6,7 @@ import math
 from contextlib import ExitStack, closing
 from typing import Literal
 
-from luthier.api import Facts, ModelError, StageContext
+from luthier.api import Facts, ModelError, Stage
 from luthier.merging.check import check_stored, is_vocabulary
 from luthier.merging.files import DTYPES
 from luthier.merging.lowrank import TRANSPOSED, in_file
@@ -18,15 +18,15 @@ from luthier_plugins.merge.adapters.config import ExtractLoraConfig
 from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapter
 
 
-class ExtractLora:
+class ExtractLora(Stage[ExtractLoraConfig]):
     """The first singular vectors of tuned minus base, linear layer by linear layer."""
 
-    def __init__(self, config: ExtractLoraConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
+    def run(self) -> Facts:
+        context = self.context
         with ExitStack() as stack:
-            inputs = open_inputs([context.input("model")], context.input("base"), context, stack)
+            inputs = open_inputs(
+                [context.artifact(self.config.model)], context.artifact(self.config.base), context, stack
+            )
             tuned, base = inputs.models[0], inputs.base
             assert base is not None, "the config requires a base"
             check_stored(inputs, "compared")
@@ -39,8 +39,7 @@ class ExtractLora:
                 )
             turned = base.config.get("model_type") in TRANSPOSED
             modules = {
-                in_file(f"{module}.weight", base.headers): module
-                for module in linear_modules(full_of(context.input("base")).path)
+                in_file(f"{module}.weight", base.headers): module for module in linear_modules(full_of(context.artifact(self.config.base)).path)
             }
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}
@@ -72,7 +71,13 @@ class ExtractLora:
                 f"{len(left_out)} tensors differ that the adapter, of linear layers, does not hold, so their "
                 f"change is lost: {', '.join(left_out[:5])}"
             )
-        facts = write_adapter(context.out, factors, context.input("base"), context.input("model"), transposed=turned)
+        facts = write_adapter(
+            context.out,
+            factors,
+            context.artifact(self.config.base),
+            context.artifact(self.config.model),
+            transposed=turned,
+        )
         ranks = [pair[1].shape[0] for pair in factors.values()]
         return {
             **facts,

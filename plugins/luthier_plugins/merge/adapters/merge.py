@@ -8,10 +8,10 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from luthier.api import Artifact, Facts, ModelError, StageContext
+from luthier.api import Artifact, Facts, ModelError, Stage
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.artifacts.models import carry_licences, read_json, tensor_headers
-from luthier.merging.api import Merge, MergeMethodConfig
+from luthier.merging.api import MergeMethod, MergeMethodConfig
 from luthier.merging.files import DTYPES, Files
 from luthier.merging.layout import depth_of, layers_of
 from luthier.merging.lowrank import LowRank, Unfoldable
@@ -23,18 +23,16 @@ from luthier_plugins.merge.adapters.files import Factors, low_rank, write_adapte
 from torch import Tensor
 
 
-class MergeAdapters:
+class MergeAdapters(Stage[MergeAdaptersConfig]):
     """Merges the updates s B A, not the factors: the mean of products is not the product of means."""
 
-    def __init__(self, config: MergeAdaptersConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
-        artifacts = context.inputs("models")
+    def run(self) -> Facts:
+        context = self.context
+        artifacts = context.artifacts(self.config.models)
         base = artifacts[0].base
         headers = tensor_headers(base.path)
         contents = [content_of(artifact) for artifact in artifacts]
-        method: Merge = context.component(self.config.method)
+        method: MergeMethod[Any] = context.build(self.config.method)
         counts = layers_of(list(headers))
         factors: dict[str, Factors] = {}
         kept: list[float] = []
@@ -112,7 +110,9 @@ def _factors(adapter: LowRank, name: str, shape: Sequence[int], label: str) -> F
 class _Merge:
     """Merges one weight's updates."""
 
-    def __init__(self, config: MergeAdaptersConfig, method: Merge, name: str, depth: float, noise: Noise) -> None:
+    def __init__(
+        self, config: MergeAdaptersConfig, method: MergeMethod[Any], name: str, depth: float, noise: Noise
+    ) -> None:
         self.config = config
         self.method = method
         self.name = name
@@ -147,7 +147,7 @@ class _Merge:
         settings = self.config.method.config
         assert isinstance(settings, MergeMethodConfig), "checked when the config was read"
         # The updates are task vectors already: where a method wants a base, it is zero.
-        required = settings.base == "required" or getattr(self.method, "needs_base", False)
+        required = settings.base == "required" or self.method.needs_base
         base = torch.zeros_like(updates[0]) if required else None
         return merge_tensors(
             self.method, updates, self.weights, base, name=self.name, depth=self.depth, noise=self.noise

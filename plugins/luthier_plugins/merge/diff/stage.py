@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any
 
 import torch
-from luthier.api import Facts, StageContext
+from luthier.api import Facts, Stage
 from luthier.merging.api import MergedParameter, MergePart
 from luthier.merging.check import check_same
 from luthier.merging.files import DTYPES
@@ -21,16 +21,14 @@ from luthier_plugins.merge.diff.config import DiffConfig
 from torch import Tensor
 
 
-class Diff:
+class Diff(Stage[DiffConfig]):
     """Cosine, relative norm and sign agreement of each pair of models, or of their task vectors."""
 
-    def __init__(self, config: DiffConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
+    def run(self) -> Facts:
+        context = self.context
         with ExitStack() as stack:
-            base = context.input("base") if self.config.base else None
-            inputs = open_inputs(context.inputs("models"), base, context, stack)
+            base = context.artifact(self.config.base) if self.config.base else None
+            inputs = open_inputs(context.artifacts(self.config.models), base, context, stack)
             check_same(inputs)
             labels = _labels([model.label for model in inputs.models])
             tensors = [name for name, header in inputs.lead.headers.items() if header.dtype in DTYPES]

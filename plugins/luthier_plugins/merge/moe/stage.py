@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from luthier.api import Facts, ModelError, StageContext
+from luthier.api import Facts, ModelError, Stage, StageContext
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, model_facts
 from luthier.merging.chat_template import template_choice_of, write_chat_template
@@ -29,19 +29,17 @@ SPREAD = 0.02
 """The standard deviation of random routers, that of Mixtral's own initialization."""
 
 
-class Moe:
+class Moe(Stage[MoeConfig]):
     """Experts side by side behind a new router in each layer (Jiang et al. 2024, arXiv:2401.04088); the idea of making
     them from dense models is that of sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055).
     """
 
-    def __init__(self, config: MoeConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
+    def run(self) -> Facts:
+        context = self.context
         with ExitStack() as stack:
             verifier = stack.enter_context(Verifier(context.out))
-            experts = [context.input(f"experts.{place}.model") for place in range(len(self.config.experts))]
-            inputs = open_inputs(experts, context.input("base"), context, stack)
+            experts = [context.artifact(expert.model) for expert in self.config.experts]
+            inputs = open_inputs(experts, context.artifact(self.config.base), context, stack)
             check_stored(inputs, "experts")
             base = inputs.lead
             family = FAMILIES[str(base.config["architectures"][0])]
@@ -85,7 +83,7 @@ class Moe:
         layers, hidden = int(base.config["num_hidden_layers"]), int(base.config["hidden_size"])
         count = len(self.config.experts)
         if self.config.router == "prompts":
-            return from_prompts(context.input("base"), [expert.prompts for expert in self.config.experts])
+            return from_prompts(context.artifact(self.config.base), [expert.prompts for expert in self.config.experts])
         if self.config.router == "uniform":
             return [torch.zeros(count, hidden) for _ in range(layers)]
         generator = torch.Generator().manual_seed(context.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, MergeUse, MetricUse, ModelInput, StageConfig, Use, other_formats
+from luthier.api import DatasetInput, Field, MergeMethodUse, MetricUse, ModelInput, StageConfig, Use, schema_problems
 from luthier.api.artifact import ArtifactKind
 from luthier.merging.api import MergeMethodConfig
 from luthier.merging.config import MergeConfig, ModelDtype
@@ -33,7 +33,7 @@ class SearchConfig(StageConfig):
     """The models."""
     base: ModelInput | None = None
     """The common ancestor, for methods that merge task vectors."""
-    method: MergeUse = Field(default="linear")  # type: ignore[assignment]
+    method: MergeMethodUse = Field(default="linear")
     """The method; what is not searched for stays as it is given here."""
     weights: Range | None = (0.0, 1.0)
     """The range of every model's weight; leave it empty (`weights: null`) to keep them equal."""
@@ -41,8 +41,8 @@ class SearchConfig(StageConfig):
     """Ranges of the method's parameters, such as ``{density: [0.1, 1.0]}``."""
     data: DatasetInput
     """Conversations with the split `validation`; `test` is not looked at."""
-    metric: MetricUse = Field(default="perplexity")  # type: ignore[assignment]
-    """What is to be best: lowest for metrics of losses, highest for metrics of answers."""
+    metric: MetricUse = Field(default="perplexity")
+    """What is to be best: highest or lowest, as the metric says."""
     trials: int = Field(default=60, gt=0)
     """How many merges to try."""
     population: int | None = Field(default=None, gt=1)
@@ -106,8 +106,8 @@ class SearchConfig(StageConfig):
             dtype=self.dtype,
         )
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        found = other_formats("search", inputs, ("messages",))
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        found = schema_problems("search", inputs, ("messages",))
         if any(not facts["rows"].get("validation") for facts in inputs.get("data", [])):
             found.append("the data has no split 'validation': give its stage `split: {validation: 0.1}`")
         return found

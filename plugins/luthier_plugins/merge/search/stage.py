@@ -14,7 +14,7 @@ from typing import Any
 
 import cmaes
 import numpy as np
-from luthier.api import Artifact, Facts, Metric, ModelError, Row, StageContext
+from luthier.api import Artifact, Facts, Metric, ModelError, Row, Stage, StageContext
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.merging.check import check
@@ -38,17 +38,15 @@ Rows = Sequence[tuple[float, float]]
 """For each row how good it is, larger is better, and what it counts: summed losses and tokens, or a score and 1."""
 
 
-class Search:
+class Search(Stage[SearchConfig]):
     """CMA-ES (Hansen and Ostermeier 2001) on the metric; every trial is kept, so that a stopped search goes on."""
 
-    def __init__(self, config: SearchConfig) -> None:
-        self.config = config
-
-    def run(self, context: StageContext) -> Facts:
+    def run(self) -> Facts:
+        context = self.context
         with Verifier(context.out) as verifier:
             with ExitStack() as stack:
                 judge = stack.enter_context(closing(_Judge(self.config, context)))
-                alone = [judge.of_model(artifact) for artifact in context.inputs("models")]
+                alone = [judge.of_model(artifact) for artifact in context.artifacts(self.config.models)]
                 trials = self._trials(judge, context, stack)
                 best = _best(trials)
                 judge.merge(best["values"])
@@ -60,7 +58,7 @@ class Search:
 
     def _trials(self, judge: _Judge, context: StageContext, stack: ExitStack) -> list[Trial]:
         judge.hold(context, stack)
-        path = context.work / "trials.jsonl"
+        path = context.scratch / "trials.jsonl"
         known = _known(path)
         if known:
             context.log(f"going on after {len(known)} trials")
@@ -114,7 +112,7 @@ class Search:
         judge: _Judge,
         context: StageContext,
     ) -> Facts:
-        labels = [str(artifact.manifest.get("stage")) for artifact in context.inputs("models")]
+        labels = [str(artifact.manifest.get("stage")) for artifact in context.artifacts(self.config.models)]
         against = [
             {"model": label, "score": found["score"], **compared(final, found["rows"], len(trials))}
             for label, found in zip(labels, alone, strict=True)
@@ -202,11 +200,11 @@ class _Judge:
 
     def __init__(self, config: SearchConfig, context: StageContext) -> None:
         self.config = config
-        self.metric: Metric = context.component(config.metric)
+        self.metric: Metric = context.build(config.metric)
         self.highest = self.metric.needs == "predictions"
-        self._data: list[Row] = require_split(context.input("data"), "validation")
+        self._data: list[Row] = require_split(context.artifact(self.config.data), "validation")
         self._context = context
-        self._lead = context.input("base") if config.base else context.inputs("models")[0]
+        self._lead = context.artifact(self.config.base) if config.base else context.artifacts(self.config.models)[0]
         self._tokenizer = load_tokenizer(self._lead)
         self._model: Any = fold(load_model(self._lead))
         self._extras: Extras | None = None
@@ -218,9 +216,9 @@ class _Judge:
 
     def hold(self, context: StageContext, stack: ExitStack) -> None:
         """Open the inputs, in memory where they fit."""
-        base = context.input("base") if self.config.base else None
+        base = context.artifact(self.config.base) if self.config.base else None
         largest = self.config.merge(self.config.values_at([bound[1] for bound in self.config.bounds]))
-        opened = open_inputs(context.inputs("models"), base, context, stack, partial(check, largest))
+        opened = open_inputs(context.artifacts(self.config.models), base, context, stack, partial(check, largest))
         check(largest, opened)
         # What the loaded model or the disk has no place for is told before anything is tried.
         tensors = lay_out(largest, opened, context.seed, self.config.dtype).tensors
@@ -229,8 +227,8 @@ class _Judge:
         held = in_memory_if_they_fit([*opened.models, *([opened.base] if opened.base else [])])
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
-        method = context.component(self.config.method)
-        self._extras = Extras(prepared_by(method, context, context.inputs("models")))
+        method = context.build(self.config.method)
+        self._extras = Extras(prepared_by(method, context, context.artifacts(self.config.models)))
 
     def merge(self, values: dict[str, float]) -> None:
         """Put the merge with these values into the model."""
@@ -240,7 +238,7 @@ class _Judge:
         jobs = [replace(job, extras=self._extras.of(job.place.name)) for job in layout.jobs]
         target: Any = IntoModel(self._model, layout.tensors)
         workers = Settings(len(os.sched_getaffinity(0)))
-        Engine(self._context.component(config.method), target, workers, lambda done, total: None).run(jobs)
+        Engine(self._context.build(config.method), target, workers, lambda done, total: None).run(jobs)
 
     def score(self) -> float:
         """The metric of the model as it is."""

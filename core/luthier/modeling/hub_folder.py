@@ -6,11 +6,16 @@ than 10000 would read as one with it, without a word. It also names a tokenizer 
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.artifacts.models import chat_template, read_json
+from luthier.api.artifact import Artifact
+from luthier.artifacts.models import carry_licences, chat_template, read_json
 
+CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 FAST = "PreTrainedTokenizerFast"
 NEW_CLASSES = ("TokenizersBackend", "PythonBackend")
 """Names of tokenizer classes that transformers 4 does not know."""
@@ -75,3 +80,29 @@ def generation_config(folder: Path, stop_ids: list[int]) -> dict[str, Any]:
     path = folder / "generation_config.json"
     found = read_json(path) if path.exists() else {}
     return {**found, "eos_token_id": stop_ids[0] if len(stop_ids) == 1 else stop_ids} if stop_ids else found
+
+
+def write_texts(source: Path, model: Artifact, out: Path) -> None:
+    """Write everything but weights and config.
+
+    Args:
+        source: The folder of the full model.
+        model: The model or adapter, whose stop tokens they are.
+        out: Where to.
+    """
+    for name in CARRIED:
+        if (source / name).exists():
+            shutil.copyfile(source / name, out / name)
+    carry_licences(source, out)
+    dump_json(out / "tokenizer_config.json", tokenizer_config(source))
+    template = chat_template(source)
+    if template is not None:
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    found = generation_config(source, model.facts["stop_token_ids"])
+    if found:
+        dump_json(out / "generation_config.json", found)
+
+
+def dump_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+
 from luthier.api import ModelError
 from luthier.artifacts.models import tensor_headers
 from luthier.modeling.shards import ShardWriter, tensors_of

@@ -1,30 +1,31 @@
-"""The ORPO loss."""
+"""The objective ``orpo``."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 import torch
-from luthier.api import PreferenceBatch
-from luthier_plugins.preference_losses.config import OrpoLossConfig
+from luthier.api import CompletionBatch, LossResult, Objective, Unit
+from luthier_plugins.objectives.config import OrpoConfig
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 
-class Orpo:
+class Orpo(Objective[OrpoConfig]):
     """-log p(chosen) - beta * log sigmoid(log odds ratio) (Hong et al. 2024, arXiv:2403.07691, equations 4 to 7).
 
     p is the geometric mean of a completion's token probabilities, and odds = p / (1 - p).
     """
 
-    needs_reference: ClassVar[bool] = False
+    unit: ClassVar[Unit] = "pair"
 
-    def __init__(self, config: OrpoLossConfig) -> None: ...
-
-    def loss(self, batch: PreferenceBatch, beta: float) -> Tensor:
-        chosen = batch.chosen / batch.chosen_tokens
-        rejected = batch.rejected / batch.rejected_tokens
-        return -chosen - beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
+    def loss(self, batch: CompletionBatch) -> LossResult:
+        sums, lengths = batch.sides(batch.sums), batch.sides(batch.lengths)
+        chosen, rejected = sums[0] / lengths[0], sums[1] / lengths[1]
+        ratio = log_odds(chosen) - log_odds(rejected)
+        losses = -chosen - self.config.beta * logsigmoid(ratio)
+        logs = {"logps/chosen": sums[0], "logps/rejected": sums[1], "accuracy": (ratio > 0).float()}
+        return LossResult(losses, logs)
 
 
 def log_odds(log_p: Tensor) -> Tensor:

@@ -1,0 +1,68 @@
+"""The protocols of data: formats and augmenters, and what a row is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NotRequired, TypedDict
+
+from luthier.api.component import C, Implementation
+
+Row = dict[str, Any]
+"""The columns of a schema, and those that a recipe keeps beside them."""
+Schema = Literal["text", "messages", "preference", "labelled", "prompt"]
+"""The columns of a dataset's rows, see `luthier.artifacts.rows`."""
+
+
+class Message(TypedDict):
+    """One turn of a conversation; `role` is ``system``, ``user``, ``assistant`` or ``tool``."""
+
+    role: str
+    content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    reasoning: NotRequired[str]
+    train: NotRequired[bool]
+
+
+class Format(Implementation[C]):
+    """Kind ``format``: how a raw row of a source becomes rows of a schema.
+
+    Planning asks formats too, so their modules import neither torch nor transformers.
+    """
+
+    schema: ClassVar[Schema]
+    """The schema of the rows it makes."""
+
+    def recognises(self, raw: Mapping[str, Any]) -> bool:
+        """Whether a raw row looks like one of this format; asked where a recipe names none."""
+        raise NotImplementedError
+
+    def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
+        """The rows that a raw row stands for: one for most formats, several where it holds several.
+
+        Rows are checked against the schema by who asked; a format need not.
+
+        Raises:
+            DataError: what is wrong with the row and what to do; the caller adds file and line.
+        """
+        raise NotImplementedError
+
+    def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
+        """The keys of a raw row that it looks at; users are warned of the others, which would be lost unseen.
+
+        By default the schema's columns and every key that a text in the config names. For keys inside of a list, write
+        ``messages.role``: where any such is named, the others inside are told.
+        """
+        from luthier.artifacts.rows import COLUMNS
+
+        return {*COLUMNS[self.schema], *(value for _, value in self.config if isinstance(value, str))}
+
+
+class Augmenter(Implementation[C]):
+    """Kind ``augmenter``: new rows from rows, or from nothing."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Yield new rows, made from those given, of the schema that the stage names. The same `context.seed` must give
+        the same rows."""
+        raise NotImplementedError

@@ -1,0 +1,129 @@
+"""The protocol of metrics, and what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from luthier.api.component import C, Implementation
+from luthier.api.config import Config, Field
+from luthier.api.data import Row
+from luthier.api.serving import Completion, Sampling
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class MetricConfig(Config):
+    """Base of a metric's config."""
+
+    name: str | None = Field(default=None, pattern=r"[A-Za-z][\w.-]*")
+    """What reports and gates call it; by default the metric's own name. It lets one metric stand twice, with other
+    settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """How a metric has a model asked.
+
+    Attributes:
+        n: Answers to each row; several of them need a temperature.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw among the likeliest tokens that have this probability together.
+        max_new_tokens: The most tokens of an answer; None: what the stage says.
+    """
+
+    n: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int | None = None
+
+    def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
+        """What a generator is told.
+
+        Args:
+            max_new_tokens: What the stage says.
+            seed: The stage's seed.
+        """
+        return Sampling(self.max_new_tokens or max_new_tokens, self.temperature, self.top_p, self.n, seed)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a metric wants of a model, row by row.
+
+    Attributes:
+        answers: How it is asked; None: not at all.
+        token_logps: Whether the log-probabilities of the reference's tokens are wanted.
+        distributions: Whether the log-probabilities of the whole vocabulary at these tokens are wanted.
+        baseline: Whether the same is wanted of the model that the stage compares with.
+    """
+
+    answers: Answers | None = None
+    token_logps: bool = False
+    distributions: bool = False
+    baseline: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One row, and what a model made of it.
+
+    Attributes:
+        row: The row, all columns included.
+        prompt: The text of the last message before the reference.
+        reference: The text of the row's own last answer.
+        answers: What the model answered, as often as the metric asked.
+        logps: log p of each token that training on the row would train (the assistant's turns, stop tokens included),
+            in nats.
+        distribution: Reads log p of the whole vocabulary at each of these tokens: float32, shape (tokens, vocabulary).
+    """
+
+    row: Row
+    prompt: str
+    reference: str
+    answers: tuple[Completion, ...] = ()
+    logps: tuple[float, ...] = ()
+    distribution: Callable[[], np.ndarray[Any, Any]] | None = field(default=None, repr=False)
+
+    @property
+    def answer(self) -> str:
+        """The text of the first answer."""
+        return self.answers[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A metric over all rows.
+
+    Attributes:
+        value: The number.
+        by_row: What each row contributed, in their order and in the metric's own unit; None where it says nothing
+            of a row.
+    """
+
+    value: float
+    by_row: Sequence[float | None]
+
+
+class Metric(Implementation[C]):
+    """Kind ``metric``: a number for a model's quality."""
+
+    higher_is_better: ClassVar[bool]
+    """Which way is better: what searches and comparisons go by."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it wants of a model; may depend on its config."""
+        raise NotImplementedError
+
+    def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
+        """The metric over all samples, or over those of a slice.
+
+        Args:
+            samples: The model's, at least one.
+            baseline: The same rows with what the model made of them that the stage compares with; None where the metric
+                does not need one.
+        """
+        raise NotImplementedError

@@ -1,0 +1,151 @@
+"""The protocols of what answers and of what is served: generators, quantizers, exporters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from luthier.api.artifact import Artifact
+from luthier.api.component import C, Implementation
+from luthier.api.data import Message
+from luthier.api.stages import Facts
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from luthier.api.context import StageContext
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: The most tokens of an answer.
+        temperature: 0 takes the likeliest token each time.
+        top_p: Draw among the likeliest tokens that have this probability together.
+        n: Answers to each request; several of them need a temperature.
+        seed: The seed of the draws.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    n: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An answer.
+
+    Attributes:
+        text: What was said, without the stop token.
+        tokens: How many tokens it was, the stop token included; None where the program does not tell.
+        finish_reason: Whether it ended on its own, or at the limit; None where the program does not tell.
+    """
+
+    text: str
+    tokens: int | None = None
+    finish_reason: FinishReason | None = None
+
+
+Request = Sequence[Message]
+"""A conversation that waits for the assistant."""
+
+
+class Generator(Implementation[C]):
+    """Kind ``generator``: what answers. A context manager: leaving it frees what it holds."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
+        """Yield the `sampling.n` answers to each request, in the order of the requests.
+
+        Raises:
+            DataError: the chat template refuses a request.
+            ModelError: the program cannot answer.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free what it holds: a model, a process, a connection."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Quantizer(Implementation[C]):
+    """Kind ``quantizer``: weights with fewer bits, in a layout of the Hugging Face world."""
+
+    context: StageContext
+
+    @property
+    def largest_kl(self) -> float:
+        """The largest mean KL divergence to the model that is still right, in nats per token."""
+        return 0.02
+
+    def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
+        """Write the quantized weights of a full model to `out`, as safetensors.
+
+        Args:
+            model: A model; an adapter has been folded into its base.
+            calibration: Texts as the model is shown them; none where the recipe has no data.
+            out: Where the files go; config and tokenizer are written by who asks.
+
+        Returns:
+            What the manifest should say: ``quantization_config`` for ``config.json``, ``dtype`` of what is not
+            quantized, ``layers``, how many are.
+        """
+        raise NotImplementedError
+
+
+class Exporter(Implementation[C]):
+    """Kind ``exporter``: a model as files for the program that will serve it."""
+
+    context: StageContext
+    serves: ClassVar[bool] = False
+    """Whether its program has a server of its own, see `listen`."""
+
+    def export(self, model: Artifact) -> Facts:
+        """Write the files to ``self.context.out``, check them in the real program, return the facts."""
+        raise NotImplementedError
+
+    def open(self, export: Artifact, variant: str | None) -> AbstractContextManager[Generator[Any]]:
+        """Load an export in the program it is made for, to be asked there.
+
+        Args:
+            export: An artifact that `export` made.
+            variant: Which of its files; by default the last.
+        """
+        raise NotImplementedError
+
+    def listen(self, export: Artifact, variant: str | None, port: int) -> AbstractContextManager[str]:
+        """Start the program's own server on 127.0.0.1, and give its address; only where `serves`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class ToolEnvironment:
+    """A tool with an environment of its own, because its pins would conflict with others.
+
+    Plugins hand theirs over in the hook ``luthier_tool_environments``; ``luthier doctor --install NAME`` makes it.
+
+    Attributes:
+        name: What users and `luthier.api.Config.needs_tool` call it.
+        summary: What it is for.
+        packages: What is installed, one after the other: what must be found by the next comes first.
+    """
+
+    name: str
+    summary: str
+    packages: tuple[str, ...] = field(default=())

@@ -1,0 +1,168 @@
+"""The config fields that training stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from luthier.api.artifact import ArtifactKind
+from luthier.api.config import (
+    AdapterUse,
+    Config,
+    DatasetInputs,
+    Estimate,
+    ModelInput,
+    NotIdentity,
+    ObjectiveUse,
+    OptimizerUse,
+    RegularizerUse,
+    StageConfig,
+    schema_problems,
+)
+from luthier.api.data import Schema
+
+CHARACTERS_PER_TOKEN = 4
+
+
+class ObjectiveConfig(Config):
+    """Base of an objective's config: what a plan has to know of it."""
+
+    schemas: ClassVar[tuple[Schema, ...]] = ("messages",)
+    """The schemas of the rows that it can be trained on."""
+
+
+class TrainingConfig(StageConfig):
+    """What every training stage has: what is trained, on what, how long, how fast and in which batches."""
+
+    model: ModelInput
+    """The model to train; an adapter is trained further, on its base, loaded as it was."""
+    data: DatasetInputs
+    """The rows: one dataset, or several that are trained on together."""
+    adapter: AdapterUse | None = None
+    """Train an adapter instead of all weights."""
+    objective: ObjectiveUse = Field(default="cross_entropy")
+    """What training minimises."""
+    optimizer: OptimizerUse = Field(default="adamw")
+    """How weights follow their gradients."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """What the weights of a frozen base under an adapter are loaded in; trained weights are always fp32."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the training rows; 1 when neither this nor `steps` is given."""
+    steps: int | None = Field(default=None, gt=0)
+    """Optimizer steps; instead of `epochs`."""
+    learning_rate: float = Field(default=2e-5, gt=0)
+    """The peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after warm-up."""
+    warmup: float = Field(default=0.0, ge=0, lt=1)
+    """The share of steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """The weight decay of matrices; norms and biases have none."""
+    batch_size: int = Field(default=8, gt=0)
+    """Rows in an optimizer step, however they are cut."""
+    micro_batch_size: Annotated[int | None, NotIdentity()] = Field(default=None, gt=0)
+    """Rows in one forward pass of one process; by default all rows of a step. It changes memory and speed, and nothing
+    else but rounding."""
+    max_length: int = Field(default=1024, gt=1)
+    """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
+    gradient_checkpointing: Annotated[bool, NotIdentity()] = False
+    """Trade time for memory."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """The precision of forward and backward passes; trained weights and optimizer states stay in fp32."""
+    regularizers: list[RegularizerUse] = []
+    """Terms added to the loss."""
+    save_every: Annotated[int, NotIdentity()] = Field(default=200, gt=0)
+    """Steps between checkpoints, from which a killed stage resumes."""
+    log_every: Annotated[int, NotIdentity()] = Field(default=10, gt=0)
+    """Steps between logged metrics."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give `epochs` or `steps`, not both")
+        if not isinstance(self.objective.config, ObjectiveConfig):
+            raise ValueError(f"the config of {self.objective.name} is no ObjectiveConfig")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"`micro_batch_size` {self.micro_batch_size} does not divide `batch_size` {self.batch_size}"
+            )
+        return self
+
+    @property
+    def schemas(self) -> tuple[Schema, ...]:
+        """The schemas of the rows that the stage can be trained on."""
+        return self.objective.config.schemas
+
+    def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
+        return "adapter" if self.adapter is not None or "adapter" in inputs["model"] else "model"
+
+    def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+        found: list[str] = []
+        if self.adapter is not None and "adapter" in inputs["model"]:
+            found.append("the model is an adapter already: leave `adapter` out to train it further")
+        if self.dtype != "fp32" and self.adapter is None and "model" in inputs["model"]:
+            found.append("all weights are trained, and those stay in fp32: leave `dtype` out, or train an `adapter`")
+        if self.dtype != "fp32" and "adapter" in inputs["model"]:
+            found.append("the adapter says how its base is loaded: leave `dtype` out")
+        return found
+
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        found = schema_problems(f"the objective {self.objective.name}", inputs, self.schemas)
+        for facts in inputs.get("model", []):
+            if "quantization" in facts:
+                method = facts["quantization"]["method"]
+                found.append(
+                    f"the model is quantized ({method}): train the full-precision model, and quantize what comes out"
+                )
+        return found
+
+    def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
+        parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
+        data = inputs.get("data", [])
+        rows = sum(facts.get("rows", {}).get("train", 0) for facts in data)
+        if self.steps is not None and rows:
+            rows = self.steps * self.batch_size
+        elif self.epochs is not None:
+            rows = round(rows * self.epochs)
+        # Weights, gradients and two moments in fp32, four bytes each.
+        return Estimate(
+            rows=rows or None,
+            tokens=_tokens(data, rows) or None,
+            memory=16 * parameters or None,
+            disk=14 * parameters or None,
+        )
+
+
+def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:
+    """About how many tokens so many rows have: a token is some four characters of text."""
+    characters = sum(facts.get("characters", 0) for facts in data)
+    known = sum(sum(facts.get("rows", {}).values()) for facts in data if "characters" in facts)
+    return round(characters / CHARACTERS_PER_TOKEN * rows / known) if known else 0
+
+
+class TuningConfig(TrainingConfig):
+    """What stages have that train on answers."""
+
+    on_long: Literal["drop", "fail"] = "drop"
+    """What to do with rows longer than `max_length`: leave them out and say how many, or stop."""
+
+
+class PreferenceTuningConfig(TuningConfig):
+    """What the presets have that train on preferences."""
+
+    beta: Annotated[float | None, NotIdentity()] = Field(default=None, gt=0)
+    """The objective's `beta`, in short: how strongly the model is held to the reference, or what weight the odds ratio
+    has."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_is_the_objectives(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("beta") is None:
+            return values
+        chosen: Any = values.get("objective", cls.model_fields["objective"].default)
+        given: dict[str, Any] = {"uses": chosen} if isinstance(chosen, str) else dict(chosen)
+        if given.get("beta") not in (None, values["beta"]):
+            raise ValueError("`beta` stands beside `objective` and inside of it, with two values: give one")
+        return {**values, "objective": {**given, "beta": values["beta"]}}

@@ -1,0 +1,90 @@
+"""What metrics are computed from: a model's answers to rows, and its log-probabilities of their own answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.api.data import Row
+from luthier.api.evaluation import Answers, Needs, Sample
+from luthier.api.serving import Completion, Generator
+from luthier.artifacts.rows import conversations, prompt_of, reference_of
+from luthier.modeling.generate import target_log_probabilities
+from luthier.modeling.text import encode_conversation
+
+Asked = dict[Answers, Sequence[Sequence[Completion]]]
+"""The answers to all rows, by how they were asked for."""
+
+
+def asked(
+    generator: Generator[Any], rows: Sequence[Row], needs: Iterable[Needs], max_new_tokens: int, seed: int
+) -> Asked:
+    """Ask something for every kind of answer that metrics need, each once.
+
+    Args:
+        generator: What answers.
+        rows: Rows that have an answer of their own, which is left out.
+        needs: What the metrics need.
+        max_new_tokens: The most tokens of an answer, where a metric does not say.
+        seed: The seed of what is drawn.
+    """
+    prompts = [prompt_of(row) for row in rows]
+    kinds = dict.fromkeys(need.answers for need in needs if need.answers is not None)
+    return {kind: list(generator.generate(prompts, kind.sampling(max_new_tokens, seed))) for kind in kinds}
+
+
+def measured(
+    model: Any, tokenizer: Any, rows: Sequence[Row], stop_ids: Sequence[int], needs: Sequence[Needs], folder: Path
+) -> tuple[list[tuple[float, ...]], list[Callable[[], Any]]]:
+    """log p of the trained tokens of each row (the assistant's turns), and readers of the whole distributions; empty
+    where none is needed.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: Rows that have an answer.
+        stop_ids: Its stop tokens.
+        needs: What the metrics need.
+        folder: Where distributions are kept, which may not fit into memory.
+    """
+    if not any(need.token_logps or need.distributions for need in needs):
+        return [], []
+    keep = any(need.distributions for need in needs)
+    logps: list[tuple[float, ...]] = []
+    readers: list[Callable[[], Any]] = []
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+    for place, row in enumerate(rows):
+        log_p, ids = target_log_probabilities(model, encode_conversation(tokenizer, conversations(row)[0], stop_ids))
+        logps.append(tuple(log_p.gather(1, ids[:, None])[:, 0].tolist()))
+        if keep:
+            path = folder / f"{place}.npy"
+            np.save(path, log_p.cpu().numpy())
+            readers.append(partial(np.load, path))
+    return logps, readers
+
+
+def samples_of(
+    rows: Sequence[Row],
+    need: Needs,
+    answers: Asked,
+    logps: Sequence[tuple[float, ...]] = (),
+    readers: Sequence[Callable[[], Any]] = (),
+) -> list[Sample]:
+    """What one metric sees."""
+    given = answers[need.answers] if need.answers is not None else ()
+    return [
+        Sample(
+            row,
+            prompt_of(row)[-1]["content"],
+            reference_of(row) or "",
+            tuple(given[place]) if given else (),
+            logps[place] if logps and (need.token_logps or need.distributions) else (),
+            readers[place] if readers and need.distributions else None,
+        )
+        for place, row in enumerate(rows)
+    ]

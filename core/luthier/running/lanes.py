@@ -1,0 +1,168 @@
+"""The slots of an executor, each with its session: what a scheduler sends jobs to and hears from."""
+
+from __future__ import annotations
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from luthier.api.config import Resources, Use
+from luthier.api.errors import LuthierError, PluginError
+from luthier.api.execution import Event, Executor, Session, Slot, WorkerLaunch
+from luthier.registry import Registry
+from luthier.worker.job import Job
+
+QUIET = {
+    "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1",
+}  # fmt: skip
+ALLOCATOR = {
+    # glibc gives tensors of 128 KB and more back to the system at once, and takes them anew for the next operation;
+    # clearing these pages again and again takes up to a tenth of a small model's training.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_TOP_PAD_": str(4 << 20),
+}  # fmt: skip
+PATIENCE = 0.2
+"""Seconds to wait for an event before the scheduler looks around."""
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchContext:
+    """What an executor is made with."""
+
+    worker: WorkerLaunch
+
+
+def worker_launch() -> WorkerLaunch:
+    """How a worker is started on this machine."""
+    command = [sys.executable, "-m", "luthier.worker.worker"]
+    return WorkerLaunch(command, {**QUIET, **ALLOCATOR, **os.environ})
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """A slot, and the session on it while there is one."""
+
+    slot: Slot
+    session: Session | None = None
+    busy: bool = False
+
+
+@dataclass(slots=True)
+class Lanes:
+    """All lanes of a run, and the events of their sessions."""
+
+    executor: Executor[Any]
+    name: str
+    folder: Path
+    lanes: list[Lane]
+    _events: queue.Queue[tuple[Lane, Event]] = field(default_factory=queue.Queue[tuple[Lane, Event]])
+
+    @classmethod
+    def of(cls, use: Use, registry: Registry, folder: Path) -> Lanes:
+        """The lanes of a recipe's executor.
+
+        Raises:
+            PluginError: the executor cannot be made, or its slots are no sound ones.
+        """
+        executor = cast("Executor[Any]", registry.build(use, LaunchContext(worker_launch())))
+        name = f"the executor '{use.name}' of {registry.provider(use.component)}"
+        try:
+            slots = list(executor.slots())
+        except LuthierError:
+            raise
+        # An executor is foreign code: whatever it raises is told with its name.
+        except Exception as error:
+            raise PluginError(f"{name} cannot tell its slots: {type(error).__name__}: {error}") from error
+        check_slots(slots, name)
+        return cls(executor, name, folder, [Lane(slot) for slot in slots])
+
+    def free(self, resources: Resources) -> Lane | None:
+        """A lane that is free and has what a stage wants."""
+        return next((lane for lane in self.lanes if not lane.busy and fits(lane.slot, resources)), None)
+
+    def possible(self, resources: Resources) -> bool:
+        """Whether any lane has what a stage wants."""
+        return any(fits(lane.slot, resources) for lane in self.lanes)
+
+    def send(self, lane: Lane, job: Job) -> None:
+        """Start a job on a free lane.
+
+        Raises:
+            PluginError: the executor cannot start a worker.
+        """
+        if lane.session is None:
+            try:
+                lane.session = self.executor.open(lane.slot, self.log_of(lane))
+            except LuthierError:
+                raise
+            # See `of`.
+            except Exception as error:
+                raise PluginError(
+                    f"{self.name} cannot start a worker on {lane.slot.name}: {type(error).__name__}: {error}"
+                ) from error
+            threading.Thread(target=self._listen, args=(lane, lane.session), daemon=True).start()
+        lane.busy = True
+        lane.session.send(job.to_json())
+
+    def log_of(self, lane: Lane) -> Path:
+        """Where the worker of a lane writes what it prints."""
+        return self.folder / ("worker.log" if len(self.lanes) == 1 else f"worker-{lane.slot.name}.log")
+
+    def _listen(self, lane: Lane, session: Session) -> None:
+        for event in session.events():
+            self._events.put((lane, event))
+
+    def next_event(self) -> tuple[Lane, Event] | None:
+        """The next event of any session, or None after a moment without one."""
+        try:
+            return self._events.get(timeout=PATIENCE)
+        except queue.Empty:
+            return None
+
+    def kill(self) -> None:
+        """End every worker now."""
+        for lane in self.lanes:
+            if lane.session is not None:
+                lane.session.kill()
+
+    def close(self) -> None:
+        """No more jobs."""
+        for lane in self.lanes:
+            if lane.session is not None:
+                lane.session.close()
+                lane.session = None
+
+
+def fits(slot: Slot, resources: Resources) -> bool:
+    """Whether a slot has what a stage wants."""
+    return slot.all_gpus or len(slot.gpus) >= (resources.gpus or 0)
+
+
+def check_slots(slots: Sequence[Slot], name: str) -> None:
+    """Refuse slots that two stages could not use side by side.
+
+    Raises:
+        PluginError: names the executor.
+    """
+    if not slots:
+        raise PluginError(f"{name} has no slots: nothing could run", hint="give it at least one")
+    names = [slot.name for slot in slots]
+    twice = sorted({item for item in names if names.count(item) > 1})
+    if twice:
+        raise PluginError(f"{name} has two slots called '{twice[0]}'", hint="give each a name of its own")
+    owners: dict[int, str] = {}
+    for slot in slots:
+        for gpu in slot.gpus:
+            if gpu in owners:
+                raise PluginError(
+                    f"{name} gives GPU {gpu} to two slots, {owners[gpu]} and {slot.name}",
+                    hint="a GPU belongs to one slot: stages on both would share its memory",
+                )
+            owners[gpu] = slot.name
+    if len(slots) > 1 and any(slot.all_gpus for slot in slots):
+        raise PluginError(f"{name} has a slot with all GPUs beside others", hint="divide them among the slots")

@@ -1,0 +1,396 @@
+"""Drives a plan: stages whose inputs are there run side by side where there are slots, and land in the store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.api.artifact import Artifact
+from luthier.api.config import dump_use
+from luthier.api.errors import Interrupted, LuthierError, Problem, RecipeError, StageError, StoreError
+from luthier.api.execution import Event
+from luthier.artifacts.checkpoints import checkpoints
+from luthier.artifacts.store import Store
+from luthier.planning import Node, Plan
+from luthier.running.commit import adopt, commit
+from luthier.running.events import Events, Listener
+from luthier.running.lanes import Lane, Lanes
+from luthier.running.lock import Lock
+from luthier.running.results import RunResult, StageResult
+from luthier.running.signals import Signals
+from luthier.worker.environment import environment
+from luthier.worker.job import Job
+
+
+@dataclass(slots=True)
+class _Running:
+    """A stage that a worker works on."""
+
+    node: Node
+    job: Job
+    lock: Lock
+    started: float
+    asked_to_stop: bool = False
+
+
+class Scheduler:
+    """Runs one plan."""
+
+    def __init__(self, the_plan: Plan, keep_going: bool, listeners: list[Listener]) -> None:
+        self.plan = the_plan
+        self.store = the_plan.store
+        self.keep_going = keep_going
+        self.id, self.folder = _new_run(self.store, the_plan.recipe.name)
+        try:
+            self.events = Events(self.folder / "events.jsonl", listeners)
+        except OSError as error:
+            raise StoreError(
+                f"the store cannot be written: {error.strerror}",
+                where=str(self.store.root),
+                hint="choose another place with --store",
+            ) from error
+        self.results: dict[str, StageResult] = {}
+        self.lanes = Lanes.of(the_plan.recipe.executor, the_plan.recipe.registry, self.folder)
+        self._running: dict[Lane, _Running] = {}
+        self._locks: dict[str, Lock] = {}
+        self.interrupts = 0
+
+    def run(self, only: Sequence[str]) -> RunResult:
+        """Make these stages and what they need; by default all."""
+        wanted = self.plan.needed_for(only or self.plan.nodes)
+        self._check_resources(wanted)
+        waiting = [node for node in self.plan.nodes.values() if node.id in wanted]
+        self.events("run_started", run=self.id, recipe=self.plan.recipe.name, stages=sorted(wanted))
+        with Signals(self._interrupt):
+            try:
+                while waiting or self._running:
+                    waiting = [node for node in waiting if not self._advance(node)]
+                    if self._running or waiting:
+                        self._hear()
+            finally:
+                for running in self._running.values():
+                    running.lock.release()
+                self.lanes.close()
+                result = RunResult(self.id, self.plan, self.results, self.interrupts > 0)
+                self.events("run_finished", run=self.id, exit_code=result.exit_code)
+                self.events.close()
+        # In the order of the plan, whoever was quicker.
+        ordered = {name: self.results[name] for name in self.plan.nodes if name in self.results}
+        return RunResult(self.id, self.plan, ordered, self.interrupts > 0)
+
+    def _check_resources(self, wanted: set[str]) -> None:
+        """Refuse what no slot could ever run, before anything is."""
+        problems = [
+            Problem(
+                f"the stage '{name}' asks for {node.config.resources.gpus} GPUs, and no slot of the executor "
+                f"'{self.plan.recipe.executor.name}' has as many",
+                hint="give the executor more, or ask for fewer under `resources`",
+            )
+            for name, node in self.plan.nodes.items()
+            if name in wanted and self.store.find(node.key) is None and not self.lanes.possible(node.config.resources)
+        ]
+        if problems:
+            raise RecipeError(problems)
+
+    # -- what is next ------------------------------------------------------------------------------
+
+    def _advance(self, node: Node) -> bool:
+        """Start, skip or finish a waiting stage if that can be done now; whether it need not wait any more."""
+        broken = [
+            name
+            for name, stage in self.results.items()
+            if stage.outcome not in ("cached", "done") or any(not gate.ok for gate in stage.gates)
+        ]
+        blocked = [name for name in node.needs if name in broken]
+        if self.interrupts or blocked or (broken and not self.keep_going):
+            self.results[node.id] = StageResult(node, "skipped")
+            self.events("stage_skipped", stage=node.id, because=blocked or broken)
+            return True
+        if any(name in self.plan.nodes and name not in self.results for name in node.needs):
+            return False
+        started = time.perf_counter()
+        try:
+            return self._begin(node, started)
+        except LuthierError as error:
+            self._settle(self._failed(node, error), started)
+            return True
+
+    def _begin(self, node: Node, started: float) -> bool:
+        """Take a stage from the store, or start it; whether that was possible now."""
+        cached = self.store.find(node.key)
+        if cached is not None:
+            self._give_up_lock(node)
+            self._settle(self._cached(node, cached), started)
+            return True
+        if any(running.node.key == node.key for running in self._running.values()):
+            # The same stage under another name: it will be in the store.
+            return False
+        lane = self.lanes.free(node.config.resources)
+        if lane is None:
+            return False
+        lock = self._locks.setdefault(
+            node.key, Lock(self.store.locks, node.key, lambda text: self.events("log", stage=node.id, message=text))
+        )
+        if not lock.acquire():
+            return False
+        try:
+            # Another run may have finished it meanwhile.
+            cached = self.store.find(node.key)
+            if cached is not None:
+                lock.release()
+                self._settle(self._cached(node, cached), started)
+                return True
+            self._check_inputs(node)
+            self.events("stage_started", stage=node.id, key=node.key, status=node.status, reason=node.reason)
+            self.plan.recipe.registry.notify("luthier_stage_started", stage=node.id, key=node.key)
+            job = self._job(node)
+            self.lanes.send(lane, job)
+        except BaseException:
+            lock.release()
+            raise
+        self._running[lane] = _Running(node, job, lock, started)
+        return True
+
+    def _give_up_lock(self, node: Node) -> None:
+        self._locks.pop(node.key, None)
+
+    def _cached(self, node: Node, artifact: Artifact) -> StageResult:
+        self.events("stage_cached", stage=node.id, key=node.key)
+        for name in node.changed_code:
+            self.events(
+                "warning",
+                stage=node.id,
+                message=f"the code of {name} changed since this was made, and its revision did not: it stays cached "
+                "until the revision rises",
+            )
+        return StageResult(node, "cached", artifact=artifact)
+
+    def _failed(self, node: Node, error: LuthierError) -> StageResult:
+        if isinstance(error, Interrupted):
+            self.events("stage_interrupted", stage=node.id, message=error.message)
+            return StageResult(node, "interrupted", error=error)
+        self.events(
+            "stage_failed", stage=node.id, key=node.key, message=error.message, where=error.where, hint=error.hint
+        )
+        self.plan.recipe.registry.notify("luthier_stage_failed", stage=node.id, key=node.key, error=str(error))
+        return StageResult(node, "failed", error=error)
+
+    def _settle(self, result: StageResult, started: float) -> None:
+        """Keep how a stage ended, and judge what it made."""
+        result.seconds = time.perf_counter() - started
+        self.results[result.node.id] = result
+        # At once, so that `clean` in another terminal sees that the artifact is needed.
+        self._remember()
+        if result.artifact is None:
+            return
+        result.gates = result.node.config.gates(result.artifact.facts)
+        for gate in result.gates:
+            self.events(
+                "gate",
+                stage=result.node.id,
+                metric=gate.metric,
+                required=gate.required,
+                value=gate.value,
+                ok=gate.ok,
+            )
+
+    # -- what a worker is told ---------------------------------------------------------------------
+
+    def _check_inputs(self, node: Node) -> None:
+        facts = {path: [self._input(name).facts for name in names] for path, names in node.inputs.items()}
+        problems = node.config.input_problems(facts)
+        if problems:
+            raise StageError("; ".join(problems))
+
+    def _input(self, name: str) -> Artifact:
+        found = self.plan.artifact_of(name)
+        if found is None:
+            raise StoreError(f"the artifact of '{name}' has vanished from the store", hint="run again")
+        return found
+
+    def _adopted(self, node: Node, name: str) -> Artifact:
+        """An input; a model from outside comes into the store when an adapter in it will sit on it."""
+        artifact = self._input(name)
+        if name in self.plan.outside and artifact.kind in ("model", "adapter"):
+            if artifact.kind == "adapter":
+                adopt(self.store, artifact.base)
+            elif node.produces == "adapter":
+                adopt(self.store, artifact)
+        return artifact
+
+    def _check_sources(self, node: Node) -> None:
+        """Refuse a file that is not what it was when the key was made from it."""
+        for source in (source for sources in node.sources.values() for source in sources):
+            if not source.unchanged(self.store):
+                raise StageError(
+                    "the source was changed while the run went on",
+                    where=source.place,
+                    hint="run again: it is read anew",
+                )
+
+    def _job(self, node: Node) -> Job:
+        work = self.store.work(node.key)
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"the scratch folder cannot be made: {error.strerror}",
+                where=str(work),
+                hint="is the store read-only or the disk full? choose another one with --store",
+            ) from error
+        artifacts = {value: str(self._adopted(node, name).path) for value, name in node.names.items()}
+        self._check_sources(node)
+        recipe = self.plan.recipe
+        return Job(
+            stage=node.id,
+            component=node.component.name,
+            config=node.config.model_dump(mode="json"),
+            artifacts=artifacts,
+            kinds={path: [self._input(name).kind for name in names] for path, names in node.inputs.items()},
+            sources=node.source_places,
+            seed=node.config.seed if node.config.seed is not None else recipe.seed,
+            key=node.key,
+            out=str(work / "out"),
+            scratch=str(work),
+            run=self.id,
+            recipe=recipe.name,
+            tracking=str(self.store.tracking(recipe.name, node.id, node.key)),
+            store=str(self.store.root),
+            trackers=[dump_use(use) for use in recipe.trackers],
+            resumed=bool(checkpoints(work)[0]),
+            ranks=node.config.resources.ranks,
+        )
+
+    # -- what workers say --------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        """Take the next event of any worker."""
+        for lane, running in self._running.items():
+            if self.interrupts and not running.asked_to_stop and lane.session is not None:
+                running.asked_to_stop = True
+                lane.session.stop()
+        heard = self.lanes.next_event()
+        if heard is None:
+            return
+        lane, event = heard
+        running = self._running.get(lane)
+        kind = event.pop("event")
+        if kind == "died":
+            lane.session = None
+        if running is None:
+            return
+        if kind in ("result", "interrupted", "failed", "died"):
+            del self._running[lane]
+            lane.busy = False
+            try:
+                result = self._ended(kind, event, running, lane)
+            except LuthierError as error:
+                result = self._failed(running.node, error)
+            finally:
+                running.lock.release()
+                self._give_up_lock(running.node)
+            self._settle(result, running.started)
+            return
+        if kind == "metrics":
+            self.plan.recipe.registry.notify(
+                "luthier_metrics_logged", stage=running.node.id, metrics=event["values"], step=event["step"]
+            )
+        self.events(kind, **event)
+
+    def _ended(self, kind: str, event: Event, running: _Running, lane: Lane) -> StageResult:
+        """How a stage ended, its artifact in the store.
+
+        Raises:
+            LuthierError: it has none.
+        """
+        node = running.node
+        if kind == "interrupted":
+            raise Interrupted(event["message"], hint="run again to go on from the last checkpoint")
+        if kind == "died":
+            if self.interrupts:
+                raise Interrupted("stopped at once", hint="run again to go on from the last checkpoint")
+            raise StageError(event["message"], where=node.id, hint=event["hint"])
+        if kind == "failed":
+            log = self.lanes.log_of(lane)
+            with log.open("a", encoding="utf-8") as file:
+                file.write(event["traceback"])
+            hint = event["hint"] or (None if event["known"] else f"the log has the traceback: {log}")
+            raise StageError(event["message"], where=event["where"] or node.id, hint=hint)
+        artifact = self._commit(node, running, event)
+        self.events("stage_finished", stage=node.id, key=node.key, seconds=artifact.manifest["seconds"])
+        self.plan.recipe.registry.notify(
+            "luthier_stage_finished", stage=node.id, key=node.key, manifest=artifact.manifest
+        )
+        return StageResult(node, "done", artifact=artifact)
+
+    def _commit(self, node: Node, running: _Running, answer: Event) -> Artifact:
+        self._check_sources(node)
+        about: dict[str, Any] = {
+            "stage": node.id,
+            "component": {
+                "kind": "stage",
+                "name": node.component.name,
+                "revision": node.component.revision,
+                "provider": str(self.plan.recipe.registry.provider(node.component)),
+            },
+            "facts": answer["facts"],
+            "warnings": answer["warnings"],
+            "config": running.job.config,
+            "payload": node.payload,
+            "code": node.code,
+            "inputs": {path: [self.plan.key_of(name) for name in names] for path, names in node.inputs.items()},
+            "seconds": {**answer["seconds"], "total": time.perf_counter() - running.started},
+            "environment": environment(),
+        }
+        return commit(self.store, node.key, node.produces, Path(running.job.out), about)
+
+    # -- beside ------------------------------------------------------------------------------------
+
+    def _interrupt(self) -> None:
+        self.interrupts += 1
+        if self.interrupts == 1:
+            self.events("log", message="stopping after a checkpoint; once more stops at once")
+        else:
+            self.lanes.kill()
+
+    def _remember(self) -> None:
+        """Keep each stage's key payload, so that the next plan can say what changed."""
+        done = {name: stage.node.payload for name, stage in self.results.items() if stage.artifact is not None}
+        path = self.store.root / "refs" / f"{self.plan.recipe.name}.json"
+        # A stage that the recipe has no more is forgotten, so that `clean` can free what it made.
+        last = self.store.last_keys(self.plan.recipe.name)
+        known = {name: payload for name, payload in last.items() if name in self.plan.nodes}
+        if known == last and all(known.get(name) == payload for name, payload in done.items()):
+            return
+        # The artifacts are safe already; a full disk only costs the next plan its reasons.
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({**known, **done}), encoding="utf-8")
+            temporary.replace(path)
+
+
+def _new_run(store: Store, recipe: str) -> tuple[str, Path]:
+    """The id of a new run, and its folder, which no other run has."""
+    head = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{os.getpid()}"
+    for number in itertools.count():
+        name = f"{head}-{number}" if number else head
+        try:
+            (store.runs / name).mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StoreError(
+                f"the store cannot be written: {error.strerror}",
+                where=str(store.root),
+                hint="choose another place with --store",
+            ) from error
+        return name, store.runs / name
+    raise AssertionError("itertools.count never ends")

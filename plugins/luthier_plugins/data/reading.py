@@ -1,0 +1,67 @@
+"""Reads the raw rows of a data file, with their lines; no row is checked here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier.api import DataError, Row
+
+
+def raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
+    """The raw rows of a file with their lines: JSON lines, or the paragraphs of a text.
+
+    Args:
+        path: The file.
+        errors: Takes what is wrong with single lines.
+
+    Raises:
+        DataError: the file is none that can be read.
+    """
+    if path.is_dir():
+        raise DataError("is a folder", where=str(path), hint="name one .jsonl or .txt file")
+    text = path.read_bytes()
+    try:
+        lines = text.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = text[: error.start].count(b"\n") + 1
+        raise DataError("is not UTF-8 text", where=f"{path}:{line}", hint="save the file as UTF-8") from error
+    if path.suffix == ".txt":
+        yield from _paragraphs(lines)
+        return
+    _refuse_other_files(path, lines)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            raw = json.loads(line)
+            # Half a surrogate pair is valid JSON, but no text that can be stored.
+            json.dumps(raw, ensure_ascii=False).encode("utf-8")
+            yield number, raw
+        except ValueError as error:
+            where = f"{path}:{number}"
+            errors.append(
+                DataError(f"is not valid JSON ({error})", where=where, hint="each line has to be one JSON object")
+            )
+
+
+def _refuse_other_files(path: Path, lines: list[str]) -> None:
+    """One message instead of one for each line where a file is something else altogether."""
+    first = next((line.strip() for line in lines if line.strip()), "")
+    if first.startswith("["):
+        raise DataError("is one JSON array", where=str(path), hint="write one object a line (JSON Lines)")
+    if path.suffix in (".csv", ".tsv", ".parquet"):
+        raise DataError(f"is a {path.suffix} file", where=str(path), hint="convert it to JSON Lines, one object a line")
+
+
+def _paragraphs(lines: list[str]) -> Iterator[tuple[int, Row]]:
+    start, block = 1, list[str]()
+    for number, line in enumerate([*lines, ""], 1):
+        if line.strip():
+            start = number if not block else start
+            block.append(line)
+        elif block:
+            yield start, {"text": "\n".join(block)}
+            block = []

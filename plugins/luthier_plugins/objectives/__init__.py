@@ -1,0 +1,30 @@
+"""What training minimises: one small file each."""
+
+from luthier.api import Component, hookimpl
+
+
+@hookimpl
+def luthier_components() -> list[Component]:
+    return [
+        Component(
+            kind="objective",
+            name="cross_entropy",
+            summary="The negative log-likelihood of every trained token",
+            config="luthier_plugins.objectives.config:CrossEntropyConfig",
+            impl="luthier_plugins.objectives.cross_entropy:CrossEntropy",
+        ),
+        Component(
+            kind="objective",
+            name="dpo",
+            summary="The DPO loss: a sigmoid of the margin to the reference",
+            config="luthier_plugins.objectives.config:DpoConfig",
+            impl="luthier_plugins.objectives.dpo:Dpo",
+        ),
+        Component(
+            kind="objective",
+            name="orpo",
+            summary="The ORPO loss: fine-tuning on the chosen answer, and the odds ratio",
+            config="luthier_plugins.objectives.config:OrpoConfig",
+            impl="luthier_plugins.objectives.orpo:Orpo",
+        ),
+    ]
