@@ -22,9 +22,9 @@ class Orpo(Objective[OrpoConfig]):
     def loss(self, batch: CompletionBatch) -> LossResult:
         sums, lengths = batch.sides(batch.sums), batch.sides(batch.lengths)
         chosen, rejected = sums[0] / lengths[0], sums[1] / lengths[1]
-        ratio = log_odds(chosen) - log_odds(rejected)
-        losses = -chosen - self.config.beta * logsigmoid(ratio)
-        logs = {"logps/chosen": sums[0], "logps/rejected": sums[1], "accuracy": (ratio > 0).float()}
+        losses = -chosen - self.config.beta * logsigmoid(log_odds(chosen) - log_odds(rejected))
+        # The odds rise with the probability: the likelier answer has the higher ones.
+        logs = {"logps/chosen": sums[0], "logps/rejected": sums[1], "accuracy": (chosen > rejected).float()}
         return LossResult(losses, logs)
 
 
