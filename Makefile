@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test lint docs benchmark
+.PHONY: setup quickstart test oracle lint docs benchmark
 
 setup: .venv/.ready
 
@@ -25,6 +25,10 @@ quickstart: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses=4 --dist loadfile --no-loadscope-reorder \
 		--cov --cov-report=term:skip-covered --cov-report=xml --durations=15
+
+# Comparisons with other programs, each installed into an environment of its own.
+oracle: setup
+	LUTHIER_ORACLES=$(CURDIR)/.oracles $(BIN)/python -m pytest tests/oracle tests/plugins/test_quantizers.py --durations=15
 
 lint: setup
 	$(BIN)/ruff check core plugins tests docs

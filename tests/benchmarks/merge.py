@@ -46,7 +46,7 @@ store, out, values, models, base, workers = json.loads(sys.argv[1])
 registry = default_registry()
 config = MergeConfig.model_validate({"models": models, "method": values, **({"base": base} if base else {})},
                                     context={"components": registry})
-method = registry.impl_class(config.method.component)(config.method.config)
+method = registry.impl_class(config.method.component)(config.method.config, None)
 made = {artifact.manifest["stage"]: artifact for artifact in Store(Path(store))}
 
 with Watched() as watched:
@@ -216,8 +216,8 @@ def many_tensors(folder: Path) -> dict[int, float]:
             self.files.floats(name, start, out.view(-1), scratch)
 
     registry = default_registry()
-    component = registry.get("merge", "linear")
-    method = registry.impl_class(component)(registry.config_class(component)())
+    component = registry.get("merge_method", "linear")
+    method = registry.impl_class(component)(registry.config_class(component)(), None)
     found: dict[int, float] = {}
     for count in (9_000, 18_000, 36_000):
         place = folder / f"many-{count}"

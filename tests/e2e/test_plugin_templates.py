@@ -9,24 +9,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from luthier.api import KINDS as registered
 
-KINDS = ("adapter", "augmenter", "exporter", "merge", "metric", "preference_loss", "stage")
+KINDS = tuple(sorted(registered))
 
 RECIPE = """\
 luthier: 1
 name: plugged
-requires: [luthier-plugin-tiny-merge>=0.1]
+requires: [luthier-plugin-tiny-merge-method>=0.1]
+executor: {uses: tiny-executor, slots: 2, niceness: 1}
+trackers: [tiny-tracker]
 stages:
+  asked: {uses: data, source: questions.jsonl}
   chats: {uses: data, source: chats.jsonl}
   held: {uses: data, source: chats.jsonl, split: test}
   long: {uses: tiny-stage, data: chats, characters: 1}
   more: {uses: augment, data: long, method: tiny-augmenter}
   base: {uses: init, data: [chats], vocab_size: 300, hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2}
   tuned: {uses: sft, model: base, data: more, adapter: {uses: tiny-adapter, r: 2}, steps: 2}
-  other: {uses: sft, model: base, data: more, steps: 2}
+  other:
+    uses: sft
+    model: base
+    data: [more, asked]
+    steps: 2
+    optimizer: tiny-optimizer
+    regularizers: [tiny-regularizer]
   pairs: {uses: data, source: pairs.jsonl}
-  preferred: {uses: dpo, model: other, data: pairs, loss: {uses: tiny-preference-loss, margin: 2}, steps: 2}
-  merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge, lean: 0.2}}
+  preferred: {uses: dpo, model: other, data: pairs, objective: {uses: tiny-objective, margin: 2}, steps: 2}
+  merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge-method, lean: 0.2}}
+  small: {uses: quantize, model: merged, method: {uses: tiny-quantizer, largest_kl: 1.0}}
   file: {uses: export, model: merged, format: {uses: tiny-exporter, dtype: bfloat16}}
   quality: {uses: evaluate, model: merged, against: file, data: held, metrics: [tiny-metric], max_new_tokens: 4}
 """
@@ -66,14 +77,14 @@ class TestInstalled:
         tests = [str(path / "tests") for path in plugins.iterdir()]
         done = subprocess.run([*command, *tests], cwd=plugins, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        assert "14 passed" in done.stdout
+        assert "30 passed" in done.stdout
 
     def test_they_are_listed_and_conform(self, plugins: Path, cli) -> None:
         listed = json.loads(cli("plugins", "--json").stdout)["components"]
         mine = {item["kind"]: item for item in listed if item["provider"].startswith("luthier-plugin-tiny")}
         assert sorted(mine) == sorted(KINDS)
-        assert mine["merge"]["provider"] == "luthier-plugin-tiny-merge 0.1.0"
-        checked = cli("plugin", "check", "tiny-merge")
+        assert mine["merge_method"]["provider"] == "luthier-plugin-tiny-merge-method 0.1.0"
+        checked = cli("plugin", "check", "tiny-merge-method")
         assert checked.returncode == 0, checked.stdout + checked.stderr
         assert "ok      it behaves on a small example" in checked.stdout
 
@@ -83,6 +94,7 @@ class TestInstalled:
             {"prompt": "say 3", "chosen": "3!", "rejected": "?"},
         ]
         (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "questions.jsonl").write_text('{"question": "say 5", "answer": "5!"}')
         (tmp_path / "plugged.yaml").write_text(RECIPE)
         done = cli("run", "plugged.yaml")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -94,5 +106,5 @@ def test_once_removed_a_recipe_says_what_is_missing(chats: Path, cli, tmp_path: 
     (tmp_path / "plugged.yaml").write_text(RECIPE)
     done = cli("plan", "plugged.yaml")
     assert done.returncode == 2
-    assert "pip install 'luthier-plugin-tiny-merge>=0.1'" in done.stderr
+    assert "pip install 'luthier-plugin-tiny-merge-method>=0.1'" in done.stderr
     assert "there is no stage 'tiny-stage'" in done.stderr

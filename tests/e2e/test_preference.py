@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_plugins import OnePlugin
 from luthier import run
+from luthier.api import Config, Regularizer
 from luthier.artifacts.datasets import read_split
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.training.preference import encode_pair
+from luthier.modeling.text import IGNORED
+from luthier.registry import Provider, Registry
+from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.training.encoding import encode_row
 
 RECIPE = """\
 luthier: 1
@@ -56,12 +61,13 @@ def test_the_reference_is_the_tuned_model_adapter_included(pairs: Path, tmp_path
     stops = tuned.facts["stop_token_ids"]
     by_hand = []
     for row in rows:
-        pair = encode_pair(tokenizer, row["prompt"], row["chosen"], row["rejected"], stops)
-        assert tokenizer.decode(pair.chosen_ids) == row["chosen"][0]["content"] + "<|im_end|>"
+        chosen = encode_row(tokenizer, row, stops).completions[0]
+        answer = [label for label in chosen.labels if label != IGNORED]
+        assert tokenizer.decode(answer) == row["chosen"][0]["content"] + "<|im_end|>"
         with torch.no_grad():
-            logits = model(torch.tensor([pair.prompt_ids + pair.chosen_ids])).logits[0, :-1].log_softmax(-1)
-        targets = torch.tensor((pair.prompt_ids + pair.chosen_ids)[1:])
-        by_hand.append(float(logits.gather(1, targets[:, None])[len(pair.prompt_ids) - 1 :].sum()))
+            logits = model(torch.tensor([chosen.input_ids])).logits[0, :-1].log_softmax(-1)
+        targets = torch.tensor(chosen.input_ids[1:])
+        by_hand.append(float(logits.gather(1, targets[:, None])[-len(answer) :].sum()))
     for name in ("light-dpo", "full-dpo"):
         first = next(item["values"] for item in events if item["event"] == "metrics" and item["stage"] == name)
         assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
@@ -74,22 +80,22 @@ def test_the_reference_is_the_tuned_model_adapter_included(pairs: Path, tmp_path
     assert result.artifact("full-dpo").facts["training"]["loss_last"] < math.log(2)
 
 
-def test_validation_and_regularizers_count_in_preference_training(
-    tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from luthier.testing import run_stage, tiny_dataset, tiny_model
-    from luthier.training import preference
+class Pull(Regularizer[Config]):
+    """A penalty that is easy to see: the squared distance from where training began, times a lot."""
 
-    class Pull:
-        """A penalty that is easy to see: the squared distance from where training began, times a lot."""
+    def start(self, model, batches) -> None:
+        self.before = [parameter.detach().clone() for parameter in model.parameters()]
+        self.rows = sum(len(batch.labels) for batch in batches())
 
-        def start(self, model) -> None:
-            self.before = [parameter.detach().clone() for parameter in model.parameters()]
+    def penalty(self, model, batch, outputs):
+        assert len(outputs.lengths) == len(batch.labels)
+        pairs = zip(model.parameters(), self.before, strict=True)
+        return 1e4 * sum((now - then).square().sum() for now, then in pairs)
 
-        def penalty(self, model):
-            pairs = zip(model.parameters(), self.before, strict=True)
-            return 1e4 * sum((now - then).square().sum() for now, then in pairs)
 
+def test_validation_and_regularizers_count_in_preference_training(tmp_path: Path) -> None:
+    registry = Registry.installed()
+    registry.add(OnePlugin("regularizer", "pull", Config, Pull), Provider("test", "test", "1"))
     model = tiny_model(tmp_path, dtype="float32")
     rows = [
         {
@@ -103,17 +109,12 @@ def test_validation_and_regularizers_count_in_preference_training(
     held_out = tiny_dataset(tmp_path, rows, split="validation")
     (data.path / "validation.parquet").write_bytes((held_out.path / "validation.parquet").read_bytes())
     config = {"steps": 6, "learning_rate": 1e-3, "save_every": 3}
-    free = run_stage(tmp_path, "dpo", config, inputs={"model": model, "data": data})
+    inputs = {"model": model, "data": [data]}
+    free = run_stage(tmp_path, "dpo", config, inputs=inputs, registry=registry)
     assert free.facts["training"]["eval_loss"] < math.log(2)
-    monkeypatch.setattr(preference, "started", lambda config, model, context: [_begun(Pull(), model)])
-    held = run_stage(tmp_path, "dpo", {**config, "log_every": 5}, inputs={"model": model, "data": data}, seed=0)
+    held = run_stage(tmp_path, "dpo", {**config, "regularizers": ["pull"]}, inputs=inputs, registry=registry)
     moved = [_distance(artifact, model) for artifact in (free, held)]
     assert moved[1] < 0.5 * moved[0]
-
-
-def _begun(regularizer, model):
-    regularizer.start(model)
-    return regularizer
 
 
 def _distance(one, other) -> float:

@@ -16,7 +16,7 @@ from luthier import Recipe, plan, run
 from luthier.api import ModelError, RecipeError, StageError
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.store import Store
-from luthier.cli.display import describe
+from luthier.reporting.tables import describe
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from safetensors.torch import load_file, save_file
 
@@ -147,11 +147,11 @@ def test_facts_that_a_plugin_forgot_are_told_and_not_stored(tmp_path: Path, monk
     path = tmp_path / "texts.txt"
     path.write_text("one\n\ntwo\n")
     for facts, message in (
-        ({}, "lack format, rows"),
+        ({}, "lack schema, rows"),
         (None, "returned NoneType"),
-        ({"format": tmp_path, "rows": {}}, "no plain"),
+        ({"schema": tmp_path, "rows": {}}, "no plain"),
     ):
-        monkeypatch.setattr(Data, "run", lambda self, context, facts=facts: facts)
+        monkeypatch.setattr(Data, "run", lambda self, facts=facts: facts)
         with pytest.raises(StageError, match=message):
             run_stage(tmp_path / "s", "data", {"source": str(path)})
     assert not list(Store.at(tmp_path / "s"))
@@ -180,16 +180,19 @@ def test_a_vocabulary_that_the_config_tells_wrongly_is_refused(tmp_path: Path) -
         (
             {"uses": "evaluate", "model": "model", "data": "rows"},
             "text",
-            "evaluate reads the format messages, not text",
+            "evaluate reads rows of the schema messages or preference, not text",
         ),
-        ({"uses": "pretrain", "model": "model", "data": ["rows"]}, "preference", "pretrain reads the format text or"),
-        ({"uses": "init", "data": ["rows"]}, "preference", "init reads the format text or messages, not preference"),
-        ({"uses": "sft", "model": "model", "data": ["rows"]}, "text", "sft reads the format messages, not text"),
-        ({"uses": "dpo", "model": "model", "data": "rows"}, "text", "reads the format preference, not text"),
+        (
+            {"uses": "pretrain", "model": "model", "data": ["rows"]},
+            "preference",
+            "reads rows of the schema text or messages, not preference",
+        ),
+        ({"uses": "sft", "model": "model", "data": ["rows"]}, "text", "reads rows of the schema messages, not text"),
+        ({"uses": "dpo", "model": "model", "data": "rows"}, "text", "reads rows of the schema preference, not text"),
     ],
     ids=lambda value: value["uses"] if isinstance(value, dict) else "",
 )
-def test_data_of_another_format_is_a_message(tmp_path: Path, stage: dict, rows: str, message: str) -> None:
+def test_data_of_another_schema_is_a_message(tmp_path: Path, stage: dict, rows: str, message: str) -> None:
     raw = {"text": {"text": "a b"}, "preference": {"prompt": "a", "chosen": "b", "rejected": "c"}}[rows]
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(raw)}\n" * 4)
     recipe = {

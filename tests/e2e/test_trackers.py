@@ -24,11 +24,16 @@ def test_metrics_reach_every_tracker(tmp_path: Path, chats: Path) -> None:
     (tmp_path / "tracked.yaml").write_text(RECIPE)
     result = run(tmp_path / "tracked.yaml", store=tmp_path / "s")
     assert result.exit_code == 0, {name: str(stage.error) for name, stage in result.stages.items()}
-    folder = Store.at(tmp_path / "s").runs / result.id
-    lines = [json.loads(line) for line in (folder / "metrics" / "tuned.jsonl").read_text().splitlines()]
+    key = result.artifact("tuned").key
+    folder = Store.at(tmp_path / "s").tracking("tracked", "tuned", key)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    about = json.loads((folder / "run.json").read_text())
+    assert (about["outcome"], about["key"], about["config"]["steps"]) == ("done", key, 4)
+    assert about["facts"]["training"]["steps"] == 4
+    assert about["environment"]["libraries"]["torch"]
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == [1, 2, 3, 4]
-    board = EventAccumulator(str(folder / "tensorboard" / "tuned"))
+    board = EventAccumulator(str(folder))
     board.Reload()
     assert {event.step: round(event.value, 4) for event in board.Scalars("loss")} == {
         step: round(loss, 4) for step, loss in losses.items()

@@ -11,10 +11,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from luthier.api import Artifact, ModelError
-from luthier.modeling.generate import greedy_answers
+from luthier.api import Artifact, ModelError, Sampling
+from luthier.modeling.generate import ModelGenerator
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.modeling.text import encode_prompt
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier_plugins.gguf import check, write
 from luthier_plugins.gguf.config import GgufConfig
@@ -58,10 +57,10 @@ def test_an_export_has_a_proven_file_for_each_type(export: Artifact) -> None:
 def test_llama_cpp_answers_as_transformers_does(model: Artifact, export: Artifact) -> None:
     prompts = [[{"role": "user", "content": text}] for text in ("Hello", "Where is the letter?", "12 geese")]
     tokenizer = load_tokenizer(model)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    expected = list(greedy_answers(load_model(model), tokenizer, ids, model.facts["stop_token_ids"], 12))
-    with Gguf(GgufConfig()).serve(export, "F16", 12) as program:
-        answers = list(program.answer(prompts))
+    mine = ModelGenerator(load_model(model), tokenizer, model.facts["stop_token_ids"])
+    expected = [answer.text for (answer,) in mine.generate(prompts, Sampling(max_new_tokens=12))]
+    with Gguf(GgufConfig(), None).open(export, "F16") as program:
+        answers = [answer.text for (answer,) in program.generate(prompts, Sampling(max_new_tokens=12))]
     # Random weights say half characters, which the two programs show differently.
     assert [answer.replace("\ufffd", "") for answer in answers] == [text.replace("\ufffd", "") for text in expected]
 
@@ -123,10 +122,11 @@ def test_an_adapter_is_folded_before_it_is_exported(model: Artifact) -> None:
     # The check compares the file with the base and the adapter on top of it.
     assert export.facts["files"]["F16"]["kl"] < 1e-4
     stops, tokenizer = model.facts["stop_token_ids"], load_tokenizer(model)
-    ids = encode_prompt(tokenizer, prompt)
-    before, after = (next(greedy_answers(load_model(item), tokenizer, [ids], stops, 8)) for item in (model, tuned))
-    with Gguf(GgufConfig()).serve(export, None, 8) as program:
-        answer = next(program.answer([prompt]))
+    asked = Sampling(max_new_tokens=8)
+    mine = [ModelGenerator(load_model(item), tokenizer, stops) for item in (model, tuned)]
+    before, after = (next(generator.generate([prompt], asked))[0].text for generator in mine)
+    with Gguf(GgufConfig(), None).open(export, None) as program:
+        answer = next(program.generate([prompt], asked))[0].text
     assert answer.replace("\ufffd", "") == after.replace("\ufffd", "") != before.replace("\ufffd", "")
 
 

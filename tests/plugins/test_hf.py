@@ -26,13 +26,13 @@ from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
 from luthier.modeling.compare import compared
 from luthier.modeling.golden import entries_of
+from luthier.modeling.hub_folder import model_config
 from luthier.modeling.loading import load_model
 from luthier.registry import default_registry
 from luthier.serving.golden import ServerError, ask, streamed
-from luthier.serving.serve import TransformersSpeaker
+from luthier.serving.serve import TransformersBackend
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier_plugins.export.config import ExportConfig
-from luthier_plugins.hf.compatible import model_config
 from luthier_plugins.quantizers import grouped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -223,13 +223,13 @@ def completion(url: str, limit: int) -> dict[str, Any]:
 
 
 def test_a_reader_who_leaves_stops_the_answer(export: Artifact) -> None:
-    speaker = TransformersSpeaker(Artifact(export.key, "model", export.path, export.facts, {}))
-    speaker._stops = []
-    spoken = speaker.say(speaker.prompt([{"role": "user", "content": "How many geese?"}]), 400, 0.0, 1.0)
-    pieces = iter(spoken)
+    backend = TransformersBackend(Artifact(export.key, "model", export.path, export.facts, {}))
+    backend._stops = []
+    answer = backend.answer(backend.prompt([{"role": "user", "content": "How many geese?"}]), 400, 0.0, 1.0)
+    pieces = iter(answer)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
-    assert 0 < spoken.tokens < 400
+    assert 0 < answer.tokens < 400
 
 
 def test_a_model_is_served_and_checked_against_its_golden_file(export: Artifact) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from luthier.api import DataError
-from luthier.modeling.text import IGNORED, encode_conversation, packed
+from luthier.modeling.text import IGNORED, encode_conversation
+from luthier.training.encoding import packed_rows
 from transformers import AutoTokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "tokenizers"
@@ -42,6 +43,7 @@ def test_a_template_without_a_stop_token_is_refused() -> None:
 
 
 def test_packing_loses_no_token() -> None:
-    blocks = list(packed([[1, 2, 3], [4], [5, 6, 7, 8]], 4, 0))
+    rows = list(packed_rows([[1, 2, 3], [4], [5, 6, 7, 8]], 4, 0))
+    blocks = [row.completions[0] for row in rows]
     assert [block.input_ids for block in blocks] == [[1, 2, 3, 0], [4, 0, 5, 6], [7, 8, 0]]
     assert all(block.labels == block.input_ids for block in blocks)

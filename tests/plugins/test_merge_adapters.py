@@ -12,12 +12,12 @@ import torch
 from gguf_models import make_model
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
+from luthier.merging import pool
 from luthier.merging.parts import Noise, merge_tensors
 from luthier.merging.reader import content_of
 from luthier.modeling.loading import fold, load_model
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.merging import pool
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
 from safetensors.torch import load_file, save_file
@@ -120,9 +120,9 @@ def test_what_is_merged_in_a_space_is_what_the_method_makes_there(
     plain = full(base)[name]
     updates = [full(adapter)[name] - plain for adapter in adapters]
     registry = default_registry()
-    component = registry.get("merge", method["uses"])
+    component = registry.get("merge_method", method["uses"])
     values = {key: value for key, value in method.items() if key != "uses"}
-    made = registry.impl_class(component)(registry.config_class(component)(**values))
+    made = registry.impl_class(component)(registry.config_class(component)(**values), None)
     noise = Noise(5, [content_of(adapter) for adapter in adapters], name)
 
     def by_method(several: list[torch.Tensor]) -> torch.Tensor:

@@ -197,9 +197,9 @@ def test_what_is_larger_than_the_gpu_or_not_worth_it_stays_on_the_cpu(
 @pytest.mark.parametrize(("name", "expected"), [("slerp", True), ("ties", True), ("dare_ties", False)])
 def test_methods_of_mergekit_go_to_a_gpu_unless_they_draw_numbers(name: str, expected: bool) -> None:
     registry = default_registry()
-    component = registry.get("merge", "mergekit")
+    component = registry.get("merge_method", "mergekit")
     config = registry.config_class(component).model_validate({"name": name}, context={"components": registry})
-    assert registry.impl_class(component)(config).suits_gpu is expected
+    assert registry.impl_class(component)(config, None).suits_gpu is expected
 
 
 @on_a_gpu

@@ -67,9 +67,9 @@ def family(request: pytest.FixtureRequest) -> dict[str, list[Tensor]]:
 def ours(name: str, tensors: list[Tensor], weights: list[float] | None, base: Tensor | None, values: dict) -> Tensor:
     """What Luthier's method makes of it."""
     registry = default_registry()
-    component = registry.get("merge", name)
+    component = registry.get("merge_method", name)
     config = registry.config_class(component).model_validate(values)
-    return merge_tensors(registry.impl_class(component)(config), tensors, weights, base)
+    return merge_tensors(registry.impl_class(component)(config, None), tensors, weights, base)
 
 
 WEIGHTS = [1.0, 0.5, 2.0]
@@ -162,8 +162,8 @@ def test_with_the_same_random_masks_every_parameter_equals_mergekit(
 ) -> None:
     values = {"density": 0.6, "rescale": False, "normalize": normalize}
     registry = default_registry()
-    component = registry.get("merge", name)
-    method = registry.impl_class(component)(registry.config_class(component).model_validate(values))
+    component = registry.get("merge_method", name)
+    method = registry.impl_class(component)(registry.config_class(component).model_validate(values), None)
 
     def expected(noise: Noise, tensors: list[Tensor], start: int = 0) -> Tensor:
         turn = iter(range(3))
@@ -200,7 +200,7 @@ def test_mergekit_as_a_back_end_gives_what_mergekit_gives() -> None:
     models = [base + torch.randn(8, 6, generator=generator) for _ in range(3)]
     config = MergekitConfig(name="ties", parameters={"density": {"per_model": [0.3, 0.5, 0.9]}})
     before = [model.clone() for model in models]
-    merged = merge_tensors(Mergekit(config), models, WEIGHTS, base)
+    merged = merge_tensors(Mergekit(config, None), models, WEIGHTS, base)
     parameters = {"weight": WEIGHT, "density": {1: 0.3, 2: 0.5, 3: 0.9}}
     torch.testing.assert_close(merged, theirs([base, *models], "ties", parameters=parameters, base_index=0))
     assert all(torch.equal(old, new) for old, new in zip(before, models, strict=True))
@@ -212,10 +212,10 @@ def test_random_masks_come_from_the_recipe_alone() -> None:
     models = [base + torch.randn(8, 6, generator=generator) for _ in range(2)]
     config = MergekitConfig(name="dare_ties", parameters={"density": 0.5}, seed=4)
     torch.manual_seed(1)
-    first = merge_tensors(Mergekit(config), models, base=base)
+    first = merge_tensors(Mergekit(config, None), models, base=base)
     torch.manual_seed(2)
-    assert torch.equal(merge_tensors(Mergekit(config), models, base=base), first)
-    other = Mergekit(config.model_copy(update={"seed": 9}))
+    assert torch.equal(merge_tensors(Mergekit(config, None), models, base=base), first)
+    other = Mergekit(config.model_copy(update={"seed": 9}), None)
     assert not torch.equal(merge_tensors(other, models, base=base), first)
 
 
@@ -229,7 +229,7 @@ def test_random_masks_come_from_the_recipe_alone() -> None:
 )
 def test_what_mergekit_does_not_have_is_named(values: dict, message: str) -> None:
     with pytest.raises(ModelError) as caught:
-        Mergekit(MergekitConfig(**values))
+        Mergekit(MergekitConfig(**values), None)
     assert message in str(caught.value)
 
 
@@ -289,7 +289,7 @@ def test_masks_of_mergekits_methods_hang_on_every_model_and_on_the_parameter() -
     generator = torch.Generator().manual_seed(0)
     base, *models = (torch.randn(16, 16, generator=generator) for _ in range(3))
     config = MergekitConfig.model_validate({"name": "dare_linear", "parameters": {"density": 0.5, "lambda": 1.0}})
-    method = Mergekit(config)
+    method = Mergekit(config, None)
 
     def mask(contents: list[str], name: str) -> Tensor:
         noise = Noise(0, contents, name)

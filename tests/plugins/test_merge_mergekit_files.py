@@ -291,7 +291,8 @@ def test_a_file_gives_what_mergekit_gives(models: Path, tmp_path: Path, name: st
     layout = lay_out(config, inputs, 0, config.dtype)
     output = Output(tmp_path, layout.tensors, 1 << 30)
     method, *own = (
-        registry.impl_class(use.component)(use.config) for use in (config.method, *config.methods_of_slices().values())
+        registry.impl_class(use.component)(use.config, None)
+        for use in (config.method, *config.methods_of_slices().values())
     )
     of_slice = dict(zip(config.methods_of_slices(), own, strict=True))
     jobs = [replace(job, method=of_slice.get(job.slice)) for job in layout.jobs]

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luthier.api import ModelError
+from luthier.merging import parts as merging_parts
 from luthier.merging.api import MergedParameter
 from luthier.merging.parts import Grid, Noise, merge_tensors
 from luthier.registry import default_registry
-from luthier.merging import parts as merging_parts
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.selection import largest
 from torch import Tensor
@@ -24,8 +24,8 @@ ALL = [name for name in default_registry().names("merge") if name != "mergekit"]
 def method(name: str, **values: object):
     """A method with its config, as a recipe makes it."""
     registry = default_registry()
-    component = registry.get("merge", name)
-    return registry.impl_class(component)(config_of(name, **values))
+    component = registry.get("merge_method", name)
+    return registry.impl_class(component)(config_of(name, **values), None)
 
 
 def config_of(name: str, **values: object):
@@ -33,7 +33,9 @@ def config_of(name: str, **values: object):
     registry = default_registry()
     if name in ("fisher", "regmean"):
         values = {"data": "rows", **values}
-    return registry.config_class(registry.get("merge", name)).model_validate(values, context={"components": registry})
+    return registry.config_class(registry.get("merge_method", name)).model_validate(
+        values, context={"components": registry}
+    )
 
 
 def tensors(seed: int, count: int, *shape: int) -> list[Tensor]:
@@ -230,7 +232,7 @@ class Walk:
         self._starts = [first * tensor.shape[1] for first in range(0, len(tensor), height)]
 
     def each(self, look, every=1):
-        from luthier.api import MergePart
+        from luthier.merging.api import MergePart
 
         return [
             look(MergePart(self.place, start, [part], [1.0]))

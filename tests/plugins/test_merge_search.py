@@ -14,9 +14,11 @@ from luthier.api import Interrupted, ModelError, RecipeError
 from luthier.artifacts.datasets import read_split
 from luthier.merging.files import Files
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.modeling.measure import items_of
+from luthier.modeling.samples import measured, samples_of
 from luthier.testing import run_stage, tiny_dataset
 from luthier_plugins.merge.search import stage as searching
+from luthier_plugins.metrics.config import PerplexityConfig
+from luthier_plugins.metrics.perplexity import Perplexity
 
 RECIPE = """\
 luthier: 1
@@ -61,11 +63,11 @@ def test_the_search_finds_the_better_model_and_stores_what_it_measured(folder: P
     assert good["score"] < bad["score"]
     # What is in the store is what was measured.
     rows = read_split(result.artifact("chats"), "validation")
-    items = items_of(load_model(best), load_tokenizer(best), rows, {"losses"}, best.facts["stop_token_ids"], 8)
-    from luthier_plugins.metrics.config import PerplexityConfig
-    from luthier_plugins.metrics.perplexity import Perplexity
-
-    assert Perplexity(PerplexityConfig()).score(items["losses"]) == pytest.approx(found["best"]["score"], rel=1e-4)
+    metric = Perplexity(PerplexityConfig(), None)
+    stops = best.facts["stop_token_ids"]
+    logps, _ = measured(load_model(best), load_tokenizer(best), rows, stops, [metric.needs], folder)
+    score = metric.score(samples_of(rows, metric.needs, {}, logps), None)
+    assert score.value == pytest.approx(found["best"]["score"], rel=1e-4)
 
 
 def test_a_stopped_search_goes_on_where_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,10 +148,10 @@ def test_a_slice_has_settings_and_layers_of_the_base_of_its_own(tmp_path: Path) 
     merged = load_file(run_stage(tmp_path, "merge", config, inputs={**inputs, "base": base}).path / "model.safetensors")
     stored = [load_file(model.path / "model.safetensors") for model in (base, one, two)]
     registry = default_registry()
-    component = registry.get("merge", "ties")
+    component = registry.get("merge_method", "ties")
 
     def expected(numbers: tuple[int, int, int], tail: str, values: dict) -> torch.Tensor:
-        method = registry.impl_class(component)(registry.config_class(component).model_validate(values))
+        method = registry.impl_class(component)(registry.config_class(component).model_validate(values), None)
         names = [f"model.layers.{number}.{tail}" for number in numbers]
         ancestor, *models = (tensors[name] for tensors, name in zip(stored, names, strict=True))
         return merge_tensors(method, models, [1.0, 1.0], ancestor)

@@ -21,9 +21,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luthier import Recipe, plan, run
-from luthier.api import Artifact, ModelError, StoreError
+from luthier.api import Artifact, ModelError, Needs, StoreError
 from luthier.artifacts.datasets import read_split
 from luthier.artifacts.models import NO_TOKENIZER, VOCABULARY_FILES
+from luthier.merging import load_check
+from luthier.merging import parts as merging_parts
 from luthier.merging.api import MergePart
 from luthier.merging.check import check_same, rope_of
 from luthier.merging.config import MergeConfig
@@ -34,12 +36,10 @@ from luthier.merging.reader import Weights
 from luthier.merging.verify import Verifier, check_index
 from luthier.merging.writer import Described, Output
 from luthier.modeling.loading import fold, load_model, load_tokenizer
-from luthier.modeling.measure import items_of
+from luthier.modeling.samples import measured
 from luthier.modeling.text import encode_text
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
-from luthier.merging import parts as merging_parts
-from luthier.merging import load_check
 from luthier_plugins.merge_methods import selection
 from luthier_plugins.merge_methods.linear import Linear
 from safetensors.torch import load_file, save_file
@@ -111,7 +111,7 @@ def merged_by(
     context = {"components": registry}
     given = {"models": ["m"] * len(models), "method": values, "dtype": "float32", **({"base": "b"} if base else {})}
     config = MergeConfig.model_validate(given, context=context)
-    method = registry.impl_class(config.method.component)(config.method.config)
+    method = registry.impl_class(config.method.component)(config.method.config, None)
     inputs = Inputs([Weights(model) for model in models], Weights(base) if base else None)
     layout = lay_out(config, inputs, seed, config.dtype)
     # Loaded tensors are views of the file: each run has one of its own.
@@ -138,7 +138,7 @@ def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
 ) -> None:
     monkeypatch.setattr(merging_parts, "BLOCK", 1000)
     registry = default_registry()
-    asks: Any = registry.config_class(registry.get("merge", name))
+    asks: Any = registry.config_class(registry.get("merge_method", name))
     given_models = models[: 1 if asks.models == (1, 1) else 2]
     base = None if asks.base == "unused" else models[2]
     values = {"uses": name, **OWN_SETTINGS.get(name, {})}
@@ -620,10 +620,10 @@ def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
     rows = read_split(data, "train")
 
     def loss(artifact: Artifact) -> float:
-        items = items_of(
-            load_model(artifact), load_tokenizer(artifact), rows, {"losses"}, artifact.facts["stop_token_ids"], 4
-        )["losses"]
-        return sum(item.nll for item in items) / sum(item.tokens for item in items)
+        stops = artifact.facts["stop_token_ids"]
+        needs = [Needs(token_logps=True)]
+        logps, _ = measured(load_model(artifact), load_tokenizer(artifact), rows, stops, needs, store)
+        return -sum(map(sum, logps)) / sum(map(len, logps))
 
     for method in ("fisher", "regmean"):
         config = {"method": {"uses": method, "data": "d", "rows": 4}}

@@ -16,14 +16,15 @@ from gguf_models import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from luthier import plan, run
-from luthier.api import Artifact, DataError, ModelError, PluginError, StageError
+from luthier.api import Artifact, DataError, ModelError, PluginError, StageError, ToolEnvironment
 from luthier.artifacts.models import tensor_headers
 from luthier.cli.doctor import doctor_command
 from luthier.modeling.loading import load_client
 from luthier.modeling.quantized import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq
-from luthier.serving.environments import ENVIRONMENTS, Environment
+from luthier.serving.environments import install, is_ready, run_script
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier_plugins.quantizers.rounding import Grid, to_nearest, with_feedback
+from luthier_plugins.quantizers.tools import AUTO_ROUND, TORCHAO
 from safetensors.torch import load_file, save_file
 
 TEXT = ["Where is the letter?", "The letter is in the drawer.", "12 geese, 34 ducks", "Größe naïve"] * 8
@@ -195,6 +196,7 @@ READERS = {
     "gptqmodel": ("torch==2.13.0", "transformers==5.23.0", "accelerate", "optimum", "gptqmodel==7.6.0"),
 }
 """Environments in which transformers loads a layout, and what they have."""
+TOOLS = {tool.name: tool for tool in (AUTO_ROUND, TORCHAO)}
 
 
 @pytest.mark.timeout(600)
@@ -219,8 +221,8 @@ def test_transformers_reads_the_layouts_as_we_do(
     environment: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    python = environment(where, *(READERS.get(where) or ENVIRONMENTS[where].packages))
-    monkeypatch.setattr(Environment, "folder", property(lambda self: python.parents[1]))
+    python = environment(where, *(READERS.get(where) or TOOLS[where].packages))
+    monkeypatch.setattr("luthier.serving.environments.folder_of", lambda tool: python.parents[1])
     export = exported(tuned, {**options, "skip": ["layers.0.mlp.down_proj"]})
     assert export.facts["layers"] == 20
     script = (
@@ -286,20 +288,20 @@ def test_an_environment_is_made_and_runs_scripts_of_its_own(monkeypatch: pytest.
     (package / "odd_tool.py").write_text("NAME = 'odd'\n")
     project = "[project]\nname = 'odd-tool'\nversion = '1'\n[tool.setuptools]\npy-modules = ['odd_tool']\n"
     (package / "pyproject.toml").write_text(project)
-    tool = Environment("odd", "tests", (str(package),))
-    assert not tool.ready
+    tool = ToolEnvironment("odd", "tests", (str(package),))
+    assert not is_ready(tool)
     said: list[str] = []
-    tool.install(said.append)
+    install(tool, said.append)
     assert said == [f"installing {package}"]
     script = tmp_path / "script.py"
     script.write_text("import odd_tool, sys\nprint(odd_tool.NAME, sys.argv[1])\nsys.exit(int(sys.argv[2]))\n")
-    assert list(tool.lines(script, ["a", "0"], tmp_path / "log")) == ["odd a\n"]
+    assert list(run_script(tool, script, ["a", "0"], tmp_path / "log")) == ["odd a\n"]
     with pytest.raises(StageError, match="odd ended with exit code 3: odd a"):
-        list(tool.lines(script, ["a", "3"], tmp_path / "log"))
-    broken = Environment("none", "tests", (str(tmp_path / "nothing"),))
+        list(run_script(tool, script, ["a", "3"], tmp_path / "log"))
+    broken = ToolEnvironment("none", "tests", (str(tmp_path / "nothing"),))
     with pytest.raises(StageError, match="cannot be installed"):
-        broken.install(said.append)
-    assert not broken.ready
+        install(broken, said.append)
+    assert not is_ready(broken)
 
 
 @pytest.mark.timeout(600)
@@ -307,9 +309,9 @@ def test_an_environment_is_made_and_runs_scripts_of_its_own(monkeypatch: pytest.
 def test_auto_round_is_nearer_than_rounding_to_nearest(
     method: str, tuned: Artifact, environment: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tool = ENVIRONMENTS["auto-round"]
+    tool = AUTO_ROUND
     folder = environment("auto-round", *tool.packages).parents[1]
-    monkeypatch.setattr(Environment, "folder", property(lambda self: folder))
+    monkeypatch.setattr("luthier.serving.environments.folder_of", lambda tool: folder)
     options = {"uses": method, "group_size": 64, "largest_kl": 5.0}
     learned = exported(tuned, {**options, "rounding": "auto-round", "iterations": 100})
     nearest = exported(tuned, {**options, "rounding": "nearest"})

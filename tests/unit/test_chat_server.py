@@ -30,19 +30,19 @@ class Answer:
             raise ModelError("the model fails")
 
 
-class Speaker:
+class Backend:
     def __init__(self, fails: bool) -> None:
         self.fails = fails
 
     def prompt(self, messages: list[Any]) -> list[int]:
         return [1, 2, 3]
 
-    def say(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Answer:
+    def answer(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Answer:
         return Answer(self.fails)
 
 
 @contextmanager
-def running(speaker: Speaker, name: str) -> Generator[str]:
+def running(speaker: Backend, name: str) -> Generator[str]:
     """The address of a server."""
     server = ChatServer(speaker, name, 0)
     thread = threading.Thread(target=server.serve_forever)
@@ -56,10 +56,11 @@ def running(speaker: Speaker, name: str) -> Generator[str]:
 
 
 def test_an_answer_that_breaks_off_is_none() -> None:
-    with running(Speaker(fails=False), "m") as url:
+    with running(Backend(fails=False), "m") as url:
         assert "".join(streamed(url, ASKED, 9)) == "a friend"
-        assert ask(url, ASKED, 9) == ("a friend", 3)
-    with running(Speaker(fails=True), "m") as url:
+        reply = ask(url, ASKED, 9)
+        assert (reply.text, reply.prompt_tokens, reply.finish_reason) == ("a friend", 3, "stop")
+    with running(Backend(fails=True), "m") as url:
         with pytest.raises(ServerError, match="the model fails"):
             list(streamed(url, ASKED, 9))
         with pytest.raises(ServerError, match="500"):
@@ -67,6 +68,6 @@ def test_an_answer_that_breaks_off_is_none() -> None:
 
 
 def test_the_wanted_model_is_asked_for_by_the_name_that_the_server_has() -> None:
-    with running(Speaker(fails=False), "model:latest") as url:
+    with running(Backend(fails=False), "model:latest") as url:
         assert model_of(url, "model") == "model:latest"
         assert model_of(url, "another") == "model:latest"

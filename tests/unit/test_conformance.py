@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from luthier.api import Component, Config
-from luthier.merging.api import MergeMethodConfig
+from luthier.api import Component
+from luthier.merging.api import MergeMethod, MergeMethodConfig
 from luthier.registry import default_registry
 from luthier.testing import check_component
 
 VALUES: dict[str, dict[str, Any]] = {
     "stage-adapter": {"source": "./adapter", "model": "b"},
-    "stage-augment": {"method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
+    "stage-augment": {"row_schema": "text", "method": {"uses": "template", "templates": [{"text": "a"}], "count": 1}},
     "stage-base": {"source": "./model"},
     "stage-data": {"source": "rows.jsonl"},
     "stage-dpo": {"model": "m", "data": "d"},
@@ -27,9 +27,12 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-diff": {"models": ["a", "b"]},
     "stage-orpo": {"model": "m", "data": "d"},
     "stage-pretrain": {"model": "m", "data": ["d"]},
+    "stage-quantize": {"model": "m", "method": "int8"},
+    "generator-model": {"model": "m"},
+    "generator-url": {"url": "http://127.0.0.1:1"},
     "stage-sft": {"model": "m", "data": "d"},
-    "merge-fisher": {"data": "d"},
-    "merge-regmean": {"data": "d"},
+    "merge_method-fisher": {"data": "d"},
+    "merge_method-regmean": {"data": "d"},
     "augmenter-template": {
         "templates": [{"messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "ok"}]}],
         "slots": {"n": {"range": [1, 9]}},
@@ -45,7 +48,7 @@ def test_built_in_components_conform(component: Component) -> None:
     check_component(component, VALUES.get(f"{component.kind}-{component.name}"))
 
 
-class Undocumented(Config):
+class Undocumented(MergeMethodConfig):
     """A config with a silent field."""
 
     strength: float = 1.0
@@ -55,12 +58,10 @@ class Spec(MergeMethodConfig):
     """Nothing to choose."""
 
 
-class Changer:
+class Changer(MergeMethod[Spec]):
     """A merge method that changes its inputs."""
 
     granularity = "elementwise"
-
-    def __init__(self, config: Spec) -> None: ...
 
     def merge(self, part: Any) -> Any:
         return part.tensors[0].mul_(0.5)
@@ -92,6 +93,8 @@ def test_what_is_wrong_is_named(
 
     monkeypatch.setattr(a_bad_plugin, "C", config, raising=False)
     monkeypatch.setattr(a_bad_plugin, "I", impl, raising=False)
-    component = Component(kind="merge", name="bad", summary="Bad", config="a_bad_plugin:C", impl="a_bad_plugin:I")
+    component = Component(
+        kind="merge_method", name="bad", summary="Bad", config="a_bad_plugin:C", impl="a_bad_plugin:I"
+    )
     with pytest.raises(AssertionError, match=message):
         check_component(component)

@@ -43,7 +43,7 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ),
         (
             "luthier: 1\nstages:\n  x: {uses: evaluate, model: m, data: d, metrics: [exact_match, exact_match]}\n",
-            "stands twice",
+            "two metrics are called",
         ),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], method: ties}\n", "name the models' ancestor"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], method: slerp}\n", "takes 2 models, not 3"),

@@ -12,7 +12,7 @@ from luthier.registry import Provider, Registry
 
 def offering(name: str) -> SimpleNamespace:
     """A plugin that hands over one merge method."""
-    component = Component(kind="merge", name=name, summary="x", config="no.such:Config", impl="no.such:Impl")
+    component = Component(kind="merge_method", name=name, summary="x", config="no.such:Config", impl="no.such:Impl")
     return SimpleNamespace(luthier_components=hookimpl(lambda: [component]))
 
 
@@ -20,18 +20,18 @@ def test_two_providers_of_one_name_are_both_named() -> None:
     registry = Registry()
     registry.add(offering("twice"), Provider("a", "plugin-a", "1"))
     registry.add(offering("twice"), Provider("b", "plugin-b", "2"))
-    with pytest.raises(PluginError, match=r"plugin-a 1 and plugin-b 2 both provide the merge 'twice'"):
-        registry.get("merge", "twice")
+    with pytest.raises(PluginError, match=r"plugin-a 1 and plugin-b 2 both provide the merge_method 'twice'"):
+        registry.get("merge_method", "twice")
 
 
 def test_a_broken_plugin_is_isolated_and_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry()
     registry.load(EntryPoint("bad", "no.such.module", "luthier"))
     registry.add(offering("fine"), Provider("a", "plugin-a", "1"))
-    assert registry.get("merge", "fine").name == "fine"
+    assert registry.get("merge_method", "fine").name == "fine"
     assert "ModuleNotFoundError" in registry.broken[0].error
     with pytest.raises(PluginError, match="luthier plugins"):
-        registry.get("merge", "gone")
+        registry.get("merge_method", "gone")
     monkeypatch.setenv("LUTHIER_STRICT_PLUGINS", "1")
     with pytest.raises(PluginError, match="cannot be loaded"):
         Registry().load(EntryPoint("bad", "no.such.module", "luthier"))
@@ -60,4 +60,4 @@ def test_a_config_that_cannot_be_imported_names_its_provider() -> None:
     registry = Registry()
     registry.add(offering("lost"), Provider("a", "plugin-a", "1"))
     with pytest.raises(PluginError, match=r"plugin-a 1 cannot be loaded: ModuleNotFoundError"):
-        registry.config_class(registry.get("merge", "lost"))
+        registry.config_class(registry.get("merge_method", "lost"))

@@ -12,6 +12,12 @@ from luthier.api.kinds import KINDS, KindInfo, kind_of_use
 if TYPE_CHECKING:
     from luthier.api.artifact import ARTIFACT_KINDS, Artifact, ArtifactKind
     from luthier.api.config import (
+        AdapterUse as AdapterUse,
+    )
+    from luthier.api.config import (
+        AugmenterUse as AugmenterUse,
+    )
+    from luthier.api.config import (
         Config,
         DatasetInput,
         DatasetInputs,
@@ -31,6 +37,45 @@ if TYPE_CHECKING:
         SubComponent,
         Use,
         schema_problems,
+    )
+    from luthier.api.config import (
+        ExecutorUse as ExecutorUse,
+    )
+    from luthier.api.config import (
+        ExporterUse as ExporterUse,
+    )
+    from luthier.api.config import (
+        FormatUse as FormatUse,
+    )
+    from luthier.api.config import (
+        GeneratorUse as GeneratorUse,
+    )
+    from luthier.api.config import (
+        MergeMethodUse as MergeMethodUse,
+    )
+    from luthier.api.config import (
+        MetricUse as MetricUse,
+    )
+    from luthier.api.config import (
+        ObjectiveUse as ObjectiveUse,
+    )
+    from luthier.api.config import (
+        OptimizerUse as OptimizerUse,
+    )
+    from luthier.api.config import (
+        QuantizerUse as QuantizerUse,
+    )
+    from luthier.api.config import (
+        RegularizerUse as RegularizerUse,
+    )
+    from luthier.api.config import (
+        RewardUse as RewardUse,
+    )
+    from luthier.api.config import (
+        StageUse as StageUse,
+    )
+    from luthier.api.config import (
+        TrackerUse as TrackerUse,
     )
     from luthier.api.context import Context, StageContext
     from luthier.api.data import Augmenter, Format, Message, Row, Schema

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Protocol, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, cast, get_args
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
-    Field,
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationInfo,
 )
+from pydantic import Field as Field
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from luthier.api.artifact import ArtifactKind
@@ -441,6 +441,25 @@ def _identity_of(value: Any, components: Components) -> Any:
     raise PluginError(
         f"a config holds {type(value).__name__}, which cannot be part of a key", hint="use plain values in configs"
     )
+
+
+if TYPE_CHECKING:
+    # What type checkers see of the names that `__getattr__` makes out of the table of kinds.
+    AdapterUse = Use
+    AugmenterUse = Use
+    ExecutorUse = Use
+    ExporterUse = Use
+    FormatUse = Use
+    GeneratorUse = Use
+    MergeMethodUse = Use
+    MetricUse = Use
+    ObjectiveUse = Use
+    OptimizerUse = Use
+    QuantizerUse = Use
+    RegularizerUse = Use
+    RewardUse = Use
+    StageUse = Use
+    TrackerUse = Use
 
 
 def __getattr__(name: str) -> Any:

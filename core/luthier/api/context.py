@@ -65,7 +65,7 @@ class Context(Protocol):
         """An instance of a sub-component: its `impl`, made with its config and this context."""
         ...
 
-    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator]:
+    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator[Any]]:
         """A model, an adapter or an export to ask: the latter in the program that it is made for."""
         ...
 

@@ -10,7 +10,15 @@ from luthier.api.component import C, Implementation
 Row = dict[str, Any]
 """The columns of a schema, and those that a recipe keeps beside them."""
 Schema = Literal["text", "messages", "preference", "labelled", "prompt"]
-"""The columns of a dataset's rows, see `luthier.artifacts.rows`."""
+"""What the rows of a dataset hold, see `luthier.artifacts.rows`."""
+COLUMNS: dict[Schema, tuple[str, ...]] = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "preference": ("prompt", "chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+    "prompt": ("prompt",),
+}
+"""The columns that every row of a schema has; others stand beside them."""
 
 
 class Message(TypedDict):
@@ -54,8 +62,6 @@ class Format(Implementation[C]):
         By default the schema's columns and every key that a text in the config names. For keys inside of a list, write
         ``messages.role``: where any such is named, the others inside are told.
         """
-        from luthier.artifacts.rows import COLUMNS
-
         return {*COLUMNS[self.schema], *(value for _, value in self.config if isinstance(value, str))}
 
 

@@ -99,12 +99,14 @@ class Score:
 
     Attributes:
         value: The number.
-        by_row: What each row contributed, in their order and in the metric's own unit; None where it says nothing
-            of a row.
+        by_row: What each row contributed, in their order, on a scale on which means make sense and that has the
+            metric's direction: of a perplexity, the row's nats per token. None where it says nothing of a row.
+        weights: What each row counts in the mean, such as its tokens; None: all the same.
     """
 
     value: float
     by_row: Sequence[float | None]
+    weights: Sequence[float] | None = None
 
 
 class Metric(Implementation[C]):

@@ -85,7 +85,7 @@ class CompletionBatch:
         return values.new_zeros(len(self.lengths)).index_add(0, self.owner, values)
 
     def sides(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Values of completions, shape (completions,), of the chosen and of the rejected ones, each of shape (pairs,)."""
+        """Values of completions, shape (completions,): those of the chosen and of the rejected ones, each (pairs,)."""
         assert self.pairs is not None, "an objective on pairs reads rows of the schema `preference`"
         return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -42,9 +42,9 @@ class TrainingConfig(StageConfig):
     """The rows: one dataset, or several that are trained on together."""
     adapter: AdapterUse | None = None
     """Train an adapter instead of all weights."""
-    objective: ObjectiveUse = Field(default="cross_entropy")
+    objective: ObjectiveUse = Field(default=cast("Any", "cross_entropy"))
     """What training minimises."""
-    optimizer: OptimizerUse = Field(default="adamw")
+    optimizer: OptimizerUse = Field(default=cast("Any", "adamw"))
     """How weights follow their gradients."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """What the weights of a frozen base under an adapter are loaded in; trained weights are always fp32."""
@@ -93,6 +93,7 @@ class TrainingConfig(StageConfig):
     @property
     def schemas(self) -> tuple[Schema, ...]:
         """The schemas of the rows that the stage can be trained on."""
+        assert isinstance(self.objective.config, ObjectiveConfig), "checked when the config was read"
         return self.objective.config.schemas
 
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
@@ -159,10 +160,13 @@ class PreferenceTuningConfig(TuningConfig):
     @model_validator(mode="before")
     @classmethod
     def _beta_is_the_objectives(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("beta") is None:
+        if not isinstance(values, dict):
             return values
-        chosen: Any = values.get("objective", cls.model_fields["objective"].default)
-        given: dict[str, Any] = {"uses": chosen} if isinstance(chosen, str) else dict(chosen)
-        if given.get("beta") not in (None, values["beta"]):
+        told = cast("dict[str, Any]", values)
+        beta, chosen = told.get("beta"), told.get("objective", cls.model_fields["objective"].default)
+        if beta is None or not isinstance(chosen, (str, dict)):
+            return told
+        inside: dict[str, Any] = {"uses": chosen} if isinstance(chosen, str) else cast("dict[str, Any]", chosen)
+        if inside.get("beta") not in (None, beta):
             raise ValueError("`beta` stands beside `objective` and inside of it, with two values: give one")
-        return {**values, "objective": {**given, "beta": values["beta"]}}
+        return {**told, "objective": {**inside, "beta": beta}}

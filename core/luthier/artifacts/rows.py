@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
-from luthier.api.data import Message, Row, Schema
+from luthier.api.data import COLUMNS, Message, Row, Schema
 from luthier.api.errors import DataError
 
+__all__ = [
+    "COLUMNS",
+    "SCHEMAS",
+    "checked",
+    "conversation",
+    "conversations",
+    "messages",
+    "prompt_of",
+    "reference_of",
+    "texts_of",
+    "trainable_text",
+]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
-COLUMNS: dict[Schema, tuple[str, ...]] = {
-    "text": ("text",),
-    "messages": ("messages",),
-    "preference": ("prompt", "chosen", "rejected"),
-    "labelled": ("prompt", "completion", "label"),
-    "prompt": ("prompt",),
-}
-"""The columns that every row of a schema has; others stand beside them."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -137,8 +141,7 @@ def texts_of(row: Row) -> Iterator[str]:
     if "text" in row:
         yield row["text"]
     for part in ("messages", "prompt", "chosen", "rejected", "completion"):
-        for message in row.get(part) or []:
-            yield message["content"]
+        yield from (message["content"] for message in cast("list[Message]", row.get(part) or []))
 
 
 def trainable_text(schema: Schema) -> bool:

@@ -35,7 +35,7 @@ def show_command(what: str | None, store: Path | None, as_json: bool) -> None:
 
 
 def _everything(store: Store) -> None:
-    from luthier.cli.display import describe
+    from luthier.reporting.tables import describe
 
     for artifact in store:
         click.echo(f"{artifact.manifest['stage']:<20} {describe(artifact)}")
@@ -75,7 +75,8 @@ def _artifact(store: Store, artifact: Artifact) -> None:
     from rich.markup import escape
     from rich.tree import Tree
 
-    from luthier.cli.display import describe, make_console
+    from luthier.cli.display import make_console
+    from luthier.reporting.tables import describe
 
     console = make_console()
     manifest = artifact.manifest

@@ -255,7 +255,7 @@ class Scan(Protocol):
 class MergeMethod(Implementation[C]):
     """Kind ``merge_method``: how tensors of several models become one."""
 
-    granularity: ClassVar[Granularity]
+    granularity: Granularity
     """What is merged at a time: parts of rows (``elementwise``), parts after a walk over the whole parameter
     (``statistics``, see `measure`), or whole parameters in their own shape (``matrix``)."""
 

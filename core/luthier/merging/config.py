@@ -113,7 +113,7 @@ class MergeConfig(StageConfig):
     weights: list[Setting] | None = None
     """One weight per model, each a number, numbers from the first layer to the last, or a list of
     ``{filter, value}``; 1 by default."""
-    method: MergeMethodUse = Field(default="linear")
+    method: MergeMethodUse = Field(default="linear")  # type: ignore[assignment]
     """How tensors become one."""
     tokenizer: TokenizerChoice = "base"
     """``base``: that of `base`, else of the first model, which all must share. ``union``: every token of every

@@ -88,27 +88,29 @@ def _completion(tokenizer: Any, row: list[int], stops: set[int], special: bool) 
     return Completion(text, len(row) if end is None else end + 1, "length" if end is None else "stop")
 
 
-class TransformersGenerator(Generator[Any]):
-    """A model or an adapter in transformers; quantized folders are computed as servers compute them.
+class ModelGenerator(Generator[Any]):
+    """A loaded model.
 
     Args:
-        artifact: The model or adapter.
-        scratch: A folder for weights in float32, where they are quantized.
+        model: The model.
+        tokenizer: Its tokenizer.
+        stop_ids: The tokens on which generation stops.
         progress: Called with the requests answered and their number.
         special: Whether special tokens show; servers leave them out.
     """
 
     def __init__(
         self,
-        artifact: Artifact,
-        scratch: Path,
+        model: Any,
+        tokenizer: Any,
+        stop_ids: Sequence[int],
         progress: Callable[[int, int], None] = lambda done, total: None,
         *,
         special: bool = True,
     ) -> None:
-        self.tokenizer = load_tokenizer(artifact)
-        self.model: Any = load_client(artifact, scratch)
-        self._stops: list[int] = artifact.facts["stop_token_ids"]
+        self.model = model
+        self.tokenizer = tokenizer
+        self._stops = stop_ids
         self._progress = progress
         self._special = special
 
@@ -120,6 +122,28 @@ class TransformersGenerator(Generator[Any]):
 
     def close(self) -> None:
         self.model = None
+
+
+class TransformersGenerator(ModelGenerator):
+    """A model or an adapter, loaded in transformers; quantized folders are computed as servers compute them.
+
+    Args:
+        artifact: The model or adapter.
+        scratch: A folder for weights in float32, where they are quantized.
+        progress: See `ModelGenerator`.
+        special: See `ModelGenerator`.
+    """
+
+    def __init__(
+        self,
+        artifact: Artifact,
+        scratch: Path,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        *,
+        special: bool = True,
+    ) -> None:
+        model, tokenizer = load_client(artifact, scratch), load_tokenizer(artifact)
+        super().__init__(model, tokenizer, artifact.facts["stop_token_ids"], progress, special=special)
 
 
 def target_log_probabilities(model: Any, row: Encoded) -> tuple[Tensor, Tensor]:

@@ -276,7 +276,7 @@ class Registry:
         logged, or raises in strict mode."""
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             try:
-                yield cast("Any", implementation.function)(), implementation.plugin_name
+                yield implementation.function(), implementation.plugin_name
             except Exception:
                 if self._strict:
                     raise

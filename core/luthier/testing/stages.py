@@ -237,7 +237,7 @@ def tiny_dataset(folder: Path, rows: Sequence[Row] | None = None, *, split: Spli
 
 def _schema_of(row: Row) -> Schema:
     """The schema whose columns a row has, the one with the most of them."""
-    fitting = [schema for schema in SCHEMAS if set(COLUMNS[schema]) <= set(row)]
+    fitting: list[Schema] = [schema for schema in SCHEMAS if set(COLUMNS[schema]) <= set(row)]
     return max(fitting, key=lambda schema: len(COLUMNS[schema]))
 
 

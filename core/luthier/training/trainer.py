@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
-from trl.trainer import add_fused_lm_head
+from trl.trainer.utils import add_fused_lm_head
 
 from luthier.api.context import StageContext
 from luthier.api.errors import Interrupted, ModelError
@@ -128,9 +128,8 @@ class ObjectiveTrainer(transformers.Trainer):
             train_dataset=cast("Any", train),
             eval_dataset=cast("Any", validation) or None,
         )
-        add_fused_lm_head(
-            model.get_base_model() if isinstance(model, PeftModel) else model, outputs=("log_probs", "is_top1")
-        )
+        inside: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        add_fused_lm_head(inside, outputs=("log_probs", "is_top1"))
         self._reference = Reference(model) if "reference" in objective.needs else None
         if isinstance(model, PeftModel) and args.activation_checkpointing:
             model.enable_input_require_grads()

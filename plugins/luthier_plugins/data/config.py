@@ -24,7 +24,7 @@ class DataConfig(StageConfig):
     source: FileSource
     """The file: ``.jsonl`` with one row a line, or ``.txt`` with one text a paragraph."""
     format: FormatUse | None = None
-    """What a row looks like; by default recognised from the first row, when the recipe is planned."""
+    """What a row looks like; by default recognised from the first rows, when the recipe is planned."""
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
     """Shares to hold out, or the one split that all rows belong to."""
     keep: list[str] = []

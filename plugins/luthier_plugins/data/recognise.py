@@ -1,8 +1,8 @@
-"""Recognises the format of a data file from its first row."""
+"""Recognises the format of a data file from its first rows."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,39 +10,44 @@ from luthier.api import DataError, Format, LuthierError, Use
 from luthier_plugins.data.reading import raw_rows
 from pydantic import ValidationError
 
+LOOKED_AT = 100
+"""Rows that are looked at, at most."""
+
 
 def recognised(path: Path, components: Any) -> Use:
-    """The one format that recognises a file's first row.
+    """The one format that recognises the first row that any does; rows before it are bad ones, which reading tells.
 
     Args:
         path: The file.
         components: Where formats are looked up.
 
     Raises:
-        DataError: the file has no rows, or no format or several recognise the first.
+        DataError: the file has no rows, or no format recognises one, or several do.
     """
-    line, raw = _first(path)
-    keys = set(cast("dict[str, Any]", raw)) if isinstance(raw, Mapping) else set[str]()
-    found = [use for use, form in _with_defaults(components) if keys and form.recognises(raw)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = " and ".join(use.name for use in found)
-        raise DataError(f"the formats {names} both recognise the row", where=f"{path}:{line}", hint="choose a `format`")
+    formats = _with_defaults(components)
+    errors: list[DataError] = []
+    first: tuple[int, Any] | None = None
+    for line, raw in islice(raw_rows(path, errors), LOOKED_AT):
+        first = first or (line, raw)
+        found = [use for use, form in formats if isinstance(raw, dict) and form.recognises(raw)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = " and ".join(use.name for use in found)
+            where = f"{path}:{line}"
+            raise DataError(f"the formats {names} both recognise the row", where=where, hint="choose a `format`")
+    if first is None:
+        raise (
+            errors[0]
+            if errors
+            else DataError("has no rows", where=str(path), hint="an empty file cannot be trained on")
+        )
+    keys = sorted(cast("dict[str, Any]", first[1])) if isinstance(first[1], dict) else []
     raise DataError(
-        f"the row's keys are those of no format: {', '.join(sorted(keys)) or 'it is not an object'}",
-        where=f"{path}:{line}",
+        f"the row's keys are those of no format: {', '.join(keys) or 'it is not an object'}",
+        where=f"{path}:{first[0]}",
         hint="a row has 'messages'; or 'prompt', 'chosen' and 'rejected'; or 'text'; else choose a `format`",
     )
-
-
-def _first(path: Path) -> tuple[int, Any]:
-    errors: list[DataError] = []
-    for line, raw in raw_rows(path, errors):
-        return line, raw
-    if errors:
-        raise errors[0]
-    raise DataError("has no rows", where=str(path), hint="an empty file cannot be trained on")
 
 
 def _with_defaults(components: Any) -> list[tuple[Use, Format[Any]]]:

@@ -46,7 +46,7 @@ class EvaluateConfig(StageConfig):
     """Others to show beside it, such as the untuned base; one name, or a list."""
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
-    metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)
+    metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
     """What to measure; one metric, or a list. One metric may stand there twice, with other settings and a `name`."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""

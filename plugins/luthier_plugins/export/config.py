@@ -17,7 +17,7 @@ class ExportConfig(StageConfig):
 
     model: ModelInput
     """The model; an adapter is folded into its full-precision base first."""
-    format: ExporterUse = Field(default="gguf")
+    format: ExporterUse = Field(default="gguf")  # type: ignore[assignment]
     """The format and its settings."""
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:

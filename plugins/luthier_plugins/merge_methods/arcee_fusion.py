@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
 from luthier_plugins.merge_methods.config import ArceeFusionConfig
@@ -20,7 +18,7 @@ class ArceeFusion(MergeMethod[ArceeFusionConfig]):
     an outlier from the median plus 1.5 times the interquartile range on, of all the parameter's importances.
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
+    granularity: Granularity = "statistics"
 
     def measure(self, scan: Scan) -> float:
         entries = 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from luthier.api import Artifact, Context, DataError, ModelError
@@ -58,7 +58,7 @@ class Fisher(MergeMethod[FisherConfig]):
     over rows of the squared gradient of the row's loss (Matena and Raffel 2021, arXiv:2111.09832, equation 6).
     """
 
-    granularity: ClassVar[Granularity] = "elementwise"
+    granularity: Granularity = "elementwise"
 
     def prepare(self, models: Sequence[Artifact]) -> Prepared:
         return [self._of(model, place) for place, model in enumerate(models)]
@@ -107,7 +107,7 @@ class Regmean(MergeMethod[RegmeanConfig]):
     layer, off their diagonal times `alpha` (Jin et al. 2022, arXiv:2212.09849, equation 2); the rest is averaged.
     """
 
-    granularity: ClassVar[Granularity] = "matrix"
+    granularity: Granularity = "matrix"
 
     def prepare(self, models: Sequence[Artifact]) -> Prepared:
         return [self._of(model, place) for place, model in enumerate(models)]

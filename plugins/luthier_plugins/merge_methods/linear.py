@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from luthier.api import Context
 from luthier.merging.api import Granularity, MergeMethod, MergePart
@@ -14,7 +12,7 @@ from torch import Tensor
 class Linear(MergeMethod[LinearConfig]):
     """theta = sum_i w_i theta_i, over sum_i w_i when normalized (Wortsman et al. 2022, arXiv:2203.05482)."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
+    granularity: Granularity = "elementwise"
 
     def __init__(self, config: LinearConfig, context: Context) -> None:
         super().__init__(config, context)

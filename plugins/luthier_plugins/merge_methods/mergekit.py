@@ -8,7 +8,7 @@ import threading
 from collections.abc import Generator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from luthier.api import Context, ModelError
@@ -31,7 +31,7 @@ class Mergekit(MergeMethod[MergekitConfig]):
     The models' weights go along as mergekit's parameter ``weight`` where the method has one.
     """
 
-    granularity: ClassVar[Granularity] = "matrix"
+    granularity: Granularity = "matrix"
 
     def __init__(self, config: MergekitConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -47,6 +47,7 @@ class Mergekit(MergeMethod[MergekitConfig]):
         self._merge_tensors: Any = library.merge_tensors
         self._method = _method(library, config.name)
         self._base: str = self._method.spec.contract.base.value
+        self.needs_base = self._base == "required"
         known = {parameter.name: parameter.scope.value for parameter in self._method.spec.parameters}
         odd = sorted(set(config.parameters) - set(known))
         if odd:
@@ -59,11 +60,6 @@ class Mergekit(MergeMethod[MergekitConfig]):
         # A GPU would draw other masks than a CPU.
         self.suits_gpu = config.name in WITHOUT_CHANCE
         self._lock = threading.Lock()
-
-    @property
-    def needs_base(self) -> bool:
-        """Whether mergekit's method requires a base."""
-        return self._base == "required"
 
     def merge(self, part: MergePart) -> Tensor:
         models = [f"model-{place}" for place in range(len(part.tensors))]

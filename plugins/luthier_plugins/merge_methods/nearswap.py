@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from luthier.api import Context
 from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import NearswapConfig
@@ -13,7 +11,7 @@ from torch import Tensor
 class Nearswap(MergeMethod[NearswapConfig]):
     """base + sign(d) min(|d|, t) for d = theta - base (alchemonaut 2024, model card of QuartetAnemoi-70B-t0.0001)."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
+    granularity: Granularity = "elementwise"
 
     def __init__(self, config: NearswapConfig, context: Context) -> None:
         super().__init__(config, context)

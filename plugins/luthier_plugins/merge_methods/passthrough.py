@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from luthier.api import Context
 from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import PassthroughConfig
@@ -13,7 +11,7 @@ from torch import Tensor
 class Passthrough(MergeMethod[PassthroughConfig]):
     """scale * theta: with slices, a stack of layers of several models."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
+    granularity: Granularity = "elementwise"
 
     def __init__(self, config: PassthroughConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from luthier.api import Context
 from luthier.merging.api import Granularity, MergeMethod, MergePart, Scan
@@ -18,7 +16,7 @@ class Sce(MergeMethod[SceConfig]):
     what disagrees with the elected sign (Wan et al. 2024, arXiv:2408.07990, section 3.3).
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
+    granularity: Granularity = "statistics"
 
     def __init__(self, config: SceConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from luthier.api import Context
@@ -38,7 +37,7 @@ class Slerp(MergeMethod[SlerpConfig]):
     The angle is that of the flattened parameters; collinear ones are interpolated linearly.
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
+    granularity: Granularity = "statistics"
 
     def __init__(self, config: SlerpConfig, context: Context) -> None:
         super().__init__(config, context)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from luthier.merging.api import Granularity, MergeMethod, MergePart
@@ -35,7 +34,7 @@ class IsoC(MergeMethod[IsoCConfig]):
     matrix, and embeddings, is averaged.
     """
 
-    granularity: ClassVar[Granularity] = "matrix"
+    granularity: Granularity = "matrix"
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "iso_c requires a base in its config"
@@ -58,7 +57,7 @@ class TsvM(MergeMethod[TsvMConfig]):
     and embeddings, is averaged.
     """
 
-    granularity: ClassVar[Granularity] = "matrix"
+    granularity: Granularity = "matrix"
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "tsv_m requires a base in its config"

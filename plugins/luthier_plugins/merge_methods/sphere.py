@@ -6,7 +6,6 @@ Both stay in the span of the models, so they are computed on coefficients, with 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from luthier.api import Context, ModelError
@@ -23,7 +22,7 @@ class Multislerp(MergeMethod[MultislerpConfig]):
     2024, "Multi-SLERP"); the length is the weighted mean of the lengths. With a base, of task vectors.
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
+    granularity: Granularity = "statistics"
 
     def __init__(self, config: MultislerpConfig, context: Context) -> None:
         super().__init__(config, context)
@@ -66,7 +65,7 @@ class Karcher(MergeMethod[KarcherConfig]):
     Riemannian gradient descent (Karcher 1977); the length is the weighted mean of the lengths.
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
+    granularity: Granularity = "statistics"
 
     def __init__(self, config: KarcherConfig, context: Context) -> None:
         super().__init__(config, context)

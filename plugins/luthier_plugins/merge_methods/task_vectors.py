@@ -24,7 +24,7 @@ from torch import Tensor
 class TaskArithmetic(MergeMethod[TaskArithmeticConfig]):
     """base + scale * sum_i w_i (theta_i - base) (Ilharco et al. 2022, arXiv:2212.04089, section 2)."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
+    granularity: Granularity = "elementwise"
 
     def merge(self, part: MergePart) -> Tensor:
         return combine(
@@ -40,8 +40,8 @@ class TaskArithmetic(MergeMethod[TaskArithmeticConfig]):
 class DareLinear(MergeMethod[DareConfig]):
     """Task arithmetic on task vectors with entries dropped at random (Yu et al. 2023, arXiv:2311.03099)."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
-    suits_gpu: ClassVar[bool] = True
+    granularity: Granularity = "elementwise"
+    suits_gpu: bool | None = True
     consensus: ClassVar[bool] = False
 
     def merge(self, part: MergePart) -> Tensor:
@@ -71,8 +71,8 @@ class DareTies(DareLinear):
 class Della(MergeMethod[DellaConfig]):
     """Drops the small entries of a row more likely, then elects signs (Deep et al. 2024, arXiv:2406.11617)."""
 
-    granularity: ClassVar[Granularity] = "elementwise"
-    suits_gpu: ClassVar[bool] = True
+    granularity: Granularity = "elementwise"
+    suits_gpu: bool | None = True
     consensus: ClassVar[bool] = True
 
     def merge(self, part: MergePart) -> Tensor:
@@ -108,8 +108,8 @@ class Ties(MergeMethod[Any]):
     the masses of both signs are equal, nothing is added.
     """
 
-    granularity: ClassVar[Granularity] = "statistics"
-    suits_gpu: ClassVar[bool] = True
+    granularity: Granularity = "statistics"
+    suits_gpu: bool | None = True
     consensus: ClassVar[bool] = True
 
     def gammas(self, scan: Scan) -> list[float]:

@@ -23,9 +23,10 @@ class Perplexity(Metric[PerplexityConfig]):
         return Needs(token_logps=True)
 
     def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
-        tokens = sum(len(item.logps) for item in samples)
-        value = _exp(-sum(sum(item.logps) for item in samples) / tokens)
-        return Score(value, [_exp(-sum(item.logps) / len(item.logps)) for item in samples])
+        tokens = [len(item.logps) for item in samples]
+        losses = [-sum(item.logps) for item in samples]
+        means = [loss / max(1, count) for loss, count in zip(losses, tokens, strict=True)]
+        return Score(_exp(sum(losses) / sum(tokens)), means, tokens)
 
 
 def _exp(mean: float) -> float:

@@ -32,7 +32,7 @@ class MergeAdaptersConfig(RankConfig):
     """The adapters."""
     weights: list[float] | None = None
     """One weight per adapter; 1 by default."""
-    method: MergeMethodUse = Field(default="linear")
+    method: MergeMethodUse = Field(default="linear")  # type: ignore[assignment]
     """How the adapters' updates become one; task vectors are the updates themselves."""
     space: Literal["cat", "delta", "core"] = "cat"
     """Where they are merged. ``cat`` puts the factors side by side: exact, for `linear`. ``delta`` multiplies them

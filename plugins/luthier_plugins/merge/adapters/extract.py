@@ -39,7 +39,8 @@ class ExtractLora(Stage[ExtractLoraConfig]):
                 )
             turned = base.config.get("model_type") in TRANSPOSED
             modules = {
-                in_file(f"{module}.weight", base.headers): module for module in linear_modules(full_of(context.artifact(self.config.base)).path)
+                in_file(f"{module}.weight", base.headers): module
+                for module in linear_modules(full_of(context.artifact(self.config.base)).path)
             }
             factors: dict[str, Factors] = {}
             kept: dict[str, float] = {}

@@ -15,8 +15,8 @@ from luthier.merging.chat_template import template_choice_of, write_chat_templat
 from luthier.merging.check import check_stored
 from luthier.merging.files import DTYPES, Scratch
 from luthier.merging.layout import NAMES, Inputs
-from luthier.merging.merge import carry, full_of, open_inputs
-from luthier.merging.reader import Source, dump_json, whole
+from luthier.merging.merge import carry, open_inputs
+from luthier.merging.reader import Source, dump_json, full_of, whole
 from luthier.merging.verify import Verifier
 from luthier.merging.writer import Described, Output, size_of
 from luthier_plugins.merge.moe.config import MoeConfig

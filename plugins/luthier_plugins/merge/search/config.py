@@ -33,7 +33,7 @@ class SearchConfig(StageConfig):
     """The models."""
     base: ModelInput | None = None
     """The common ancestor, for methods that merge task vectors."""
-    method: MergeMethodUse = Field(default="linear")
+    method: MergeMethodUse = Field(default="linear")  # type: ignore[assignment]
     """The method; what is not searched for stays as it is given here."""
     weights: Range | None = (0.0, 1.0)
     """The range of every model's weight; leave it empty (`weights: null`) to keep them equal."""
@@ -41,7 +41,7 @@ class SearchConfig(StageConfig):
     """Ranges of the method's parameters, such as ``{density: [0.1, 1.0]}``."""
     data: DatasetInput
     """Conversations with the split `validation`; `test` is not looked at."""
-    metric: MetricUse = Field(default="perplexity")
+    metric: MetricUse = Field(default="perplexity")  # type: ignore[assignment]
     """What is to be best: highest or lowest, as the metric says."""
     trials: int = Field(default=60, gt=0)
     """How many merges to try."""

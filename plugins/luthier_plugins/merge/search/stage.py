@@ -14,18 +14,19 @@ from typing import Any
 
 import cmaes
 import numpy as np
-from luthier.api import Artifact, Facts, Metric, ModelError, Row, Stage, StageContext
+from luthier.api import Artifact, Facts, Metric, ModelError, Row, Score, Stage, StageContext
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.merging.check import check
 from luthier.merging.engine import Engine, Settings
 from luthier.merging.jobs import Extras
 from luthier.merging.layout import Inputs, lay_out
-from luthier.merging.merge import merge_into, open_inputs, prepared_by
+from luthier.merging.merge import merge_into, open_inputs
 from luthier.merging.verify import Verifier
 from luthier.merging.writer import size_of
+from luthier.modeling.generate import ModelGenerator
 from luthier.modeling.loading import fold, load_model, load_tokenizer
-from luthier.modeling.measure import items_of
+from luthier.modeling.samples import asked, measured, samples_of
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, in_memory_if_they_fit
 from pydantic import ValidationError
@@ -200,8 +201,10 @@ class _Judge:
 
     def __init__(self, config: SearchConfig, context: StageContext) -> None:
         self.config = config
-        self.metric: Metric = context.build(config.metric)
-        self.highest = self.metric.needs == "predictions"
+        self.metric: Metric[Any] = context.build(config.metric)
+        self.highest = self.metric.higher_is_better
+        if self.metric.needs.baseline:
+            raise ModelError(f"{config.metric.name} compares with another model, and a search has none")
         self._data: list[Row] = require_split(context.artifact(self.config.data), "validation")
         self._context = context
         self._lead = context.artifact(self.config.base) if config.base else context.artifacts(self.config.models)[0]
@@ -228,7 +231,7 @@ class _Judge:
         count = len(opened.models)
         self._inputs = Inputs(held[:count], held[count] if opened.base else None)
         method = context.build(self.config.method)
-        self._extras = Extras(prepared_by(method, context, context.artifacts(self.config.models)))
+        self._extras = Extras(method.prepare(context.artifacts(self.config.models)))
 
     def merge(self, values: dict[str, float]) -> None:
         """Put the merge with these values into the model."""
@@ -242,23 +245,31 @@ class _Judge:
 
     def score(self) -> float:
         """The metric of the model as it is."""
-        return self.metric.score(self._items(self._model))
+        return self._scored(self._model).value
 
     def rows(self) -> Rows:
         """How good each row is."""
-        return self._by_row(self._items(self._model))
+        return self._by_row(self._scored(self._model))
 
     def of_model(self, artifact: Artifact) -> Trial:
         """The score of one of the inputs, and its rows."""
-        items = self._items(fold(load_model(artifact)))
-        return {"score": self.metric.score(items), "rows": self._by_row(items)}
+        score = self._scored(fold(load_model(artifact)))
+        return {"score": score.value, "rows": self._by_row(score)}
 
-    def _items(self, model: Any) -> Sequence[Any]:
-        stops = self._lead.facts["stop_token_ids"]
-        found = items_of(model, self._tokenizer, self._data, {self.metric.needs}, stops, self.config.max_new_tokens)
-        return found[self.metric.needs]
+    def _scored(self, model: Any) -> Score:
+        need, stops = self.metric.needs, self._lead.facts["stop_token_ids"]
+        generator = ModelGenerator(model, self._tokenizer, stops)
+        answers = asked(generator, self._data, [need], self.config.max_new_tokens, self._context.seed)
+        folder = self._context.scratch / "distributions"
+        logps, readers = measured(model, self._tokenizer, self._data, stops, [need], folder)
+        return self.metric.score(samples_of(self._data, need, answers, logps, readers), None)
 
-    def _by_row(self, items: Sequence[Any]) -> Rows:
-        if self.highest:
-            return [(self.metric.score([item]), 1.0) for item in items]
-        return [(-item.nll, item.tokens) for item in items]
+    def _by_row(self, score: Score) -> Rows:
+        """Larger is better: what counts less is turned round."""
+        sign = 1.0 if self.highest else -1.0
+        weights = score.weights or [1.0] * len(score.by_row)
+        return [
+            (sign * value * weight, weight)
+            for value, weight in zip(score.by_row, weights, strict=True)
+            if value is not None
+        ]

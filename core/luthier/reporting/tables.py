@@ -1,0 +1,89 @@
+"""Tables and lines about artifacts: what a run's summary, and ``luthier show``, are made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from luthier.api.artifact import Artifact
+
+SMALL = 0.01
+"""Numbers below this are shown by their digits."""
+
+
+def describe(artifact: Artifact) -> str:
+    """One line about what an artifact is."""
+    facts = artifact.facts
+    head = f"{artifact.kind} {artifact.key[:12]}"
+    match artifact.kind:
+        case "dataset":
+            rows = ", ".join(f"{number(count, ',')} {split}" for split, count in facts.get("rows", {}).items())
+            return f"{head}  {facts.get('schema', '?')}: {rows}"
+        case "model":
+            size = f"{facts.get('parameters', 0) / 1e6:.1f} M {facts.get('dtype', '?')}"
+            quantized = f", {facts['quantization']['method']}" if "quantization" in facts else ""
+            return f"{head}  {facts.get('architecture', '?')}, {size}{quantized}{_loss(facts)}"
+        case "adapter":
+            return f"{head}  {facts.get('adapter', '?')}, r={facts.get('r', '?')}{_loss(facts)}"
+        case "export":
+            return f"{head}  {facts.get('format', '?')}: {', '.join(facts.get('files', {}))}"
+        case "report":
+            scores = facts.get("scores", {})
+            told = ", ".join(f"{name} {number(value, '.3f')}" for name, value in scores.items())
+            return f"{head}  {told}"
+
+
+def number(value: Any, form: str) -> str:
+    """A number in a format; what a plugin gives instead of one, as it is."""
+    if value is None:
+        return "-"
+    return format(value, form) if isinstance(value, (int, float)) else str(value)
+
+
+def _loss(facts: dict[str, Any]) -> str:
+    training: dict[str, Any] = facts.get("training") or {}
+    if "loss_first" not in training:
+        return ""
+    return f", loss {number(training['loss_first'], '.3g')} -> {number(training['loss_last'], '.3g')}"
+
+
+def report_table(name: str, content: dict[str, Any], labels: list[str]) -> Table:
+    """A report as a table: a row for each model.
+
+    Args:
+        name: The stage.
+        content: The fact ``table``: columns, and rows that begin with a label.
+        labels: What to call the rows instead, where there are as many.
+    """
+    table = Table(title=escape(name), title_justify="left", box=None, padding=(0, 2), title_style="bold")
+    table.add_column("model")
+    for column in content["columns"]:
+        table.add_column(escape(column), justify="right")
+    rows: list[list[Any]] = content["rows"]
+    for place, (known, *values) in enumerate(rows):
+        label = str(known)
+        if len(labels) == len(rows):
+            # A report may say more than the name, such as the file of an export.
+            label = f"{labels[place]} {label.partition(' ')[2]}".rstrip()
+        table.add_row(escape(label), *(number(value, _form(value)) for value in values))
+    return table
+
+
+def _form(value: Any) -> str:
+    """Three decimals, or two digits of what would be nothing but zeros."""
+    return "#.2g" if isinstance(value, float) and 0 < abs(value) < SMALL else ".3f"
+
+
+def files_table(export: Artifact) -> Table:
+    """The files of an export."""
+    table = Table(box=None, padding=(0, 2))
+    table.add_column("file")
+    table.add_column("size", justify="right")
+    table.add_column("KL to the model", justify="right")
+    for name, about in export.facts["files"].items():
+        kl = f"{about['kl']:.2g} nats" if "kl" in about else ""
+        size = f"{about['bytes'] / 1e6:.2f} MB" if "bytes" in about else ""
+        table.add_row(escape(str(about.get("file", name))), size, kl)
+    return table
