@@ -47,7 +47,7 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], method: ties}\n", "name the models' ancestor"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], method: slerp}\n", "takes 2 models, not 3"),
-        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c}\n", "does not look at a base"),
+        ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c}\n", "does not use a base"),
         ("luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, -1]}\n", "weights sum to zero"),
         (
             "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b, c], weights: [0.1, 0.2, -0.3]}\n",
@@ -68,7 +68,7 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         ),
         (
             "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], weights: [1, 2], method: slerp}\n",
-            "slerp does not look at weights",
+            "slerp does not use weights",
         ),
         (
             "luthier: 1\nstages:\n  x: {uses: merge, models: [a, b], base: c, method: {uses: ties, "
@@ -78,7 +78,7 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
         (
             "luthier: 1\nstages:\n  x: {uses: merge, method: passthrough, "
             "slices: [{sources: [{model: a, layers: [0, 1], weight: 0.5}]}]}\n",
-            "passthrough does not look at weights",
+            "passthrough does not use weights",
         ),
         (
             "luthier: 1\nstages:\n  x: {uses: merge_adapters, models: [a, b, c], space: core, method: slerp}\n",

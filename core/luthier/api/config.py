@@ -123,7 +123,7 @@ class StageConfig(Config):
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Any]:
-        """The facts of the artifact as far as they can be told before it is made, such as a model's ``parameters`` or
+        """The facts of the artifact as far as they are known before it is made, such as a model's ``parameters`` or
         a dataset's ``rows`` and ``characters``. By default those of the model, or of the data, that goes in.
 
         Args:

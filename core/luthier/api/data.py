@@ -60,7 +60,7 @@ class Format(Implementation[C]):
         """The keys of a raw row that it looks at; users are warned of the others, which would be lost unseen.
 
         By default the schema's columns and every key that a text in the config names. For keys inside of a list, write
-        ``messages.role``: where any such is named, the others inside are told.
+        ``messages.role``: where any such is named, users are warned of the others inside.
         """
         return {*COLUMNS[self.schema], *(value for _, value in self.config if isinstance(value, str))}
 

@@ -60,7 +60,7 @@ class RecipeError(LuthierError):
         if isinstance(problems, str):
             problems = [Problem(problems, file=where, hint=hint)]
         self.problems = problems
-        # What could be read all the same, so that a plan can tell what else is wrong.
+        # What could be read all the same, so that a plan can report what else is wrong.
         self.partial = partial
         self.left_out = left_out
         super().__init__("\n".join(str(problem) for problem in problems))

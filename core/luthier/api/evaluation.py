@@ -40,7 +40,7 @@ class Answers:
     max_new_tokens: int | None = None
 
     def sampling(self, max_new_tokens: int, seed: int) -> Sampling:
-        """What a generator is told.
+        """The generator's instructions.
 
         Args:
             max_new_tokens: What the stage says.

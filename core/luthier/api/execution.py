@@ -20,7 +20,7 @@ Outcome = Literal["done", "failed", "interrupted"]
 
 @dataclass(frozen=True, slots=True)
 class RunInfo:
-    """What a tracker is told of the stage whose metrics it will get.
+    """The stage whose metrics a tracker will get.
 
     Attributes:
         run: The run's id.
@@ -29,7 +29,7 @@ class RunInfo:
         uses: The name of the stage's component.
         key: The key of what it makes.
         config: The stage's config, as a recipe would write it.
-        environment: Versions of the libraries and of Python, as manifests tell them.
+        environment: Versions of the libraries and of Python, as manifests record them.
         resumed: Whether it goes on from a checkpoint: what `folder` holds belongs to it then.
         folder: A folder for this stage and key, the same in every run that works on it.
     """

@@ -47,8 +47,8 @@ class Completion:
 
     Attributes:
         text: What was said, without the stop token.
-        tokens: How many tokens it was, the stop token included; None where the program does not tell.
-        finish_reason: Whether it ended on its own, or at the limit; None where the program does not tell.
+        tokens: How many tokens it was, the stop token included; None where the program does not say.
+        finish_reason: Whether it ended on its own, or at the limit; None where the program does not say.
     """
 
     text: str

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from luthier.api.context import StageContext
 
 Facts = dict[str, Any]
-"""What a manifest tells of an artifact: plain values, as JSON has them."""
+"""What a manifest states about an artifact: plain values, as JSON has them."""
 
 
 class Stage(Implementation[C]):
@@ -21,7 +21,7 @@ class Stage(Implementation[C]):
     def run(self) -> Facts:
         """Write the artifact into ``self.context.out`` and return the facts for its manifest.
 
-        Facts are plain values (as JSON has them), and tell at least what `luthier.api.artifact.REQUIRED_FACTS` lists
+        Facts are plain values (as JSON has them), and state at least what `luthier.api.artifact.REQUIRED_FACTS` lists
         for the kind of artifact; `luthier.artifacts` makes those of datasets and models.
         """
         raise NotImplementedError

@@ -133,7 +133,7 @@ class Regularizer(Implementation[C]):
 
         Args:
             model: The model as it is about to be trained.
-            batches: Gives the training batches, each time from the first, for those that look at data.
+            batches: Gives the training batches, each time from the first, for those that need data.
         """
 
     def penalty(self, model: nn.Module, batch: TokenBatch, outputs: CompletionBatch) -> Tensor:

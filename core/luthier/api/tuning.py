@@ -84,6 +84,8 @@ class TrainingConfig(StageConfig):
             raise ValueError("give `epochs` or `steps`, not both")
         if not isinstance(self.objective.config, ObjectiveConfig):
             raise ValueError(f"the config of {self.objective.name} is no ObjectiveConfig")
+        if self.resources.ranks > 1:
+            raise ValueError("training runs in one process so far: leave `processes` out, and ask for one GPU at most")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"`micro_batch_size` {self.micro_batch_size} does not divide `batch_size` {self.batch_size}"
@@ -162,11 +164,11 @@ class PreferenceTuningConfig(TuningConfig):
     def _beta_is_the_objectives(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        told = cast("dict[str, Any]", values)
-        beta, chosen = told.get("beta"), told.get("objective", cls.model_fields["objective"].default)
+        given = cast("dict[str, Any]", values)
+        beta, chosen = given.get("beta"), given.get("objective", cls.model_fields["objective"].default)
         if beta is None or not isinstance(chosen, (str, dict)):
-            return told
+            return given
         inside: dict[str, Any] = {"uses": chosen} if isinstance(chosen, str) else cast("dict[str, Any]", chosen)
         if inside.get("beta") not in (None, beta):
             raise ValueError("`beta` stands beside `objective` and inside of it, with two values: give one")
-        return {**told, "objective": {**inside, "beta": beta}}
+        return {**given, "objective": {**inside, "beta": beta}}

@@ -57,17 +57,17 @@ def named_base(adapter: Path, folder: Path) -> str:
         ModelError: it names none, or one that is not here.
     """
     config = read_json(adapter / ADAPTER_CONFIG)
-    told = str(config.get("base_model_name_or_path") or "")
-    if not told:
+    named = str(config.get("base_model_name_or_path") or "")
+    if not named:
         raise ModelError("the adapter does not say which model it sits on", where=str(adapter), hint=_way_out(adapter))
     for start in (folder, adapter):
-        path = start / Path(told).expanduser()
+        path = start / Path(named).expanduser()
         if _is_model(path):
             return str(path.absolute())
-    if HUB_ID.fullmatch(told):
+    if HUB_ID.fullmatch(named):
         revision = config.get("revision")
-        return f"hf:{told}@{revision}" if revision else f"hf:{told}"
-    raise ModelError(f"the adapter sits on '{told}', which is not here", where=str(adapter), hint=_way_out(adapter))
+        return f"hf:{named}@{revision}" if revision else f"hf:{named}"
+    raise ModelError(f"the adapter sits on '{named}', which is not here", where=str(adapter), hint=_way_out(adapter))
 
 
 def _way_out(adapter: Path) -> str:
@@ -78,5 +78,5 @@ def _is_model(folder: Path) -> bool:
     try:
         return (folder / "config.json").exists()
     except OSError:
-        # The path of another machine's user: not for us to look into.
+        # A path on another machine: it means nothing here.
         return False

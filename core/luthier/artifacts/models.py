@@ -277,10 +277,10 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
     headers = tensor_headers(folder)
     embedding = next((header for name, header in headers.items() if name.endswith(EMBEDDINGS)), None)
     vocabulary = vocabulary_size(folder)
-    told = config.get("vocab_size")
-    if embedding is not None and isinstance(told, int) and told != embedding.shape[0]:
+    declared = config.get("vocab_size")
+    if embedding is not None and isinstance(declared, int) and declared != embedding.shape[0]:
         raise ModelError(
-            f"config.json tells vocab_size {told}, the embedding has {embedding.shape[0]} rows",
+            f"config.json says vocab_size {declared}, the embedding has {embedding.shape[0]} rows",
             where=str(folder),
             hint="one of the two was changed without the other",
         )

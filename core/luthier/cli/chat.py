@@ -105,7 +105,7 @@ def _converse(turns: Turns, answer: Answer) -> None:
 def _talking(artifact: Artifact, variant: str, limit: int) -> Generator[Any]:
     command = [sys.executable, "-m", "luthier.serving.talk", str(artifact.path), variant, str(limit)]
     environment = {**QUIET, **os.environ}
-    # A file, because a pipe that nobody reads would stop a library that has much to say.
+    # A file, because a library that writes much would block on a pipe without a reader.
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8") as log,
         subprocess.Popen(

@@ -37,7 +37,7 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
 
 
 def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
-    """The folders that can go: unused artifacts, and scratch folders that nobody is working in."""
+    """The folders that can go: unused artifacts, and scratch folders that no run is working in."""
     needed = _needed(store)
     locked = {path.stem for path in store.locks.glob("*.lock") if is_held(path)}
     found = [artifact.path for artifact in store if artifact.key not in needed | locked]

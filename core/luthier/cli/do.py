@@ -125,7 +125,7 @@ def _absolute(item: Any) -> Any:
 
 
 def _of_component(value: Any, kind: Kind, registry: Registry) -> type[BaseModel]:
-    """The config of a sub-component; of one that there is not, which is told later, an empty one."""
+    """The config of a sub-component; an empty one where there is no such component, which is reported later."""
     name = str(cast("dict[str, Any]", value).get("uses")) if isinstance(value, dict) else ""
     return registry.config_class(registry.get(kind, name)) if name in registry.names(kind) else Config
 

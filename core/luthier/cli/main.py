@@ -83,7 +83,7 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except LuthierError as error:
-        # Click has left its context by now, so the flag is looked for where it was given.
+        # Click has left its context by now, so the flag is read where it was given.
         if "--debug" in sys.argv:
             traceback.print_exc()
         click.echo(f"error: {error}", err=True)

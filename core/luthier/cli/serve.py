@@ -23,7 +23,7 @@ def serve_command(artifact: str, variant: str, port: int, store: Path | None) ->
     """Serve a model, an adapter or an export on 127.0.0.1 as OpenAI's chat completions.
 
     ARTIFACT is RECIPE/STAGE, a key or the beginning of one, or a folder. A GGUF is served by llama.cpp, a model by
-    transformers. It is for trying out: one answer at a time, and nobody is asked who they are.
+    transformers. It is for trying out: one answer at a time, without authentication.
     """
     found = Store.at(store).resolve(artifact)
     command = [sys.executable, "-m", "luthier.serving.serve", str(found.path), variant, str(port)]

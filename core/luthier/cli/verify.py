@@ -48,6 +48,10 @@ def verify_command(url: str, golden: str, store: Path | None) -> None:
     if problem:
         raise GateError(problem, where=url)
     same = sum(verdict.same_answer for verdict in verdicts)
-    told = all(verdict.tokens is not None for verdict in verdicts)
-    prompts = "all prompts became as many tokens as they should" if told else "it does not tell the prompts' tokens"
+    counted = all(verdict.tokens is not None for verdict in verdicts)
+    prompts = (
+        "all prompts became as many tokens as they should"
+        if counted
+        else "it does not say how many tokens the prompts were"
+    )
     click.echo(f"{same} of {len(verdicts)} answers are the same; {prompts}")

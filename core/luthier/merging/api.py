@@ -24,9 +24,9 @@ Divisor = Literal["nothing", "weights", "weights of changes", "agreeing weights"
 """What a method divides by: the sum of all weights; that of the weights of changes to a base, where all may be 0 and
 nothing changes; or, entry by entry, the sum of the weights of those changes that agree."""
 NO_SUM = 1e-6
-"""The share of the weights' sizes up to which their sum counts as zero: float32 could not tell it from rounding."""
+"""The share of the weights' sizes up to which their sum counts as zero: in float32 it could be rounding."""
 MOST_MODELS = 12
-"""Models up to which every choice of weights is looked at."""
+"""Models up to which every choice of weights is tried."""
 
 
 def cancel(weights: Sequence[float], divisor: Divisor) -> bool:
@@ -157,7 +157,7 @@ class MergedParameter:
     origins: tuple[str, ...] = ()
 
     def value(self, setting: PlainSetting | PerModel, model: int | None = None) -> float:
-        """What a setting says for this parameter; of one `model`, whose own name for it the filters look at."""
+        """What a setting says for this parameter; of one `model`, whose own name for it the filters match."""
         if isinstance(setting, PerModel):
             setting = setting.per_model[model or 0]
         if not isinstance(setting, list):
@@ -189,7 +189,7 @@ class MergePart:
     the rows of all their matrices. A method of the granularity ``matrix`` gets the whole parameter in its own shape.
 
     Attributes:
-        place: Which parameter.
+        parameter: Which parameter.
         start: The place of the first entry in the flattened parameter.
         tensors: The part in each model, float32, all of one shape. They must not be changed.
         weights: The models' weights for this parameter.
@@ -199,7 +199,7 @@ class MergePart:
         draw: Random numbers, see `uniform`.
     """
 
-    place: MergedParameter
+    parameter: MergedParameter
     start: int
     tensors: Sequence[Tensor]
     weights: Sequence[float]
@@ -229,7 +229,7 @@ class Scan(Protocol):
     """A walk over all parts of one parameter."""
 
     @property
-    def place(self) -> MergedParameter:
+    def parameter(self) -> MergedParameter:
         """Which parameter."""
         ...
 
@@ -240,15 +240,15 @@ class Scan(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the parts lie in a GPU's memory, where looking again takes next to no time."""
+        """Whether the parts lie in a GPU's memory, where reading them again takes next to no time."""
         ...
 
-    def __call__(self, look: Callable[[MergePart], Tensor]) -> Tensor:
-        """The sum of what `look` returns for each part, added up in the order of the parts."""
+    def __call__(self, function: Callable[[MergePart], Tensor]) -> Tensor:
+        """The sum of what `function` returns for each part, added up in the order of the parts."""
         ...
 
-    def each(self, look: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
-        """What `look` returns for each part, or for every so many-th of them, in the order of the parts."""
+    def each(self, function: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
+        """What `function` returns for each part, or for every so many-th of them, in the order of the parts."""
         ...
 
 

@@ -30,7 +30,7 @@ class TemplateChoice:
         template: The chat template.
         owner: The model whose generation config goes along: a template without the stop tokens that go with it
             would be a model that never stops.
-        doubt: What is to be told of it.
+        doubt: What to warn about.
     """
 
     template: str | None = None
@@ -79,7 +79,7 @@ def _named(name: str) -> str:
 def write_chat_template(
     template_choice: TemplateChoice, inputs: Inputs, context: StageContext, moved: Moved | None = None
 ) -> None:
-    """Give the merged model its chat template and generation config, and tell what may be wrong with them.
+    """Give the merged model its chat template and generation config, and warn of what may be wrong with them.
 
     Args:
         moved: The new ids of the owner's tokens, where they have others.
@@ -90,15 +90,16 @@ def write_chat_template(
         return
     (context.out / TEMPLATE).write_text(template_choice.template, encoding="utf-8")
     settings = context.out / TOKENIZER_CONFIG
-    if settings.exists() and "chat_template" in (told := read_json(settings)):
-        _write(settings, {key: value for key, value in told.items() if key != "chat_template"})
+    if settings.exists() and "chat_template" in (content := read_json(settings)):
+        _write(settings, {key: value for key, value in content.items() if key != "chat_template"})
     if template_choice.owner is not None:
         generation = template_choice.owner.artifact.path / GENERATION
         if generation.exists() and (moved or template_choice.owner is not inputs.lead):
-            told = read_json(generation)
+            content = read_json(generation)
             _write(
                 context.out / GENERATION,
-                told | {key: _translated(told[key], moved or {}) for key in SPECIAL if told.get(key) is not None},
+                content
+                | {key: _translated(content[key], moved or {}) for key in SPECIAL if content.get(key) is not None},
             )
         if template_choice.owner is not inputs.lead:
             context.log(f"{template_choice.owner.label} gives the chat template and the generation config")

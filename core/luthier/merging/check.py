@@ -25,7 +25,7 @@ SAME = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads",
 BY_LAYER = ("num_hidden_layers", "n_layer", "layer_types", "no_rope_layers", "max_window_layers")
 """What stacks of layers may differ in."""
 WINDOWS = ("sliding_window", "max_window_layers")
-"""What tells nothing where no window slides; a base and its own chat model often differ in it."""
+"""What has no meaning where no window slides; a base and its own chat model often differ in it."""
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 LARGEST_EPSILON = 1e-4
 """Up to here, the epsilon of a norm changes next to nothing; a base and its own chat model sometimes differ in it."""
@@ -35,8 +35,8 @@ IMPLIED = ("partial_rotary_factor", ORIGINAL)
 """Rotary settings that transformers 5 writes down where version 4 left them to the architecture."""
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "wte.weight", "lm_head.bias", "embed_in.weight",
               "embed_out.weight", "word_embeddings.weight")  # fmt: skip
-UNTOLD_THETA = 10000.0
-"""Theta where a config tells none."""
+DEFAULT_THETA = 10000.0
+"""Theta where a config names none."""
 WHOLE = ("I64", "I32", "I16", "I8", "U8", "BOOL", "U16", "U32", "U64")
 
 
@@ -46,7 +46,7 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
     Raises:
         ModelError: with every problem that was found.
     """
-    refuse([*problems(config, inputs), *unstackable(config, inputs)], "merged")
+    refuse([*input_problems(config, inputs), *unstackable(config, inputs)], "merged")
 
 
 def check_stored(inputs: Inputs, what: str) -> None:
@@ -95,7 +95,7 @@ def refuse(found: Iterable[str], what: str) -> None:
         raise ModelError(f"the models cannot be {what}: {text}", hint="nothing was read or written")
 
 
-def problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
+def input_problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
     """What does not fit together, by configs and headers; of slices, see `unstackable`."""
     lead = inputs.lead
     for other in inputs.all:
@@ -123,16 +123,16 @@ def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
     Version 5 has everything in one mapping, or in one for each kind of attention; before, theta, the theta of sliding
     attention and what is stretched stood in the config itself.
     """
-    told: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kinds = {name: part for name, part in told.items() if isinstance(part, Mapping)}
-    main: Mapping[str, Any] = kinds.get("full_attention", told)
+    settings: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = {name: part for name, part in settings.items() if isinstance(part, Mapping)}
+    main: Mapping[str, Any] = kinds.get("full_attention", settings)
     theta = main.get("rope_theta", config.get("rope_theta", config.get("rotary_emb_base")))
     local = kinds.get("sliding_attention", {}).get("rope_theta", config.get("rope_local_base_freq"))
     share = main.get("partial_rotary_factor", config.get("partial_rotary_factor", config.get("rotary_pct")))
     original = main.get(ORIGINAL, config.get(ORIGINAL))
     moved = ("rope_theta", "rope_type", "type", *IMPLIED)
     return {
-        "rope_theta": float(theta or UNTOLD_THETA),
+        "rope_theta": float(theta or DEFAULT_THETA),
         "rope_type": main.get("rope_type") or main.get("type") or "default",
         **({} if local is None else {"theta of sliding attention": float(local)}),
         **{key: value for key, value in zip(IMPLIED, (share, original), strict=True) if value is not None},
@@ -280,7 +280,7 @@ def weights_that_cancel(config: MergeConfig, jobs: Sequence[TensorJob]) -> Itera
     own: dict[int | None, Divisor] = {
         place: as_method(use).divides for place, use in config.methods_of_slices().items()
     }
-    odd = [job.place.name for job in jobs if cancel(job.numbers, own.get(job.slice, shared))]
+    odd = [job.parameter.name for job in jobs if cancel(job.numbers, own.get(job.slice, shared))]
     if odd:
         yield (
             f"the weights sum to zero for {len(odd)} parameters, and {config.method.name} divides by their sum "

@@ -138,7 +138,7 @@ class MergeConfig(StageConfig):
     """Bytes that methods on whole matrices may hold at once."""
 
     unused: Annotated[list[str], NotIdentity()] = []
-    """Parameters of a mergekit file that its method does not look at; a warning tells of them."""
+    """Parameters of a mergekit file that its method does not use; a warning names them."""
 
     @model_validator(mode="before")
     @classmethod
@@ -207,10 +207,10 @@ class MergeConfig(StageConfig):
                 "tokens that a model lacks"
             )
         if method.base == "unused" and (self.base is not None or any(own)):
-            found.append(f"{name} does not look at a base: leave `base` out, or count it among `models`")
+            found.append(f"{name} does not use a base: leave `base` out, or count it among `models`")
         beside = [source.weight for part in self.slices for source in part.sources]
         if not method.weighted and (self.weights is not None or any(weight != 1.0 for weight in beside)):
-            found.append(f"{name} does not look at weights: leave them out")
+            found.append(f"{name} does not use weights: leave them out")
         if method.prepares and self.slices:
             found.append(f"{name} looks at what whole models do with data, and cannot merge slices")
         if method.prepares and (self.tokenizer != "base" or self.tokens or self.pad_to_multiple_of):

@@ -3,7 +3,7 @@
 Small parameters are shared out among the workers; a large one is split, and all workers work on it. A part is always
 the same rows (`luthier.merging.parts.Grid`), and sums are added up in the order of the parts: the result hangs
 neither on the number of workers nor on who was faster. Memory is bounded by workers x (inputs + a few) x part. Methods
-that look at a parameter before they merge it keep `KEPT` bytes more, those that select entries by rank another 160 MiB
+that scan a parameter before they merge it keep `KEPT` bytes more, those that select entries by rank another 160 MiB
 at most, however many workers there are. A GPU is used where the method says so (`luthier.merging.api.Merge`).
 """
 
@@ -26,7 +26,7 @@ from luthier.merging import gpu_parts
 from luthier.merging.api import MergeMethod, MergePart
 from luthier.merging.devices import best_device, with_cpu_fallback
 from luthier.merging.files import SIZES, Scratch
-from luthier.merging.jobs import Look, ScanOf, Span, TensorJob, read_part
+from luthier.merging.jobs import PartFunction, ScanOf, Span, TensorJob, read_part
 from luthier.merging.parts import Grid, measured
 from luthier.merging.pool import MATRIX_COPIES, MEMORY, Budget, ahead, threads
 from luthier.merging.writer import Output
@@ -34,7 +34,7 @@ from luthier.merging.writer import Output
 CHUNK = 1 << 21
 """Entries in a job on a large parameter, at least one part."""
 KEPT = 1 << 27
-"""Bytes that all workers together keep of parameters that are looked at twice, so that these are not read twice."""
+"""Bytes that all workers together keep of parameters that are needed twice, so that these are not read twice."""
 COPY = 1 << 22
 """Bytes copied at once."""
 
@@ -73,10 +73,10 @@ class Engine:
 
     def run(self, jobs: Sequence[TensorJob]) -> None:
         """Merge all tensors. What a method raises is raised here; the other jobs are given up then."""
-        with threads(self.settings.workers, self._stand_back) as pool:
+        with threads(self.settings.workers, self._lower_priority) as pool:
             self._run(pool, jobs)
 
-    def _stand_back(self) -> None:
+    def _lower_priority(self) -> None:
         # Elsewhere it would be the whole process, and for good.
         if self.settings.niceness and sys.platform == "linux":
             thread = threading.get_native_id()
@@ -129,7 +129,7 @@ class Engine:
         return job.entries
 
     def _by_parts(self, job: TensorJob, device: str) -> None:
-        spans = list(Grid.of(job.place.shape).spans())
+        spans = list(Grid.of(job.parameter.shape).spans())
         parts: Sequence[MergePart] | None = None
         scratch = self._scratch
         if device != "cpu":
@@ -138,8 +138,8 @@ class Engine:
         elif self._keeps(job):
             parts = self._kept(job, spans)
 
-        def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
-            return (look(part) for part in (parts[::every] if parts else self._parts(job, spans[::every])))
+        def walk(function: PartFunction, every: int, add: bool) -> Iterator[Tensor]:
+            return (function(part) for part in (parts[::every] if parts else self._parts(job, spans[::every])))
 
         found = measured(self._method(job), ScanOf(job, walk, on_gpu=device != "cpu"))
         for part in parts or self._parts(job, spans):
@@ -161,7 +161,7 @@ class Engine:
         return self._suits_gpu(job) and gpu_parts.size_of(job) <= self._gpu.limit
 
     def _keeps(self, job: TensorJob) -> bool:
-        """Whether a parameter is read into memory once, because it is looked at twice."""
+        """Whether a parameter is read into memory once, because it is needed twice."""
         size = 4 * job.entries * (len(job.operands) + (job.base is not None) + len(job.extras))
         return self._method(job).granularity == "statistics" and size <= KEPT // self.settings.workers
 
@@ -174,7 +174,7 @@ class Engine:
     def _write(self, job: TensorJob, part: MergePart, found: Any, scratch: Scratch) -> None:
         merged = self._method(job).merge(replace(part, found=found))
         _check_size(merged, part.tensors[0].numel(), job)
-        self.output.write(job.place.name, part.start, merged, scratch)
+        self.output.write(job.parameter.name, part.start, merged, scratch)
 
     def _copy(self, job: TensorJob) -> None:
         operand = job.operands[0]
@@ -182,7 +182,7 @@ class Engine:
         for first in range(0, size, COPY):
             raw = self._scratch.raw(min(COPY, size - first))
             operand.weights.raw(operand.name, first, raw)
-            self.output.raw(job.place.name, first, raw)
+            self.output.raw(job.parameter.name, first, raw)
 
     def _matrix(self, job: TensorJob) -> None:
         if not job.entries:
@@ -190,13 +190,13 @@ class Engine:
         prepared = sum(math.prod(files.headers[name].shape) for files, name in job.extras)
         size = 4 * (job.entries * (len(job.operands) + (job.base is not None) + MATRIX_COPIES) + 3 * prepared)
         with self._budget.of(size):
-            grid = Grid.of(job.place.shape)
+            grid = Grid.of(job.parameter.shape)
             whole = read_part(job, (0, grid.rows), Scratch(), whole=True)
-            shape = job.place.shape
+            shape = job.parameter.shape
 
             def work(device: str) -> Tensor:
                 part = MergePart(
-                    job.place,
+                    job.parameter,
                     0,
                     [tensor.view(shape).to(device) for tensor in whole.tensors],
                     job.numbers,
@@ -210,22 +210,22 @@ class Engine:
             merged = with_cpu_fallback(work, self._device(job))
             _check_size(merged, job.entries, job)
             for first in range(0, merged.numel(), self.settings.chunk):
-                self.output.write(job.place.name, first, merged[first : first + self.settings.chunk], self._scratch)
+                self.output.write(job.parameter.name, first, merged[first : first + self.settings.chunk], self._scratch)
 
     # -- all workers, one tensor ------------------------------------------------------------------
 
     def _split(self, pool: ThreadPoolExecutor, job: TensorJob) -> None:
         """Merge a large tensor with all workers."""
-        grid = Grid.of(job.place.shape)
+        grid = Grid.of(job.parameter.shape)
         spans = list(grid.spans())
         several = max(1, self.settings.chunk // (grid.height * grid.columns))
 
         def batches(spans: Sequence[Span]) -> list[Sequence[Span]]:
             return [spans[first : first + several] for first in range(0, len(spans), several)]
 
-        def walk(look: Look, every: int, add: bool) -> Iterator[Tensor]:
+        def walk(function: PartFunction, every: int, add: bool) -> Iterator[Tensor]:
             def work(batch: Sequence[Span]) -> list[Tensor]:
-                looks = (look(part) for part in self._parts(job, batch))
+                looks = (function(part) for part in self._parts(job, batch))
                 return _condensed(looks) if add else list(looks)
 
             for found in ahead(pool, work, batches(spans[::every]), 2 * self.settings.workers):
@@ -264,8 +264,8 @@ def _check_size(merged: Tensor, entries: int, job: TensorJob) -> None:
     if merged.numel() != entries:
         raise ModelError(
             f"the merge method returned {merged.numel()} entries instead of {entries}",
-            where=job.place.name,
-            hint="tell the method's author",
+            where=job.parameter.name,
+            hint="report this to the method's author",
         )
 
 

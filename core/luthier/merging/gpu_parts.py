@@ -15,7 +15,7 @@ PARTS = 16
 COPIES = 4
 """How many copies of a part methods make beside it, at most, input by input."""
 SORTED = 32
-"""Bytes an entry that sorting one model's values takes, for methods that look at a whole parameter."""
+"""Bytes an entry that sorting one model's values takes, for methods that read a whole parameter."""
 WORTH_IT = 1 << 26
 """Entries that must be merged there all in all: below, starting a GPU takes longer than it saves."""
 SHARE = 0.8
@@ -34,7 +34,7 @@ def room() -> int:
 
 def size_of(job: TensorJob) -> int:
     """Bytes that merging a parameter takes there."""
-    grid = Grid.of(job.place.shape)
+    grid = Grid.of(job.parameter.shape)
     at_once = min(job.entries, PARTS * grid.height * grid.columns)
     return 4 * (len(job.operands) + (job.base is not None)) * (job.entries + COPIES * at_once) + SORTED * job.entries
 
@@ -51,4 +51,4 @@ class OnGpu(Scratch):
 
 def uploaded(job: TensorJob, scratch: OnGpu) -> list[MergePart]:
     """All parts of a parameter; the CPU holds the bytes of one of them in one model meanwhile."""
-    return [read_part(job, span, scratch) for span in Grid.of(job.place.shape).spans(PARTS)]
+    return [read_part(job, span, scratch) for span in Grid.of(job.parameter.shape).spans(PARTS)]

@@ -17,9 +17,9 @@ from luthier.merging.parts import Grid, Noise, in_order
 from luthier.merging.reader import Source
 
 Span = tuple[int, int]
-Look = Callable[[MergePart], Tensor]
-Walk = Callable[[Look, int, bool], Iterator[Tensor]]
-"""Gives what a look at every so many-th part returns; whole numbers may be added up when the flag says so."""
+PartFunction = Callable[[MergePart], Tensor]
+Walk = Callable[[PartFunction, int, bool], Iterator[Tensor]]
+"""Gives what the function returns for every so many-th part; whole numbers may be added up when the flag says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class TensorJob:
     """One tensor of the merged model.
 
     Attributes:
-        place: What it is.
+        parameter: What it is.
         operands: Where it comes from, a operand a model; one operand and no method: it is copied as it is.
         base: Where the base's part comes from.
         numbers: The models' weights for it.
@@ -45,7 +45,7 @@ class TensorJob:
         method: How it is merged, where not as the others are.
     """
 
-    place: MergedParameter
+    parameter: MergedParameter
     operands: Sequence[Operand]
     base: Operand | None = None
     numbers: Sequence[float] = ()
@@ -57,7 +57,7 @@ class TensorJob:
 
     @property
     def entries(self) -> int:
-        return math.prod(self.place.shape)
+        return math.prod(self.parameter.shape)
 
 
 class Extras:
@@ -95,7 +95,7 @@ def read_part(job: TensorJob, span: Span, scratch: Scratch, *, whole: bool = Fal
     Args:
         whole: Leave out what the method has prepared: a method on whole matrices reads it in its own shape.
     """
-    columns = Grid.of(job.place.shape).columns
+    columns = Grid.of(job.parameter.shape).columns
     rows, start = span[1] - span[0], span[0] * columns
     inputs: list[Tensor] = []
     for operand in [*job.operands, *([job.base] if job.base else [])]:
@@ -110,27 +110,27 @@ def read_part(job: TensorJob, span: Span, scratch: Scratch, *, whole: bool = Fal
         files.floats(name, start, buffer, scratch)
         extras.append(buffer.view(rows, columns))
     base = inputs.pop() if job.base else None
-    return MergePart(job.place, start, inputs, job.numbers, base, None, extras, job.noise)
+    return MergePart(job.parameter, start, inputs, job.numbers, base, None, extras, job.noise)
 
 
 def scan_of(job: TensorJob) -> Scan:
     """A walk over one parameter in this thread."""
     scratch = Scratch()
-    spans = list(Grid.of(job.place.shape).spans())
-    return ScanOf(job, lambda look, every, _: (look(read_part(job, span, scratch)) for span in spans[::every]))
+    spans = list(Grid.of(job.parameter.shape).spans())
+    return ScanOf(job, lambda function, every, _: (function(read_part(job, span, scratch)) for span in spans[::every]))
 
 
 class ScanOf:
     """A `luthier.merging.api.Scan` over what `walk` gives."""
 
     def __init__(self, job: TensorJob, walk: Walk, *, on_gpu: bool = False) -> None:
-        self.place = job.place
+        self.parameter = job.parameter
         self.weights = job.numbers
         self.on_gpu = on_gpu
         self._walk = walk
 
-    def __call__(self, look: Look) -> Tensor:
-        return in_order(self._walk(look, 1, True))
+    def __call__(self, function: PartFunction) -> Tensor:
+        return in_order(self._walk(function, 1, True))
 
-    def each(self, look: Look, every: int = 1) -> list[Tensor]:
-        return list(self._walk(look, every, False))
+    def each(self, function: PartFunction, every: int = 1) -> list[Tensor]:
+        return list(self._walk(function, every, False))

@@ -150,11 +150,11 @@ class _Maker:
         return self._layout(restacked(lead.config, layers, kinds(lead)))
 
     def _outside(self, name: str, part: Sequence[tuple[Source, SliceSource]], place: int) -> None:
-        operands = [self._role(model, name, source, 0.0) for model, source in part]
+        operands = [self._operand(model, name, source, 0.0) for model, source in part]
         self._add(name, operands, [source.weight for _, source in part], 0.0, slice=place)
 
     @staticmethod
-    def _role(model: Source, name: str, source: SliceSource, depth: float) -> Operand:
+    def _operand(model: Source, name: str, source: SliceSource, depth: float) -> Operand:
         """A source's part in a parameter of the merged model, scaled as the slice says."""
         return Operand(model, name, MergedParameter(name, (), depth).value(source.scale))
 
@@ -174,7 +174,7 @@ class _Maker:
         for tail in tails:
             target = f"{head}{number}{tail}"
             operands = [
-                self._role(model, f"{head}{source.layers[0] + step}{tail}", source, depth) for model, source in part
+                self._operand(model, f"{head}{source.layers[0] + step}{tail}", source, depth) for model, source in part
             ]
             base = f"{head}{base_layer if self.inputs.base_of(place) else first}{tail}"
             self._add(target, operands, [source.weight for _, source in part], depth, base, slice=place)
@@ -198,13 +198,13 @@ class _Maker:
             self.jobs.append(TensorJob(MergedParameter(name, shape), [source], copied=True, slice=slice))
             self.copied.append(name)
             return
-        place = MergedParameter(name, shape, depth, len(operands), tuple(operand.name for operand in operands))
-        numbers = [place.value(weight, model) for model, weight in enumerate(weights)]
+        parameter = MergedParameter(name, shape, depth, len(operands), tuple(operand.name for operand in operands))
+        numbers = [parameter.value(weight, model) for model, weight in enumerate(weights)]
         base = Operand(ancestor, origin_name) if ancestor else None
         noise = Noise(self.seed, [operand.weights.content for operand in operands], name)
         stored = self.dtype or self.inputs.lead.headers.get(origin_name, header).dtype
         self.tensors[name] = Described(stored, shape)
-        self.jobs.append(TensorJob(place, operands, base, numbers, noise, slice=slice))
+        self.jobs.append(TensorJob(parameter, operands, base, numbers, noise, slice=slice))
 
     def _layout(self, config: dict[str, Any]) -> Layout:
         if self.dtype is not None:

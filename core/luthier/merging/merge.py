@@ -1,4 +1,4 @@
-"""One merge from beginning to end: open, check, plan, merge in a stream, look at the result."""
+"""One merge from beginning to end: open, check, plan, merge in a stream, check the result."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from luthier.merging.chat_template import TemplateChoice, template_choice_of, wr
 from luthier.merging.check import (
     check,
     idle_filters,
+    input_problems,
     odd_dtypes,
-    problems,
     refuse,
     unstackable,
     weights_that_cancel,
@@ -67,8 +67,8 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         own: dict[int | None, MergeMethod[Any]] = {
             place: context.build(use) for place, use in config.methods_of_slices().items()
         }
-        jobs = [replace(job, extras=prepared.of(job.place.name), method=own.get(job.slice)) for job in layout.jobs]
-        bare = [job.place.name for job in jobs if not job.extras and not job.copied]
+        jobs = [replace(job, extras=prepared.of(job.parameter.name), method=own.get(job.slice)) for job in layout.jobs]
+        bare = [job.parameter.name for job in jobs if not job.extras and not job.copied]
         if as_method(config.method).prepares and bare:
             context.log(
                 f"{len(bare)} of {len(jobs)} parameters are averaged: {config.method.name} finds nothing "
@@ -134,7 +134,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
         StoreError: the disk has too little room, and nothing else is wrong.
     """
     stuck = list(unstackable(config, inputs))
-    found = [*problems(config, inputs), *stuck]
+    found = [*input_problems(config, inputs), *stuck]
     vocabulary: Vocabulary | None = None
     layout: Layout | None = None
     template_choice = TemplateChoice()
@@ -180,9 +180,9 @@ def _moved_ids(draft: _Draft) -> dict[int, int]:
 def _warn_of_suspicious_settings(config: MergeConfig, inputs: Inputs, layout: Layout, context: StageContext) -> None:
     """Say what is right in some merges and a mistake in others."""
     if config.unused:
-        context.warn(f"{config.method.name} does not look at {', '.join(config.unused)}: left out")
+        context.warn(f"{config.method.name} does not use {', '.join(config.unused)}: left out")
     settings = [config.model_dump(mode="json", include={"weights", "slices"}), config.method.config.model_dump()]
-    names = {*layout.tensors, *(name for job in layout.jobs for name in job.place.origins)}
+    names = {*layout.tensors, *(name for job in layout.jobs for name in job.parameter.origins)}
     idle = idle_filters(settings, sorted(names))
     if idle:
         context.warn(f"no parameter's name contains {', '.join(map(repr, idle))}: such a filter does nothing")
@@ -253,7 +253,7 @@ def open_inputs(
     base: Artifact | None,
     context: StageContext,
     stack: ExitStack,
-    look: Callable[[Inputs], None] = lambda inputs: None,
+    check: Callable[[Inputs], None] = lambda inputs: None,
     own_bases: Mapping[int, Artifact] | None = None,
 ) -> Inputs:
     """Open every model once; an adapter that cannot be added on the way is folded by PEFT.
@@ -261,9 +261,9 @@ def open_inputs(
     Args:
         artifacts: The models and adapters.
         base: The base, where there is one.
-        context: Where to fold, and whom to tell.
+        context: Where to fold, and where warnings go.
         stack: Closes them.
-        look: Refuses what does not fit before anything is folded, which takes time and room; adapters that will be
+        check: Refuses what does not fit before anything is folded, which takes time and space; adapters that will be
             count as their bases for it.
         own_bases: The bases of slices that have another one, by their place.
     """
@@ -288,7 +288,7 @@ def open_inputs(
         )
 
     if reasons:
-        look(inputs())
+        check(inputs())
     for key, reason in reasons.items():
         artifact = opened[key].artifact
         opened[key] = Weights(artifact, _folded(artifact, reason, context))

@@ -65,7 +65,7 @@ MORE: dict[str, set[str]] = {
     **{name: {"rescale"} for name in ("ties", "breadcrumbs", "breadcrumbs_ties")},
 }
 """Parameters that mergekit's methods have and ours do not: with one of them, mergekit's own code is used. Any other
-parameter is one that mergekit does not look at either: it is left out, and told."""
+parameter is one that mergekit does not use either: it is left out with a warning."""
 MODULE = "default"
 """What mergekit calls the only module of models that have one."""
 DTYPES = {"float32", "float16", "bfloat16"}
@@ -225,18 +225,20 @@ class _Reader:
         named: Any = self.content.get("tokenizer")
         if named is not None and not isinstance(named, dict):
             raise ValueError("`tokenizer` of the mergekit file is no mapping")
-        told = cast("Values", named or {})
-        odd = sorted(set(told) - {"source", "tokens", "pad_to_multiple_of"})
+        settings = cast("Values", named or {})
+        odd = sorted(set(settings) - {"source", "tokens", "pad_to_multiple_of"})
         if odd:
             raise ValueError(f"`tokenizer` of the mergekit file has '{odd[0]}', which is not supported")
-        source = self.content.get("tokenizer_source") or (told.get("source", "union") if named is not None else None)
+        source = self.content.get("tokenizer_source") or (
+            settings.get("source", "union") if named is not None else None
+        )
         if source is None:
             return {}
-        made: Values = {"tokenizer": source if source == "union" else self._speaker(source, result)}
-        if told.get("tokens"):
-            made["tokens"] = [self._token(token, dict(entry or {})) for token, entry in told["tokens"].items()]
-        if told.get("pad_to_multiple_of"):
-            made["pad_to_multiple_of"] = told["pad_to_multiple_of"]
+        made: Values = {"tokenizer": source if source == "union" else self._tokenizer_model(source, result)}
+        if settings.get("tokens"):
+            made["tokens"] = [self._token(token, dict(entry or {})) for token, entry in settings["tokens"].items()]
+        if settings.get("pad_to_multiple_of"):
+            made["pad_to_multiple_of"] = settings["pad_to_multiple_of"]
         return made
 
     def _token(self, token: str, entry: Values) -> Values:
@@ -255,7 +257,7 @@ class _Reader:
             return {"token": token, "model": self._place(about["model"]), "like": like, **force}
         return {"token": token, "model": self._place(source), **force}
 
-    def _speaker(self, tokenizer: Any, result: Values) -> str:
+    def _tokenizer_model(self, tokenizer: Any, result: Values) -> str:
         """Whose tokenizer the merged model has: ``base`` is the base's, else the first model's."""
         if tokenizer != "base":
             return self._place(tokenizer)
@@ -270,7 +272,7 @@ class _Reader:
         elif self.method not in WITHOUT_BASE:
             entries = [entry for entry in entries if entry[0] != base]
         elif self.method != "passthrough" and base is not None and base not in [place for place, _ in entries]:
-            # A base that such a method does not look at is a model like the others.
+            # A base that such a method does not use is a model like the others.
             entries = [(base, {}), *entries]
         result: Values = {"models": [place for place, _ in entries]}
         if base is not None and self.method not in WITHOUT_BASE:

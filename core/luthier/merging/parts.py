@@ -36,7 +36,7 @@ class Grid:
 
     @property
     def height(self) -> int:
-        """Rows in a part; a matter of the shape alone, so that results do not hang on workers or memory."""
+        """Rows in a part; depends on the shape alone, so that workers and memory do not change results."""
         return max(1, BLOCK // max(1, self.columns))
 
     def spans(self, parts: int = 1) -> Iterator[tuple[int, int]]:
@@ -53,7 +53,7 @@ class Noise:
 
     Args:
         seed: The recipe's seed.
-        contents: What tells each model's content, such as a digest of its weights.
+        contents: What identifies each model's content, such as a digest of its weights.
         name: The parameter.
     """
 
@@ -73,17 +73,17 @@ class Noise:
 class TensorScan:
     """A `Scan` over the parts that `parts` yields."""
 
-    place: MergedParameter
+    parameter: MergedParameter
     weights: Sequence[float]
     parts: Callable[[], Iterator[MergePart]]
     on_gpu: bool = False
 
-    def __call__(self, look: Callable[[MergePart], Tensor]) -> Tensor:
-        return in_order(look(part) for part in self.parts())
+    def __call__(self, function: Callable[[MergePart], Tensor]) -> Tensor:
+        return in_order(function(part) for part in self.parts())
 
-    def each(self, look: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
-        """What `look` returns for each part, or for every so many-th of them."""
-        return [look(part) for part in islice(self.parts(), 0, None, every)]
+    def each(self, function: Callable[[MergePart], Tensor], every: int = 1) -> list[Tensor]:
+        """What `function` returns for each part, or for every so many-th of them."""
+        return [function(part) for part in islice(self.parts(), 0, None, every)]
 
 
 def in_order(values: Iterator[Tensor]) -> Tensor:
@@ -123,11 +123,11 @@ def merge_tensors(
     shape = tuple(tensors[0].shape)
     if 0 in shape:
         return torch.empty(shape)
-    place = MergedParameter(name, shape, depth, len(tensors))
+    parameter = MergedParameter(name, shape, depth, len(tensors))
     given = list(weights or [1.0] * len(tensors))
     draw = noise or Noise(0, [str(index) for index in range(len(tensors))], name)
     if method.granularity == "matrix":
-        return method.merge(MergePart(place, 0, tensors, given, base, None, extras, draw))
+        return method.merge(MergePart(parameter, 0, tensors, given, base, None, extras, draw))
     grid = Grid.of(shape)
     flat = [tensor.reshape(grid.rows, grid.columns) for tensor in tensors]
     flat_base = None if base is None else base.reshape(grid.rows, grid.columns)
@@ -136,7 +136,7 @@ def merge_tensors(
     def parts(found: Any = None) -> Iterator[MergePart]:
         for first, last in grid.spans():
             yield MergePart(
-                place,
+                parameter,
                 first * grid.columns,
                 [tensor[first:last] for tensor in flat],
                 given,
@@ -146,13 +146,13 @@ def merge_tensors(
                 draw,
             )
 
-    found = measured(method, TensorScan(place, given, parts))
+    found = measured(method, TensorScan(parameter, given, parts))
     merged = [method.merge(part) for part in parts(found)]
     return torch.cat(merged).reshape(shape) if merged else torch.empty(shape)
 
 
 def measured(method: MergeMethod[Any], scan: Scan) -> Any:
     """What a method finds in the whole parameter; None when it needs nothing."""
-    if method.granularity != "statistics" or 0 in scan.place.shape:
+    if method.granularity != "statistics" or 0 in scan.parameter.shape:
         return None
     return method.measure(scan)

@@ -1,4 +1,4 @@
-"""Threads that share out tensors: one compute thread each, so that bits hang on no number of cores."""
+"""Threads that share out tensors: one compute thread each, so that the number of cores changes no bit."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Source(Protocol):
     Attributes:
         artifact: The model or adapter.
         label: The stage it came from, for messages.
-        content: What tells its content apart from that of other models.
+        content: What identifies its content among other models'.
         headers: Its tensors.
         config: Its ``config.json``.
     """
@@ -119,7 +119,7 @@ class Weights:
             self.files.floats(name, start, out.view(-1), scratch)
         else:
             fill_on_cpu(out, lambda here, before: self._adapted(adapter, name, start + before, here, scratch))
-        # The sum is finite unless an entry is not, or the sum itself overflows: look closer then.
+        # The sum is finite unless an entry is not, or the sum itself overflows: check entry by entry then.
         if not math.isfinite(float(out.sum())) and not bool(torch.isfinite(out).all()):
             raise ModelError(NOT_FINITE, where=self._where(name, start, out, scratch), hint=FROM_TRAINING)
 

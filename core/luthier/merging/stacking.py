@@ -20,11 +20,11 @@ def count_key(config: Config) -> str:
     """The key of the number of layers.
 
     Raises:
-        ModelError: the config tells it in no way that is known.
+        ModelError: the config gives it in no known way.
     """
     found = next((key for key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if key in config), None)
     if found is None:
-        raise ModelError("the config does not tell the number of layers", hint="this architecture cannot be stacked")
+        raise ModelError("the config does not give the number of layers", hint="this architecture cannot be stacked")
     return found
 
 

@@ -1,6 +1,6 @@
-"""Checks a written model: the index against the files, and a look at it by transformers.
+"""Checks a written model: the index against the files, and whether transformers loads it.
 
-Where transformers is not loaded yet, the look is a process of its own, see `luthier.merging.load_check`.
+Where transformers is not loaded yet, the check is a process of its own, see `luthier.merging.load_check`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class Verifier:
     """Looks at a model once it is written; a context manager around the process that does so, where there is one.
 
     Args:
-        folder: The model that will be looked at.
+        folder: The model that will be checked.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # A file, because a pipe that nobody reads would stop a library that has much to say.
+        # A file, because a library that writes much would block on a pipe without a reader.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed when the verifier is
         self._process: subprocess.Popen[str] | None = None
 
@@ -57,11 +57,11 @@ class Verifier:
 
     @property
     def apart(self) -> bool:
-        """Whether a process of its own is getting ready for the look."""
+        """Whether a process of its own is getting ready for the check."""
         return self._process is not None
 
     def verdict(self, meanwhile: Callable[[], None] = lambda: None) -> Facts:
-        """What the look at the finished folder showed.
+        """What the check of the finished folder found.
 
         Args:
             meanwhile: What to do while the other process looks.
@@ -96,7 +96,7 @@ class Verifier:
             return found
         if process.returncode < 0:
             return {
-                "problem": f"signal {-process.returncode} ended the process that looked at it (often the sign of "
+                "problem": f"signal {-process.returncode} ended the process that checked it (often the sign of "
                 "too little memory)"
             }
         self._log.seek(0)

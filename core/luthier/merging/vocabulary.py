@@ -257,13 +257,13 @@ def respell(inputs: Inputs, vocabulary: Vocabulary) -> Inputs:
                 rows[place] = ((model, known[token]),) if token in known else donors[token]
         # Rows of no token are padding. A model's own stand where it has such; else those of the model whose vocabulary
         # it is, so that nothing differs there; else the mean.
-        taken, told = set(known.values()), set(tokens.values())
-        for place in set(range(vocabulary.rows)) - told:
+        taken, of_tokens = set(known.values()), set(tokens.values())
+        for place in set(range(vocabulary.rows)) - of_tokens:
             if place < _rows(model) and place not in taken:
                 rows[place] = ((model, place),)
             elif place < _rows(vocabulary.owner):
                 rows[place] = ((vocabulary.owner, place),)
-        found[id(model)] = _Respelled(model, rows, told)
+        found[id(model)] = _Respelled(model, rows, of_tokens)
     return Inputs(
         [found[id(model)] for model in inputs.models],
         found[id(inputs.base)] if inputs.base else None,
@@ -277,10 +277,10 @@ class _Respelled:
     Args:
         model: The model.
         rows: For each row, what it is the mean of; None is zeros.
-        told: The rows that are of tokens.
+        of_tokens: The rows that are of tokens.
     """
 
-    def __init__(self, model: Source, rows: Sequence[Origin | None], told: Set[int]) -> None:
+    def __init__(self, model: Source, rows: Sequence[Origin | None], of_tokens: Set[int]) -> None:
         self.artifact = model.artifact
         self.label = model.label
         self.content = model.content
@@ -291,7 +291,7 @@ class _Respelled:
         }
         self._model = model
         self._rows = rows
-        self._told = told
+        self._of_tokens = of_tokens
         self._means: dict[str, Tensor] = {}
         self._lock = threading.Lock()
 
@@ -351,7 +351,9 @@ class _Respelled:
                     block = torch.empty(min(step, len(self._rows) - first), width)
                     left_out = set(self._fill(name, first, block, scratch))
                     kept = [
-                        place for place in range(len(block)) if first + place in self._told and place not in left_out
+                        place
+                        for place in range(len(block))
+                        if first + place in self._of_tokens and place not in left_out
                     ]
                     total += block[kept].double().sum(dim=0)
                     seen += len(kept)

@@ -107,7 +107,7 @@ class Output:
         stored = raw.view(dtype)
         flat = values.reshape(-1)
         stored.copy_(flat.to(dtype) if values.is_cuda else flat)
-        # The sum is finite unless a value is not, or the sum itself overflows: look closer then.
+        # The sum is finite unless a value is not, or the sum itself overflows: check entry by entry then.
         if not math.isfinite(float(values.sum())) and not bool(torch.isfinite(values).all()):
             raise ModelError(
                 "the merged tensor has NaN or infinite values", where=name, hint="check weights and parameters"

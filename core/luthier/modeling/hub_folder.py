@@ -1,6 +1,6 @@
 """Text files that transformers 4 and 5 read alike, and the servers that are built on either.
 
-transformers 5 writes all rotary settings into one mapping, which version 4 does not look at: a model with another theta
+transformers 5 writes all rotary settings into one mapping, which version 4 does not read: a model with another theta
 than 10000 would read as one with it, without a word. It also names a tokenizer class that version 4 does not have.
 """
 

@@ -30,7 +30,7 @@ def render(
 
     Args:
         open_turn: End with the opening of an assistant turn, for the model to go on from.
-        **variables: What the template may look at beside the messages, such as `date_string`.
+        **variables: What the template may use beside the messages, such as `date_string`.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses these messages.

@@ -40,7 +40,7 @@ class Node:
         code: Digests of the source files of the stage's component and of those it uses, by kind and name.
         changed_code: Those of them whose code is not what made the cached artifact, though their revision is the same.
         key: The sha256 that identifies the result; `payload` is what it is made of.
-        expected_facts: The facts of the artifact as far as they can be told before it is made.
+        expected_facts: The facts of the artifact as far as they are known before it is made.
         status: Whether the result is there, or will be made, from a checkpoint or anew.
         reason: Why.
     """
@@ -179,7 +179,7 @@ class _Planner:
             self.nodes[stage.id] = Node(stage.id, stage.component, stage.config, stage.config.kind_made)
         for node in list(self.nodes.values()):
             self._connect(node)
-        # Every problem is told at once: what stands behind a broken input is looked at as far as it can be.
+        # All problems are reported at once: stages behind a broken input are checked as far as possible.
         order = self._order()
         for name in order:
             self._check_kinds(self.nodes[name])
@@ -280,7 +280,7 @@ class _Planner:
         kinds: dict[str, list[ArtifactKind]] = {}
         for path, marker, _ in references(node.config, Input):
             kinds[path] = []
-            # An input that is unknown has been told of; the others are judged without it.
+            # An unknown input has been reported already; the others are checked without it.
             for name in (name for name in node.inputs[path] if name in self.nodes or name in self.outside):
                 kind = self.outside[name].kind if name in self.outside else self.nodes[name].produces
                 kinds[path].append(kind)
@@ -370,8 +370,8 @@ def _changed_code(cached: Artifact, now: Mapping[str, str]) -> tuple[str, ...]:
     before: Mapping[str, str] = cached.manifest.get("code", {})
     return tuple(
         name
-        for name, told in now.items()
-        if name in before and before[name] != told and before[name].partition(" ")[2] == told.partition(" ")[2]
+        for name, current in now.items()
+        if name in before and before[name] != current and before[name].partition(" ")[2] == current.partition(" ")[2]
     )
 
 

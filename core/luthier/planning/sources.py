@@ -52,7 +52,7 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
         return _embedded(value, store)
     path = (folder / Path(value).expanduser()).absolute()
     if not path.exists():
-        raise LuthierError(f"there is no file or folder '{value}'", hint=f"looked for {path}")
+        raise LuthierError(f"there is no file or folder '{value}'", hint=f"searched for {path}")
     return ResolvedSource(store.digest_source(path), str(path))
 
 

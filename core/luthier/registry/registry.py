@@ -131,7 +131,7 @@ class Registry:
         """The component of that kind and name.
 
         Raises:
-            PluginError: nobody provides it (with the nearest names), or more than one does.
+            PluginError: no plugin provides it (with the nearest names), or more than one does.
         """
         return self._offer(kind, name)[0]
 
@@ -153,7 +153,13 @@ class Registry:
         raise PluginError(f"there is no {kind} '{name}'", hint=hint)
 
     def names(self, kind: Kind) -> list[str]:
-        """The names of all components of a kind."""
+        """The names of all components of a kind.
+
+        Raises:
+            ValueError: there is no such kind.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"there is no kind '{kind}'")
         return sorted(name for other, name in self._offers if other == kind)
 
     def __iter__(self) -> Iterator[tuple[Component, Provider]]:
@@ -236,7 +242,7 @@ class Registry:
             return impl(use.config, context)
         except LuthierError:
             raise
-        # A plugin is foreign code: whatever it raises is told with its name.
+        # A plugin is foreign code: whatever it raises is reported under its name.
         except Exception as error:
             raise PluginError(
                 f"the {use.component.kind} '{use.name}' of {self.provider(use.component)} cannot be made: "
@@ -256,7 +262,7 @@ class Registry:
             ) from error
 
     def source_of(self, component: Component) -> Path | None:
-        """The file with the component's implementation; nothing of it is imported. None where it cannot be told."""
+        """The file with the component's implementation; nothing of it is imported. None where it is not known."""
         module = component.impl.partition(":")[0]
         package, _, name = module.rpartition(".")
         parent = sys.modules.get(package)
@@ -266,7 +272,7 @@ class Registry:
                     return path
         try:
             spec = find_spec(module)
-        # A plugin's package is imported by this, and may raise what it likes: whoever needs it will be told.
+        # A plugin's package is imported by this, and may raise anything: whoever needs it gets the error.
         except Exception:  # noqa: BLE001
             return None
         return Path(spec.origin) if spec is not None and spec.origin is not None else None

@@ -31,8 +31,8 @@ def describe(artifact: Artifact) -> str:
             return f"{head}  {facts.get('format', '?')}: {', '.join(facts.get('files', {}))}"
         case "report":
             scores = facts.get("scores", {})
-            told = ", ".join(f"{name} {number(value, '.3f')}" for name, value in scores.items())
-            return f"{head}  {told}"
+            shown = ", ".join(f"{name} {number(value, '.3f')}" for name, value in scores.items())
+            return f"{head}  {shown}"
 
 
 def number(value: Any, form: str) -> str:

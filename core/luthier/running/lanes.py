@@ -75,9 +75,9 @@ class Lanes:
             slots = list(executor.slots())
         except LuthierError:
             raise
-        # An executor is foreign code: whatever it raises is told with its name.
+        # An executor is foreign code: whatever it raises is reported under its name.
         except Exception as error:
-            raise PluginError(f"{name} cannot tell its slots: {type(error).__name__}: {error}") from error
+            raise PluginError(f"{name} cannot list its slots: {type(error).__name__}: {error}") from error
         check_slots(slots, name)
         return cls(executor, name, folder, [Lane(slot) for slot in slots])
 

@@ -83,7 +83,7 @@ class Lock:
 
     @contextmanager
     def _guard(self) -> Generator[None]:
-        """Makes "look, judge, take" one step among processes that share the file system."""
+        """Makes "read, decide, take" one step among processes that share the file system."""
         with (self.path.parent / ".guard").open("w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
             yield

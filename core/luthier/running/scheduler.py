@@ -201,7 +201,7 @@ class Scheduler:
                 ok=gate.ok,
             )
 
-    # -- what a worker is told ---------------------------------------------------------------------
+    # -- what a worker is given --------------------------------------------------------------------
 
     def _check_inputs(self, node: Node) -> None:
         facts = {path: [self._input(name).facts for name in names] for path, names in node.inputs.items()}

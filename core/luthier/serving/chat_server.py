@@ -13,7 +13,7 @@ from luthier.api.errors import LuthierError
 HOST = "127.0.0.1"
 LARGEST_BODY = 1 << 24
 USUAL_ANSWER = 256
-"""Tokens of an answer, at most, where the request does not tell."""
+"""Tokens of an answer, at most, where the request does not say."""
 
 
 class Answer(Protocol):

@@ -71,7 +71,7 @@ class TransformersBackend:
         return StreamedAnswer(self, ids, options)
 
     def pieces(self, ids: list[int], options: dict[str, Any], answer: StreamedAnswer) -> Iterator[str]:
-        """Have the model write what `answer` is; it ends early when nobody reads on."""
+        """Have the model write what `answer` is; it ends early when the reader has left."""
         torch = self._torch
         gone = threading.Event()
         failures: list[BaseException] = []

@@ -202,7 +202,7 @@ class TestContext:
         """Nothing is hashed."""
 
     def stopping(self) -> bool:
-        """Nobody asks to stop."""
+        """Never asked to stop."""
         return False
 
 

@@ -56,7 +56,7 @@ def log_probabilities(
     Args:
         model: The model.
         batch: The batch.
-        reference: Makes the model the reference while it is entered; None where nobody asks.
+        reference: Makes the model the reference while it is entered; None where it is not needed.
 
     Returns:
         The log-probabilities, and whether the target was the likeliest token, shape (targets,).

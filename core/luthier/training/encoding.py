@@ -61,7 +61,7 @@ def _prompt_ids(encoded: Encoded) -> list[int]:
 def encode_rows(
     tokenizer: Any, rows: Iterable[Row], stop_ids: Sequence[int], config: TuningConfig, context: Context
 ) -> list[EncodedRow]:
-    """Tokens of rows; those that are too long are told, and left out or refused.
+    """Tokens of rows; those that are too long are reported, and left out or refused.
 
     Raises:
         DataError: a row cannot be encoded, none is short enough, or `on_long` says to stop.

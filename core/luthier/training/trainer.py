@@ -162,7 +162,7 @@ class ObjectiveTrainer(transformers.Trainer):
         if len(result.losses) != units:
             raise ModelError(
                 f"the objective gave {len(result.losses)} losses for {units} {self._objective.unit}s",
-                hint="tell its author",
+                hint="report this to its author",
             )
         loss = result.losses.sum() / max(1, units if num_items_in_batch is None else num_items_in_batch)
         logged = self._logged["train" if model.training else "eval"]
@@ -242,7 +242,7 @@ def train(
         ModelError: the model has an adapter on its output head.
     """
     check_head(model)
-    # No progress bars of other libraries: events tell the progress.
+    # No progress bars of other libraries: events report the progress.
     transformers.utils.logging.disable_progress_bar()
     objective: Objective[Any] = context.build(config.objective)
     if "reference" in objective.needs:

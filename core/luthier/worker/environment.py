@@ -1,4 +1,4 @@
-"""What manifests and trackers are told of the machine and its software."""
+"""What manifests and trackers record of the machine and its software."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one job in this process, and tells how it ended."""
+"""Runs one job in this process, and reports how it ended."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def execute(job: Job, registry: Registry, listener: Listener, *, rank: int = 0, 
 
 
 def _tracked(stage: Any, job: Job, config: StageConfig, registry: Registry, context: JobContext) -> dict[str, Any]:
-    """Run a stage with its trackers, which are told how it ended."""
+    """Run a stage with its trackers, which get the outcome."""
     if context.rank:
         return stage.run()
     trackers = context.trackers = Trackers(job, registry, context)
@@ -74,7 +74,7 @@ def _tracked(stage: Any, job: Job, config: StageConfig, registry: Registry, cont
 
 
 def failure(error: Exception, job: Job, rank: int = 0) -> dict[str, Any]:
-    """The event that tells of an error."""
+    """The event that reports an error."""
     known = error if isinstance(error, LuthierError) else _disk_full(error, job)
     message = known.message if known else f"{type(error).__name__}: {error}"
     return {
@@ -90,7 +90,7 @@ def failure(error: Exception, job: Job, rank: int = 0) -> dict[str, Any]:
 
 
 def check_facts(facts: Any, kind: ArtifactKind, provider: str) -> None:
-    """Refuse facts that a manifest cannot hold, or that lack what every artifact of the kind tells.
+    """Refuse facts that a manifest cannot hold, or that lack what every artifact of the kind states.
 
     Raises:
         StageError: names what is missing, and whose stage it was.
@@ -105,9 +105,9 @@ def check_facts(facts: Any, kind: ArtifactKind, provider: str) -> None:
         except (TypeError, ValueError) as error:
             problem = f"its facts are no plain values: {error}"
         if missing:
-            problem = f"its facts lack {', '.join(missing)}, which every {kind} tells"
+            problem = f"its facts lack {', '.join(missing)}, which every {kind} states"
     if problem:
-        raise StageError(f"the stage of {provider} is at fault: {problem}", hint="tell its author")
+        raise StageError(f"the stage of {provider} is at fault: {problem}", hint="report this to its author")
 
 
 def seed_everything(seed: int) -> None:
@@ -129,10 +129,10 @@ def _disk_full(error: Exception, job: Job) -> StoreError | None:
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
     numbers = [item.errno for item in chain if isinstance(item, OSError)]
-    told = any(f"os error {code}" in str(item) for item in chain for code in FULL)
+    named = any(f"os error {code}" in str(item) for item in chain for code in FULL)
     # torch's own writer says no more than that it could not write.
     silent = any("inline_container" in str(item) for item in chain) and shutil.disk_usage(job.scratch).free < LITTLE
-    if not told and not silent and not any(number in FULL for number in numbers):
+    if not named and not silent and not any(number in FULL for number in numbers):
         return None
     return StoreError(
         f"the disk is full: {error}",

@@ -1,4 +1,4 @@
-"""What the runner tells the worker, and how the two speak: JSON lines over pipes."""
+"""What the runner gives the worker, and the protocol between the two: JSON lines over pipes."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
     pipe.unlink(missing_ok=True)
     os.mkfifo(pipe)
     last: list[dict[str, Any]] = []
-    # Opened for both, so that opening waits for nobody and reading ends only when it is closed here.
+    # Opened for both, so that opening does not wait and reading ends only when it is closed here.
     reading = os.fdopen(os.open(pipe, os.O_RDWR), encoding="utf-8")
     reader = threading.Thread(target=_forward, args=(reading, listener, last), daemon=True)
     reader.start()

@@ -1,4 +1,4 @@
-"""A stage's trackers: whatever one raises is told with the name of its plugin."""
+"""A stage's trackers: whatever one raises is reported under the name of its plugin."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Trackers:
                 tracker.start(info)
             except LuthierError:
                 raise
-            # A tracker is foreign code: whatever it raises is told with its name.
+            # A tracker is foreign code: whatever it raises is reported under its name.
             except Exception as error:
                 raise PluginError(f"{name} cannot start: {type(error).__name__}: {error}") from error
             self._started.append((tracker, name))

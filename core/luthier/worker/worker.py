@@ -53,7 +53,7 @@ class Worker:
     def _read(self) -> None:
         for line in sys.stdin:
             self._jobs.put(json.loads(line))
-        # The runner is gone (or is done): nobody would take a result, so do not go on.
+        # The runner is gone (or is done): no one would take a result, so stop.
         os._exit(0)
 
 

@@ -81,8 +81,8 @@ def _check_rows(folder: Path, model: Path) -> None:
 
 
 def _hint(folder: Path) -> str:
-    told: Any = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    return f"its config says that it was trained on '{told}'" if told else "name the model it was trained on"
+    named: Any = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    return f"its config says that it was trained on '{named}'" if named else "name the model it was trained on"
 
 
 def _carry_text(model: Path, adapter: Path, out: Path) -> None:

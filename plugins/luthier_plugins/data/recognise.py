@@ -10,12 +10,12 @@ from luthier.api import DataError, Format, LuthierError, Use
 from luthier_plugins.data.reading import raw_rows
 from pydantic import ValidationError
 
-LOOKED_AT = 100
-"""Rows that are looked at, at most."""
+ROWS = 100
+"""Rows that are read, at most."""
 
 
 def recognised(path: Path, components: Any) -> Use:
-    """The one format that recognises the first row that any does; rows before it are bad ones, which reading tells.
+    """The one format that recognises the first row that any does; rows before it are bad ones, which reading reports.
 
     Args:
         path: The file.
@@ -27,7 +27,7 @@ def recognised(path: Path, components: Any) -> Use:
     formats = _with_defaults(components)
     errors: list[DataError] = []
     first: tuple[int, Any] | None = None
-    for line, raw in islice(raw_rows(path, errors), LOOKED_AT):
+    for line, raw in islice(raw_rows(path, errors), ROWS):
         first = first or (line, raw)
         found = [use for use, form in formats if isinstance(raw, dict) and form.recognises(raw)]
         if len(found) == 1:

@@ -75,13 +75,13 @@ class Data(Stage[DataConfig]):
                 raise DataError(
                     f"the format '{cast('Any', self.config.format).name}' made a row without '{lacking[0]}', which "
                     f"rows of the schema {form.schema} have",
-                    hint="tell its author",
+                    hint="report this to its author",
                 )
         return made
 
 
 def _unread(raw: Any, read: Iterable[str]) -> set[str]:
-    """The keys of a raw row, and of the objects in its lists, that its format does not look at."""
+    """The keys of a raw row, and of the objects in its lists, that its format does not use."""
     known = set(read)
     found = {key for key in raw if key not in known}
     for outer in {key.partition(".")[0] for key in known if "." in key}:

@@ -66,7 +66,7 @@ class Evaluate(Stage[EvaluateConfig]):
         scoring = [name for name, need in needs.items() if need.token_logps or need.distributions]
         if artifact.kind == "export" and scoring:
             raise DataError(
-                f"an export answers, but tells no probabilities, which {', '.join(scoring)} needs",
+                f"an export answers, but gives no probabilities, which {', '.join(scoring)} needs",
                 hint="measure that on the model it was made from",
             )
         variant = self.config.variant if artifact.kind == "export" else None
@@ -132,7 +132,8 @@ class Evaluate(Stage[EvaluateConfig]):
         for name, score in scores.items():
             if len(score.by_row) != len(rows):
                 raise DataError(
-                    f"the metric '{name}' gave {len(score.by_row)} values for {len(rows)} rows", hint="tell its author"
+                    f"the metric '{name}' gave {len(score.by_row)} values for {len(rows)} rows",
+                    hint="report this to its author",
                 )
         lines: list[str] = []
         for place in range(len(rows)):

@@ -44,7 +44,7 @@ def write_lora(path: Path, source: Source, model: Any, key: str) -> int:
 
     Args:
         source: The base, as it is written.
-        key: What tells the adapter from others.
+        key: What identifies the adapter.
 
     Returns:
         How many weights it changes.

@@ -133,7 +133,7 @@ def _piece_type(text: str, model: dict[str, Any]) -> int:
 def _scores(vocabulary: dict[str, int], merges: list[list[str]], rows: int) -> list[float]:
     """Scores with which SentencePiece's way of merging, best token first, takes the order of the merges.
 
-    What no merge makes is a single character, whose score nobody asks for.
+    What no merge makes is a single character, whose score is never used.
     """
     scores = [-float(rows)] * rows
     for rank, (left, right) in reversed(list(enumerate(merges))):

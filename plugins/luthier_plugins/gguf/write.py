@@ -138,7 +138,7 @@ class Source:
         Args:
             path: Where to.
             file_type: The type of the weights.
-            key: What tells the model from others.
+            key: What identifies the model.
             workers: Threads that read, convert and quantize.
 
         Raises:

@@ -25,12 +25,12 @@ from luthier.serving.bundle import write_bundle
 from luthier_plugins.hf.config import HfConfig
 
 UNTOLD = 4096
-"""The context of a model that tells none."""
+"""The context of a model that states none."""
 LARGEST_KL = 0.01
 """In nats per token: what rounding to another dtype costs at most."""
 SUMS = "SHA256SUMS"
 SHARD = 2_000_000_000
-"""The largest size of one file, in bytes, where nobody says."""
+"""The largest size of one file, in bytes, unless `shard_size` says otherwise."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 

@@ -22,7 +22,7 @@ class ArceeFusion(MergeMethod[ArceeFusionConfig]):
 
     def measure(self, scan: Scan) -> float:
         entries = 1
-        for size in scan.place.shape:
+        for size in scan.parameter.shape:
             entries *= size
         ranks = [entries - int(quarter / 4 * (entries - 1)) for quarter in (1, 2, 3)]
         (cuts,) = largest(scan, lambda part: [_importance(part)], [ranks])

@@ -272,16 +272,16 @@ class TsvMConfig(TaskVectorConfig):
 
 
 class DataMethodConfig(MergeMethodConfig):
-    """What methods that look at data share."""
+    """What methods that use data share."""
 
     prepares: ClassVar[bool] = True
 
     data: DatasetInput
     """What the models were tuned for: conversations or texts, of the split `train`."""
     rows: int = Field(default=256, gt=0)
-    """How many rows to look at."""
+    """How many rows to use."""
     max_length: int = Field(default=512, gt=1)
-    """Tokens of a row that are looked at."""
+    """Tokens of a row that are used."""
 
     @property
     def divides(self) -> Divisor:

@@ -1,4 +1,4 @@
-"""Methods that look at what each model does with data before they merge."""
+"""Methods that measure what each model does with data before they merge."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Fisher(MergeMethod[FisherConfig]):
     def merge(self, part: MergePart) -> Tensor:
         if not part.extras:
             return _average(part)
-        floor = part.place.value(self.config.floor)
+        floor = part.parameter.value(self.config.floor)
         top = torch.zeros_like(part.tensors[0])
         bottom = torch.zeros_like(part.tensors[0])
         for tensor, information, weight in zip(part.tensors, part.extras, part.weights, strict=True):
@@ -98,7 +98,7 @@ class Fisher(MergeMethod[FisherConfig]):
             top.addcmul_(share, tensor)
             bottom += share
         if bool((bottom == 0).any()):
-            raise ModelError("the weights times the Fisher information sum to zero", where=part.place.name)
+            raise ModelError("the weights times the Fisher information sum to zero", where=part.parameter.name)
         return top / bottom
 
 
@@ -150,10 +150,10 @@ class Regmean(MergeMethod[RegmeanConfig]):
     def merge(self, part: MergePart) -> Tensor:
         if not part.extras:
             return _average(part)
-        # A third dimension tells that the layer keeps its weight as (in, out), see `_of`.
+        # A third dimension means that the layer keeps its weight as (in, out), see `_of`.
         turned = part.extras[0].dim() == 3
-        width, height = part.place.shape if turned else part.place.shape[::-1]
-        alpha = part.place.value(self.config.alpha)
+        width, height = part.parameter.shape if turned else part.parameter.shape[::-1]
+        alpha = part.parameter.value(self.config.alpha)
         device = part.tensors[0].device
         off = torch.full((width, width), alpha, dtype=torch.float64, device=device).fill_diagonal_(1.0)
         total = torch.zeros_like(off)

@@ -66,7 +66,7 @@ class Mergekit(MergeMethod[MergekitConfig]):
         if self.needs_base and part.base is None:
             raise ModelError(f"mergekit's {self.config.name} needs a base", hint="name the models' ancestor as `base`")
         if self._base == "ignored" and part.base is not None:
-            raise ModelError(f"mergekit's {self.config.name} does not look at a base", hint="leave `base` out")
+            raise ModelError(f"mergekit's {self.config.name} does not use a base", hint="leave `base` out")
         uses_base = part.base is not None
         tensors = [*([part.base] if uses_base else []), *part.tensors]
         ids = [*(["base"] if uses_base else []), *models]
@@ -101,8 +101,8 @@ class Mergekit(MergeMethod[MergekitConfig]):
     @staticmethod
     def _value(part: MergePart, setting: Any, models: list[str]) -> Any:
         if isinstance(setting, PerModel):
-            return dict(zip(models, part.place.values(setting), strict=True))
-        return part.place.value(setting) if isinstance(setting, (int, float, list)) else setting
+            return dict(zip(models, part.parameter.values(setting), strict=True))
+        return part.parameter.value(setting) if isinstance(setting, (int, float, list)) else setting
 
 
 def _setting(value: Any) -> Any:

@@ -19,5 +19,5 @@ class Nearswap(MergeMethod[NearswapConfig]):
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "nearswap requires a base in its config"
-        t = part.place.value(self.t)
+        t = part.parameter.value(self.t)
         return part.deltas[0].clamp_(-t, t).add_(part.base)

@@ -18,4 +18,4 @@ class Passthrough(MergeMethod[PassthroughConfig]):
         self.scale = config.scale
 
     def merge(self, part: MergePart) -> Tensor:
-        return part.tensors[0] * part.place.value(self.scale)
+        return part.tensors[0] * part.parameter.value(self.scale)

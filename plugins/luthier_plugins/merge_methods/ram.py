@@ -26,29 +26,29 @@ class Ram(MergeMethod[RamConfig]):
         self.granularity = "statistics" if any(leaves(config.r)) else "elementwise"
 
     def measure(self, scan: Scan) -> Tensor:
-        place = scan.place
+        parameter = scan.parameter
 
         def counts(part: MergePart) -> Tensor:
-            changed, sharing = self._changed(part.deltas, place)
+            changed, sharing = self._changed(part.deltas, parameter)
             return torch.stack(
                 [torch.stack([(own & (sharing > 1)).sum(), (own & (sharing == 1)).sum()]) for own in changed]
             )
 
         shared, own = scan(counts).double().unbind(dim=1)
-        ratio = shared / own.clamp(min=max(place.value(self.config.threshold), TINY))
-        return 1 + place.value(self.config.r) * ratio.clamp(0, place.value(self.config.alpha))
+        ratio = shared / own.clamp(min=max(parameter.value(self.config.threshold), TINY))
+        return 1 + parameter.value(self.config.r) * ratio.clamp(0, parameter.value(self.config.alpha))
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "ram requires a base in its config"
         deltas = part.deltas
-        changed, sharing = self._changed(deltas, part.place)
+        changed, sharing = self._changed(deltas, part.parameter)
         strength = [1.0] * len(deltas) if part.found is None else part.found.tolist()
         total = torch.zeros_like(part.base)
         for delta, own, factor in zip(deltas, changed, strength, strict=True):
             total += delta * own * torch.where(sharing == 1, factor, 1 / sharing.clamp(min=1))
         return total.add_(part.base)
 
-    def _changed(self, deltas: list[Tensor], place: MergedParameter) -> tuple[list[Tensor], Tensor]:
-        threshold = place.value(self.config.threshold)
+    def _changed(self, deltas: list[Tensor], parameter: MergedParameter) -> tuple[list[Tensor], Tensor]:
+        threshold = parameter.value(self.config.threshold)
         changed = [delta.abs() > threshold for delta in deltas]
         return changed, torch.stack(changed).sum(dim=0)

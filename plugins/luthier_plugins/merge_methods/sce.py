@@ -23,7 +23,7 @@ class Sce(MergeMethod[SceConfig]):
         self.density = config.density
 
     def measure(self, scan: Scan) -> tuple[Cut | None, list[float]]:
-        density = scan.place.value(self.density)
+        density = scan.parameter.value(self.density)
         cut: Cut | None = None
         if density < 1:
             varied = int(scan(lambda part: (_variance(part)[0] > 0).sum()))

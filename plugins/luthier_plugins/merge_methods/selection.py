@@ -1,6 +1,6 @@
 """Exact selection by rank over a parameter that is never held in memory as a whole.
 
-A sample tells about where a rank is; one walk then counts what is above and holds the few values around it. Where the
+A sample shows about where a rank is; one walk then counts what is above and holds the few values around it. Where the
 sample was misleading, two histograms find the rank: the bits of a float that is not negative, read as an integer, have
 the order of the floats, and one histogram of the upper half of the bits and one of the lower half within the bin that
 holds the rank give the exact entry, as the first digits of a radix sort do.
@@ -25,7 +25,7 @@ BINS = 1 << HALF
 IN_MEMORY = 1 << 22
 """Entries up to which a parameter's values are held at once, ..."""
 ROOM = 160 << 20
-"""... as long as all threads together hold no more bytes than that: the others look more often instead."""
+"""... as long as all threads together hold no more bytes than that: the others read the parts more often instead."""
 SAMPLED_PARTS = 8
 """Every so many-th part is in the sample, or fewer of a very large parameter, ..."""
 SAMPLED_VALUES = 8
@@ -119,7 +119,7 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
     Returns:
         A cut for each count.
     """
-    entries = math.prod(scan.place.shape)
+    entries = math.prod(scan.parameter.shape)
     if scan.on_gpu:
         return _by_sorting(scan, values, counts)
     if entries <= IN_MEMORY:
@@ -198,7 +198,7 @@ def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], en
 def _in_memory(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list[list[Cut]]:
     """`largest` for a parameter whose values fit into memory."""
     # One by one: an allocation as large as all of them together would get new pages from the system every time.
-    held = [torch.empty(math.prod(scan.place.shape)) for _ in counts]
+    held = [torch.empty(math.prod(scan.parameter.shape)) for _ in counts]
 
     def hold(part: MergePart) -> Tensor:
         for kind, value in enumerate(values(part)):

@@ -44,7 +44,7 @@ class Slerp(MergeMethod[SlerpConfig]):
         self.t = config.t
 
     def measure(self, scan: Scan) -> tuple[float, float]:
-        t = scan.place.value(self.t)
+        t = scan.parameter.value(self.t)
         return (1 - t, t) if t in (0.0, 1.0) else shares(cosine_of(gram(scan, models_of)), t)
 
     def merge(self, part: MergePart) -> Tensor:

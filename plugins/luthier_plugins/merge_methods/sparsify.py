@@ -33,7 +33,7 @@ def magnitudes(part: MergePart) -> list[Tensor]:
 def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[float]) -> list[tuple[Cut, Cut]]:
     """For each model: the entries too large to keep (a share gamma), and those with what is kept behind them."""
     entries = 1
-    for size in scan.place.shape:
+    for size in scan.parameter.shape:
         entries *= size
     counts: list[tuple[int, int]] = []
     for density, gamma in zip(densities, gammas, strict=True):
@@ -87,7 +87,7 @@ def by_rank_and_chance(
     if density - epsilon <= 0 or density + epsilon >= 1:
         raise ModelError(
             f"della draws with probabilities from {density - epsilon:g} to {density + epsilon:g}",
-            where=part.place.name,
+            where=part.parameter.name,
             hint="choose `density` and `epsilon` so that density - epsilon > 0 and density + epsilon < 1",
         )
     order = delta.abs().argsort(dim=1, stable=True)
@@ -109,7 +109,7 @@ def combine(
         normalize: Divide by the sum of the weights that took part, entry by entry with `consensus`.
     """
     assert part.base is not None, "methods that merge task vectors require a base in their config"
-    # The sparse task vectors are nobody else's: they may be changed.
+    # Nothing else uses the sparse task vectors: they may be changed in place.
     weighted = [delta if weight == 1 else delta.mul_(weight) for delta, weight in zip(deltas, weights, strict=True)]
     total = weighted[0].clone()
     for delta in weighted[1:]:

@@ -1,4 +1,4 @@
-"""Methods that look at the singular vectors of whole task matrices."""
+"""Methods that work on the singular vectors of whole task matrices."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EMBEDDINGS = ("embed_", "embeddings", "lm_head", "wte", "wpe")
 
 def _is_map(part: MergePart) -> bool:
     """Whether a parameter maps vectors to vectors; a stack of matrices (experts) is worked on matrix by matrix."""
-    shape = part.place.shape
-    return len(shape) >= 2 and min(shape[-2:]) > 1 and not any(name in part.place.name for name in EMBEDDINGS)
+    shape = part.parameter.shape
+    return len(shape) >= 2 and min(shape[-2:]) > 1 and not any(name in part.parameter.name for name in EMBEDDINGS)
 
 
 def _mean(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -38,7 +38,7 @@ class IsoC(MergeMethod[IsoCConfig]):
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "iso_c requires a base in its config"
-        scale = part.place.value(self.config.scale)
+        scale = part.parameter.value(self.config.scale)
         if not _is_map(part):
             return part.base + scale * _mean(part.deltas, part.weights)
         total = sum(
@@ -61,12 +61,12 @@ class TsvM(MergeMethod[TsvMConfig]):
 
     def merge(self, part: MergePart) -> Tensor:
         assert part.base is not None, "tsv_m requires a base in its config"
-        scale = part.place.value(self.config.scale)
+        scale = part.parameter.value(self.config.scale)
         if not _is_map(part):
             return part.base + scale * _mean(part.deltas, part.weights)
         given = self.config.share
-        share = 1 / len(part.tensors) if given is None else part.place.value(given)
-        rank = max(1, int(min(part.place.shape[-2:]) * share))
+        share = 1 / len(part.tensors) if given is None else part.parameter.value(given)
+        rank = max(1, int(min(part.parameter.shape[-2:]) * share))
         jobs = [torch.linalg.svd(delta, full_matrices=False) for delta in part.deltas]
         # Directions in which nothing changed are any: they would turn the others.
         there = [_there(s)[..., None, :] for _, s, _ in jobs]

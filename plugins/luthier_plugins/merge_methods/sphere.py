@@ -46,7 +46,7 @@ class Multislerp(MergeMethod[MultislerpConfig]):
                 return weights
             raise ModelError(
                 "the models' weighted directions cancel each other out",
-                where=scan.place.name,
+                where=scan.parameter.name,
                 hint="give them other weights, or leave one out",
             )
         mean = weights / size
@@ -73,7 +73,7 @@ class Karcher(MergeMethod[KarcherConfig]):
         self.tolerance = config.tolerance
 
     def measure(self, scan: Scan) -> Tensor:
-        tolerance = scan.place.value(self.tolerance)
+        tolerance = scan.parameter.value(self.tolerance)
         products = gram(scan, models_of)
         weights = torch.tensor(scan.weights, dtype=torch.float64)
         weights = weights / weights.sum()

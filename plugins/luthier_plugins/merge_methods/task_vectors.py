@@ -33,7 +33,7 @@ class TaskArithmetic(MergeMethod[TaskArithmeticConfig]):
             part.weights,
             consensus=False,
             normalize=self.config.normalize,
-            scale=part.place.value(self.config.scale),
+            scale=part.parameter.value(self.config.scale),
         )
 
 
@@ -45,7 +45,7 @@ class DareLinear(MergeMethod[DareConfig]):
     consensus: ClassVar[bool] = False
 
     def merge(self, part: MergePart) -> Tensor:
-        densities = part.place.values(self.config.density)
+        densities = part.parameter.values(self.config.density)
         kept = [
             by_chance(part, model, delta, densities[model], self.config.rescale)
             for model, delta in enumerate(part.deltas)
@@ -56,7 +56,7 @@ class DareLinear(MergeMethod[DareConfig]):
             part.weights,
             consensus=self.consensus,
             normalize=self.config.normalize,
-            scale=part.place.value(self.config.scale),
+            scale=part.parameter.value(self.config.scale),
         )
 
 
@@ -76,7 +76,7 @@ class Della(MergeMethod[DellaConfig]):
     consensus: ClassVar[bool] = True
 
     def merge(self, part: MergePart) -> Tensor:
-        place, config = part.place, self.config
+        place, config = part.parameter, self.config
         densities, epsilons = place.values(config.density), place.values(config.epsilon)
         kept = [
             by_rank_and_chance(part, model, delta, densities[model], epsilons[model], config.rescale)
@@ -114,10 +114,10 @@ class Ties(MergeMethod[Any]):
 
     def gammas(self, scan: Scan) -> list[float]:
         """The share of each task vector's largest entries that is dropped."""
-        return [0.0] * scan.place.models
+        return [0.0] * scan.parameter.models
 
     def measure(self, scan: Scan) -> Any:
-        densities, gammas = scan.place.values(self.config.density), self.gammas(scan)
+        densities, gammas = scan.parameter.values(self.config.density), self.gammas(scan)
         if all(density >= 1 for density in densities) and not any(gammas):
             return None
         return magnitude_cuts(scan, densities, gammas)
@@ -132,7 +132,7 @@ class Ties(MergeMethod[Any]):
             part.weights,
             consensus=self.consensus,
             normalize=self.config.normalize,
-            scale=part.place.value(self.config.scale),
+            scale=part.parameter.value(self.config.scale),
         )
 
 
@@ -145,7 +145,7 @@ class Breadcrumbs(Ties):
     consensus: ClassVar[bool] = False
 
     def gammas(self, scan: Scan) -> list[float]:
-        return scan.place.values(self.config.gamma)
+        return scan.parameter.values(self.config.gamma)
 
 
 class BreadcrumbsTies(Breadcrumbs):

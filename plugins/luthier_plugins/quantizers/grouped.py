@@ -24,7 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 TOKENS = 16_384
-"""How much calibration data is looked at, where there is as much."""
+"""How much calibration data is used, where there is as much."""
 BLOCK = 512
 SCRIPT = Path(__file__).with_name("autoround_script.py")
 SHARD = 2_000_000_000

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean (Frantar et al. 2022, section 3.3)."""
 BUDGET = 2 << 30
-"""Bytes that the Hessians of the layers that are looked at together may take."""
+"""Bytes that the Hessians of the layers that are measured together may take."""
 
 
 @dataclass(frozen=True, slots=True)

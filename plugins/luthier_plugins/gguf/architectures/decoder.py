@@ -15,7 +15,7 @@ import gguf
 
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
 UNTOLD = 4096
-"""The context of a model that tells none."""
+"""The context of a model that states none."""
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
 COMPUTED = "rotary_emb.inv_freq"

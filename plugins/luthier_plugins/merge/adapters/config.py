@@ -85,7 +85,7 @@ class ExtractLoraConfig(RankConfig):
     base: Annotated[str, Input(("model",))]
     """The model it was tuned from; the adapter will sit on it."""
     head: bool = False
-    """Also the output head, where it is a layer of its own; else what differs in it is left out, and told."""
+    """Also the output head, where it is a layer of its own; else what differs in it is left out with a warning."""
 
     @model_validator(mode="after")
     def _a_rank(self) -> ExtractLoraConfig:

@@ -57,7 +57,7 @@ class Diff(Stage[DiffConfig]):
 
 
 def _labels(names: list[str]) -> list[str]:
-    """The models' names; the second of a name is told apart by its number."""
+    """The models' names; the second of a name gets a number."""
     return [
         name if name not in names[:place] else f"{name} {names[: place + 1].count(name)}"
         for place, name in enumerate(names)

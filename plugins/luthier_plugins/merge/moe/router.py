@@ -14,7 +14,7 @@ def from_prompts(base: Artifact, prompts: Sequence[Sequence[str]]) -> list[Tenso
     """For each layer a router whose rows point to where the base's states are on the experts' prompts.
 
     A row is the mean state in front of the layer's feed-forward part over all tokens of the expert's prompts, minus
-    the mean over all experts (what every prompt has in common tells nothing), with the length 1.
+    the mean over all experts (what every prompt has in common carries no information), with the length 1.
 
     Args:
         base: The model.

@@ -40,7 +40,7 @@ class SearchConfig(StageConfig):
     over: dict[str, Range] = {}
     """Ranges of the method's parameters, such as ``{density: [0.1, 1.0]}``."""
     data: DatasetInput
-    """Conversations with the split `validation`; `test` is not looked at."""
+    """Conversations with the split `validation`; `test` is not used."""
     metric: MetricUse = Field(default="perplexity")  # type: ignore[assignment]
     """What is to be best: highest or lowest, as the metric says."""
     trials: int = Field(default=60, gt=0)

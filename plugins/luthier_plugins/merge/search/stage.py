@@ -223,7 +223,7 @@ class _Judge:
         largest = self.config.merge(self.config.values_at([bound[1] for bound in self.config.bounds]))
         opened = open_inputs(context.artifacts(self.config.models), base, context, stack, partial(check, largest))
         check(largest, opened)
-        # What the loaded model or the disk has no place for is told before anything is tried.
+        # What does not fit the loaded model or the disk is reported before anything is tried.
         tensors = lay_out(largest, opened, context.seed, self.config.dtype).tensors
         IntoModel(self._model, tensors)
         check_disk_space(context.out, size_of(tensors), "the merged model")
@@ -238,7 +238,7 @@ class _Judge:
         config = self.config.merge(values)
         layout = lay_out(config, self._inputs, self._context.seed, config.dtype)
         assert self._extras is not None, "the inputs are held before they are merged"
-        jobs = [replace(job, extras=self._extras.of(job.place.name)) for job in layout.jobs]
+        jobs = [replace(job, extras=self._extras.of(job.parameter.name)) for job in layout.jobs]
         target: Any = IntoModel(self._model, layout.tensors)
         workers = Settings(len(os.sched_getaffinity(0)))
         Engine(self._context.build(config.method), target, workers, lambda done, total: None).run(jobs)

@@ -41,7 +41,7 @@ class JudgedConfig(MetricConfig):
     judge: GeneratorUse
     """Who is asked."""
     column: str = "level"
-    """A column of the rows that the judge is told."""
+    """A column of the rows that the judge gets."""
 
 
 class SqliteConfig(Config):

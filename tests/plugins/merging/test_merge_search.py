@@ -223,7 +223,7 @@ def test_the_order_of_the_ranges_is_no_matter_of_the_result() -> None:
     ("values", "message"),
     [
         ({"method": "slerp"}, "nothing to search for"),
-        ({"method": "slerp", "weights": [0, 1]}, "slerp does not look at weights"),
+        ({"method": "slerp", "weights": [0, 1]}, "slerp does not use weights"),
         ({"method": "ties"}, "ties merges task vectors"),
         ({"over": {"density": [0, 1]}}, "linear has no parameter 'density'"),
         ({"method": "ties", "base": "c", "over": {"density": [0.5, 2]}}, "2 is not between 0 and 1"),

@@ -367,7 +367,7 @@ def test_what_mergekit_does_not_look_at_is_left_out_and_told(models: Path, tmp_p
     assert config["unused"] == ["normalize", "weight"]
     done = cli("do", "merge", f"config={file}", "--out", "made")
     assert done.returncode == 0, done.stderr
-    assert "slerp does not look at normalize, weight" in done.stdout + done.stderr
+    assert "slerp does not use normalize, weight" in done.stdout + done.stderr
     found, expected = load_file(tmp_path / "made" / "model.safetensors"), by_mergekit(file, tmp_path / "theirs")
     for key, tensor in found.items():
         assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5), key

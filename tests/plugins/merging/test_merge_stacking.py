@@ -199,7 +199,7 @@ def test_slices_have_a_base_where_the_method_needs_one() -> None:
     own = {**bare, "base": "b"}
     for method, slices, message in [
         ("ties", [own, bare], "name the models' ancestor as `base`"),
-        ("linear", [own, own], "linear does not look at a base"),
+        ("linear", [own, own], "linear does not use a base"),
     ]:
         with pytest.raises(ValueError, match=message):
             MergeConfig.model_validate({"method": method, "slices": slices}, context=context)

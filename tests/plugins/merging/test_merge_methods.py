@@ -18,7 +18,7 @@ from luthier_plugins.merge_methods.selection import largest
 from torch import Tensor
 
 seeds = st.integers(0, 10_000)
-ALL = [name for name in default_registry().names("merge") if name != "mergekit"]
+ALL = [name for name in default_registry().names("merge_method") if name != "mergekit"]
 
 
 def method(name: str, **values: object):
@@ -225,7 +225,7 @@ class Walk:
     """A scan over one tensor in parts of some rows."""
 
     def __init__(self, tensor: Tensor, height: int, on_gpu: bool) -> None:
-        self.place = MergedParameter("w", tuple(tensor.shape), models=1)
+        self.parameter = MergedParameter("w", tuple(tensor.shape), models=1)
         self.on_gpu = on_gpu
         self.weights = [1.0]
         self._parts = [tensor[first : first + height] for first in range(0, len(tensor), height)]
@@ -235,7 +235,7 @@ class Walk:
         from luthier.merging.api import MergePart
 
         return [
-            look(MergePart(self.place, start, [part], [1.0]))
+            look(MergePart(self.parameter, start, [part], [1.0]))
             for part, start in zip(self._parts[::every], self._starts[::every], strict=True)
         ]
 
