@@ -69,7 +69,7 @@ def timed(command: list[str], **environment: str) -> float:
 
 def ours(folder: Path, out: Path, kind: str) -> dict[str, float]:
     """Seconds of a whole process, of the export in it, and its memory in MiB."""
-    from luthier.running.process import ALLOCATOR
+    from luthier.running.lanes import ALLOCATOR
 
     started = time.perf_counter()
     done = subprocess.run(

@@ -61,8 +61,9 @@ print(json.dumps({"seconds": watched.seconds, "memory": watched.memory}))
 
 def make_models(folder: Path, layers: int) -> None:
     """A base and three models near it."""
+    from importlib.resources import files
+
     import torch
-    from luthier.planning.sources import files
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -151,7 +152,7 @@ def by_luthier(folder: Path, layers: int, name: str) -> float:
 
 def by_engine(folder: Path, name: str) -> dict[str, float]:
     """Merging alone, and its anonymous memory above that of the imports, in MiB."""
-    from luthier.running.process import ALLOCATOR
+    from luthier.running.lanes import ALLOCATOR
 
     ours, _, count, has_base = METHODS[name]
     out = folder / "engine"
@@ -196,8 +197,8 @@ def floor(folder: Path, layers: int, name: str) -> float:
 def many_tensors(folder: Path) -> dict[int, float]:
     """Seconds to merge models of so many small tensors."""
     import torch
-    from luthier.api import MergedParameter
     from luthier.artifacts.models import safetensors_header
+    from luthier.merging.api import MergedParameter
     from luthier.merging.engine import Engine, Settings
     from luthier.merging.files import Files
     from luthier.merging.jobs import Operand, TensorJob
