@@ -40,9 +40,9 @@ def components() -> str:
 
 def _rows(config: type[BaseModel], inside: str = "") -> Iterator[str]:
     """A line for each key, and for the keys of configs inside of it."""
-    told = descriptions(config)
+    about_fields = descriptions(config)
     for key, field in config.model_fields.items():
-        about = " ".join(told.get(key, "").split())
+        about = " ".join(about_fields.get(key, "").split())
         if words := _words(field.annotation):
             about = f"{about} One of {', '.join(f'`{word}`' for word in words)}.".strip()
         yield f"| `{inside}{key}` | {_default(field)} | {about} |"

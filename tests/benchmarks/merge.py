@@ -76,7 +76,7 @@ def make_models(folder: Path, layers: int) -> None:
         vocab_size=32000,
         max_position_embeddings=512,
     )
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     nano = Path(str(files("luthier"))) / "models" / "nano-base"
     for place, name in enumerate(["base", *NAMES]):

@@ -36,7 +36,7 @@ stages:
     regularizers: [tiny-regularizer]
   pairs: {uses: data, source: pairs.jsonl}
   preferred: {uses: dpo, model: other, data: pairs, objective: {uses: tiny-objective, margin: 2}, steps: 2}
-  merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge-method, lean: 0.2}}
+  merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge-method, pull: 0.2}}
   small: {uses: quantize, model: merged, method: {uses: tiny-quantizer, largest_kl: 1.0}}
   file: {uses: export, model: merged, format: {uses: tiny-exporter, dtype: bfloat16}}
   quality: {uses: evaluate, model: merged, against: file, data: held, metrics: [tiny-metric], max_new_tokens: 4}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from inline_plugins import put_on_path
 from luthier import run
@@ -40,6 +44,7 @@ class C(StageConfig):
 
     kind_made: ClassVar = "report"
     seeded: ClassVar = False
+    several_ranks: ClassVar = True
     failing: int = -1
     \"\"\"Which rank fails.\"\"\"
 
@@ -167,7 +172,7 @@ def test_training_in_several_processes_is_refused(tmp_path: Path, chats: Path, c
     )
     done = cli("plan", "r.yaml")
     assert done.returncode == 2
-    assert "training runs in one process so far" in done.stderr
+    assert "the stage is computed by one process: leave `resources.processes` out" in done.stderr
 
 
 BAD_EXECUTOR = """
@@ -290,7 +295,7 @@ SLEEPING = "luthier: 1\nexecutor: odd\nstages: {x: {uses: data, source: chats.js
     ],
     ids=["one GPU twice", "one name twice", "no slots", "tracker", "no context", "lacking", "value"],
 )
-def test_what_is_wrong_with_a_plugin_is_told_with_its_name(
+def test_an_error_in_a_plugin_names_the_plugin(
     kind: str, code: str, recipe: str, message: str, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, cli
 ) -> None:
     put_on_path(tmp_path, monkeypatch, kind, "odd", code)
@@ -301,13 +306,140 @@ def test_what_is_wrong_with_a_plugin_is_told_with_its_name(
     assert "Traceback" not in done.stderr
 
 
+SESSION = """
+class C(Config):
+    \"\"\"Nothing to choose.\"\"\"
+
+
+class Broken:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    WRONG
+
+
+class I(Executor):
+    def slots(self):
+        return [Slot('a')]
+
+    def open(self, slot, log):
+        return Broken(ProcessSession(self.context.worker.on(slot), log))
+"""
+HERE = "the executor 'odd' of plugin-odd 1.0"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("def events(self):\n        return iter(())", f"{HERE} ended its events without one that says how"),
+        ("def events(self):\n        yield 3", f"{HERE} cannot read its worker's events: TypeError"),
+        ("def events(self):\n        yield {}", f"{HERE} cannot read its worker's events: KeyError"),
+        ("def send(self, job):\n        raise OSError('gone')", f"{HERE} cannot reach its worker on a: OSError: gone"),
+    ],
+    ids=["no events", "no mapping", "no event", "send"],
+)
+def test_a_session_that_breaks_ends_the_stage(
+    wrong: str, message: str, tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
+    put_on_path(tmp_path, monkeypatch, "executor", "odd", SESSION.replace("WRONG", wrong))
+    (tmp_path / "r.yaml").write_text(SLEEPING)
+    done = cli("run", "r.yaml")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_a_launcher_prints_goes_to_the_log(tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
+    code = BAD_EXECUTOR.replace("[SLOTS]", "[Slot('a')]").replace(
+        "ProcessSession(self.context.worker.on(slot), log)",
+        "ProcessSession(WorkerLaunch(['sh', '-c', 'echo Welcome; exec \"$@\"', 'sh', *self.context.worker.command], "
+        "self.context.worker.environment), log)",
+    )
+    put_on_path(tmp_path, monkeypatch, "executor", "odd", code)
+    (tmp_path / "r.yaml").write_text(SLEEPING)
+    done = cli("run", "r.yaml")
+    assert done.returncode == 0, done.stderr
+    (log,) = (tmp_path / ".luthier" / "run").glob("*/worker.log")
+    assert "Welcome" in log.read_text()
+
+
+SEEING = """
+import os
+from typing import ClassVar
+
+
+class C(StageConfig):
+    \"\"\"Says what it sees.\"\"\"
+
+    kind_made: ClassVar = "report"
+    number: int = 0
+    \"\"\"Any.\"\"\"
+
+
+class I(Stage):
+    def run(self):
+        return {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "device": self.context.device}
+"""
+
+
+def test_a_stage_that_wants_no_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    put_on_path(tmp_path, monkeypatch, "stage", "seeing", SEEING)
+    (tmp_path / "r.yaml").write_text("""\
+luthier: 1
+name: r
+stages:
+  before: {uses: seeing, number: 1}
+  none: {uses: seeing, number: 2, resources: {gpus: 0}, after: [before]}
+  behind: {uses: seeing, number: 3, after: [none]}
+""")
+    done = cli("run", "r.yaml")
+    assert done.returncode == 0, done.stderr
+    seen = [json.loads(cli("show", f"r/{name}", "--json").stdout)["facts"] for name in ("before", "none", "behind")]
+    assert [facts["gpus"] for facts in seen] == [None, "", None]
+    assert seen[1]["device"] == "cpu"
+
+
+ENDLESS = RANKED.replace("total = torch", "import time\n        time.sleep(self.config.failing < 0 and 600)\n        total = torch")
+
+
+def test_ranks_end_with_the_run_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_on_path(tmp_path, monkeypatch, "stage", "ranked", ENDLESS)
+    (tmp_path / "r.yaml").write_text("luthier: 1\nstages:\n  two: {uses: ranked, resources: {processes: 2}}\n")
+    command = [sys.executable, "-c", "from luthier.cli.main import main; main()", "run", "r.yaml"]
+    runner = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ranks() -> list[psutil.Process]:
+        return [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if {"luthier.worker.ranks"} & set(process.info["cmdline"] or [])
+            and any(str(tmp_path) in word for word in process.info["cmdline"])
+        ]
+
+    def wait_for(reached: Callable[[], bool]) -> None:
+        for _ in range(600):
+            if reached():
+                return
+            time.sleep(0.1)
+        raise AssertionError([process.cmdline() for process in ranks()])
+
+    # torchrun and two ranks.
+    wait_for(lambda: len(ranks()) == 3)
+    runner.kill()
+    runner.wait()
+    wait_for(lambda: not ranks())
+
+
 def test_more_gpus_than_any_slot_has_are_refused_at_once(tmp_path: Path, chats: Path, cli) -> None:
     (tmp_path / "r.yaml").write_text("""\
 luthier: 1
 executor: {uses: local, gpus: [[0], [1]]}
 stages:
-  base: {uses: base}
-  x: {uses: sft, model: base, data: ./chats.jsonl, resources: {gpus: 2, processes: 1}}
+  x: {uses: data, source: chats.jsonl, resources: {gpus: 2}}
 """)
     done = cli("run", "r.yaml")
     assert done.returncode == 2

@@ -71,7 +71,7 @@ def test_chat_talks_with_an_adapter_and_a_file(done: Path, stage: str) -> None:
 def test_chat_with_a_dataset_is_refused(done: Path) -> None:
     asked = luthier(done, "chat", "small/chats", "--ask", "hi")
     assert asked.returncode == 1
-    assert "a dataset cannot be talked to" in asked.stderr
+    assert "a dataset cannot be chatted with" in asked.stderr
 
 
 def test_do_runs_one_stage_and_copies_it_out(done: Path, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_it_is_measured_beside_the_model_it_was(store: Path, small: Artifact, tu
     assert mine["perplexity"] == pytest.approx(theirs["perplexity"], rel=0.2)
 
 
-def test_it_is_talked_to(small: Artifact, tmp_path: Path) -> None:
+def test_it_can_be_chatted_with(small: Artifact, tmp_path: Path) -> None:
     with TransformersGenerator(small, tmp_path / "floats") as generator:
         ((answer,),) = generator.generate([ROWS[0]["messages"][:1]], Sampling(max_new_tokens=6))
     assert answer.tokens in range(1, 7)
@@ -87,21 +87,37 @@ RECIPE = {
         "small": {"uses": "quantize", "model": "base", "method": "int8"},
         "trained": {"uses": "sft", "model": "small", "data": "chats"},
         "merged": {"uses": "merge", "models": ["base", "small"]},
+        "compared": {"uses": "diff", "models": ["base", "small"]},
+        "extracted": {"uses": "extract_lora", "model": "small", "base": "base", "r": 2},
         "again": {"uses": "quantize", "model": "small", "method": "int8"},
     },
 }
 
 
-def test_training_and_merging_it_is_refused_with_the_remedy(tmp_path: Path, chats: Path) -> None:
-    recipe = Recipe.from_mapping(RECIPE, folder=tmp_path)
-    result = run(recipe, store=tmp_path / "s", keep_going=True)
-    errors = {name: str(stage.error) for name, stage in result.stages.items() if stage.error}
-    assert "train the full-precision model, and quantize what comes out" in errors["trained"]
-    assert "merge the full-precision models, and quantize what is made of them" in errors["merged"]
-    assert "take the model that it was made from" in errors["again"]
-    # Once it is there, the plan says so.
-    with pytest.raises(RecipeError, match="train the full-precision model"):
-        plan(recipe, tmp_path / "s")
+REMEDIES = {
+    "trained": "train the full-precision model, and quantize what comes out",
+    "merged": "merge the full-precision models, and quantize what is made of them",
+    "again": "take the model that it was made from",
+    "compared": "take the models before they were quantized",
+    "extracted": "take the models before they were quantized",
+}
+
+
+def test_computing_with_its_weights_is_refused_before_anything_runs(tmp_path: Path, chats: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        plan(Recipe.from_mapping(RECIPE, folder=tmp_path), tmp_path / "s")
+    found = str(caught.value)
+    for name, remedy in REMEDIES.items():
+        assert remedy in found, name
+    assert found.count("the model is quantized (int8)") == len(REMEDIES)
+
+
+def test_and_once_it_is_made(tmp_path: Path, chats: Path) -> None:
+    stages = {name: RECIPE["stages"][name] for name in ("chats", "base", "small")}
+    run(Recipe.from_mapping({**RECIPE, "stages": stages}, folder=tmp_path), store=tmp_path / "s")
+    with pytest.raises(RecipeError) as caught:
+        plan(Recipe.from_mapping(RECIPE, folder=tmp_path), tmp_path / "s")
+    assert all(remedy in str(caught.value) for remedy in REMEDIES.values())
 
 
 def test_an_adapter_remembers_how_its_base_was_loaded(store: Path) -> None:

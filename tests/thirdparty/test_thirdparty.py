@@ -190,14 +190,14 @@ def test_edited_code_whose_revision_stayed_is_told_of(ran: Path) -> None:
         source.write_text(before)
 
 
-NOBODY = "{uses: url, url: 'http://127.0.0.1:1'}"
+UNREACHABLE = "{uses: url, url: 'http://127.0.0.1:1'}"
 """A judge that is not there: the check on a small example needs somebody who answers."""
 
 
 @pytest.mark.parametrize("name", [*USED_BY, "sqlite", "nice"])
 def test_a_part_conforms(ran: Path, name: str) -> None:
     given = {"judged": "judge", "asked": "generator"}.get(name)
-    done = luthier(ran, "plugin", "check", name, *(["--set", f"{given}={NOBODY}"] if given else []))
+    done = luthier(ran, "plugin", "check", name, *(["--set", f"{given}={UNREACHABLE}"] if given else []))
     problems = [line for line in done.stdout.splitlines() if "FAILED" in line]
     if given is None:
         assert done.returncode == 0, done.stdout + done.stderr

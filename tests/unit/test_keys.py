@@ -171,6 +171,28 @@ def test_a_recognised_format_is_in_plan_and_key(tmp_path: Path, chats: Path) -> 
     assert keys[0] == keys[1]
 
 
+def test_a_new_input_that_names_nothing_keeps_the_key(tmp_path: Path, chats: Path) -> None:
+    node = plan(Recipe.from_mapping(RECIPE, folder=tmp_path), tmp_path / "s").nodes["soup"]
+    assert set(node.inputs) > {"models"}, "a merge has optional inputs"
+    assert list(node.payload["inputs"]) == ["models"]
+    assert node.payload["sources"] == {}
+
+
+def test_an_evaluation_that_draws_answers_has_the_seed_in_its_key(tmp_path: Path, chats: Path) -> None:
+    stages = {
+        "held": {"uses": "data", "source": "chats.jsonl", "split": "test"},
+        "base": {"uses": "base"},
+        "report": {"uses": "evaluate", "model": "base", "data": "held"},
+    }
+    keys = [
+        plan(Recipe.from_mapping({"luthier": 1, "seed": seed, "stages": stages}, folder=tmp_path), tmp_path / "s")
+        .nodes["report"]
+        .payload["seed"]
+        for seed in (1, 2)
+    ]
+    assert keys == [1, 2]
+
+
 @pytest.mark.parametrize("seed", [-1, 2**32, "x"])
 def test_a_seed_out_of_range_is_refused(tmp_path: Path, chats: Path, seed: Any) -> None:
     from luthier.api import RecipeError

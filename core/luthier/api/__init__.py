@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         StageConfig,
         SubComponent,
         Use,
+        full_precision_problems,
         schema_problems,
     )
     from luthier.api.config import (
@@ -133,7 +134,7 @@ _HOME = {
     "config": (
         "Config", "DatasetInput", "DatasetInputs", "Estimate", "Field", "FileSource", "Gate", "Input", "ModelInput",
         "ModelSource", "NotIdentity", "OneOrMany", "Pattern", "Resources", "Source", "StageConfig", "SubComponent",
-        "Use", "schema_problems",
+        "Use", "full_precision_problems", "schema_problems",
     ),
     "context": ("Context", "StageContext"),
     "data": ("Augmenter", "Format", "Message", "Row", "Schema"),
@@ -241,6 +242,7 @@ __all__ = [
     "Use",
     "WorkerLaunch",
     "hookimpl",
+    "full_precision_problems",
     "schema_problems",
 ]
 """Beside these, `AdapterUse`, `MetricUse`, ...: the types of fields that choose a component, one for every kind."""

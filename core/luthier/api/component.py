@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     from luthier.api.config import Config
@@ -50,6 +50,3 @@ class Implementation(Generic[C]):
     def __init__(self, config: C, context: Context) -> None:
         self.config = config
         self.context = context
-
-
-AnyImplementation = Implementation[Any]

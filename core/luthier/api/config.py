@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, cast, get_args
 
 from pydantic import (
@@ -14,6 +15,7 @@ from pydantic import (
     GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     ValidationInfo,
+    model_validator,
 )
 from pydantic import Field as Field
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
@@ -93,12 +95,8 @@ class Resources(Config):
     gpus: int | None = Field(default=None, ge=0)
     """GPUs; only slots with at least so many are given the stage. 0 keeps it on the CPU."""
     processes: int | None = Field(default=None, gt=0)
-    """Processes (ranks) that compute the stage together; by default one for each GPU that is asked for, else one."""
-
-    @property
-    def ranks(self) -> int:
-        """How many processes compute the stage."""
-        return self.processes or self.gpus or 1
+    """Processes (ranks) that compute the stage together; by default one for each GPU that is asked for, else one. Only
+    some stages can be computed by several."""
 
 
 class StageConfig(Config):
@@ -108,6 +106,9 @@ class StageConfig(Config):
     """The kind of artifact the stage makes, unless `produces` says otherwise."""
     seeded: ClassVar[bool] = True
     """Whether the recipe's seed changes the result."""
+    several_ranks: ClassVar[bool] = False
+    """Whether several processes can compute the stage together: rank 0 alone writes, in `context.out` and in
+    `context.scratch`."""
 
     after: Annotated[list[str], NotIdentity()] = []
     """Stages that must be done, and their gates hold, before this one starts."""
@@ -115,6 +116,17 @@ class StageConfig(Config):
     """The seed of this stage; by default the recipe's. Two stages that differ in nothing else make two artifacts."""
     resources: Annotated[Resources, NotIdentity()] = Resources()
     """What the stage wants of the machine."""
+
+    @model_validator(mode="after")
+    def _can_have_ranks(self) -> StageConfig:
+        if not self.several_ranks and (self.resources.processes or 1) > 1:
+            raise ValueError("the stage is computed by one process: leave `resources.processes` out")
+        return self
+
+    @property
+    def ranks(self) -> int:
+        """How many processes compute the stage."""
+        return self.resources.processes or (self.resources.gpus or 1 if self.several_ranks else 1)
 
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         """The kind of artifact made, given the kinds of the inputs by field path."""
@@ -144,7 +156,12 @@ class StageConfig(Config):
         return []
 
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        """What is wrong with these inputs' facts, as far as they are known before running."""
+        """What is wrong with these inputs' facts. Asked once all inputs are made: before the run where they are in the
+        store, else before the stage starts."""
+        return self.early_problems(inputs)
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        """What is wrong with inputs that are not made yet, as far as their `expected_facts` say: any fact may lack."""
         return []
 
     def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
@@ -173,6 +190,24 @@ def schema_problems(
     schemas = [str(facts["schema"]) for facts in inputs.get(field, []) if "schema" in facts]
     wanted = " or ".join(known)
     return [f"{stage} reads rows of the schema {wanted}, not {name}" for name in schemas if name not in known]
+
+
+def full_precision_problems(
+    inputs: Mapping[str, Sequence[Mapping[str, Any]]], fields: Sequence[str], remedy: str
+) -> list[str]:
+    """A problem for each quantized model in these fields, for stages that compute with its weights.
+
+    Args:
+        inputs: Facts by field path.
+        fields: The paths.
+        remedy: What to do instead.
+    """
+    return [
+        f"the model is quantized ({facts['quantization']['method']}): {remedy}"
+        for field in fields
+        for facts in inputs.get(field, [])
+        if "quantization" in facts
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +249,7 @@ class Components(Protocol):
         """The names of all components of a kind."""
         ...
 
-    def use(self, kind: Kind, given: Any) -> Use:
+    def use(self, kind: Kind, given: Any, folder: Path | None = None) -> Use:
         """A component chosen as a recipe does: its name, or a mapping with its name under ``uses``.
 
         Raises:

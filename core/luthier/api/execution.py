@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from luthier.api.component import C, Implementation
 
@@ -32,6 +32,7 @@ class RunInfo:
         environment: Versions of the libraries and of Python, as manifests record them.
         resumed: Whether it goes on from a checkpoint: what `folder` holds belongs to it then.
         folder: A folder for this stage and key, the same in every run that works on it.
+        step: The step of the checkpoint that it goes on from: what was logged of later steps is logged again.
     """
 
     run: str
@@ -43,6 +44,7 @@ class RunInfo:
     environment: Mapping[str, Any]
     resumed: bool
     folder: Path
+    step: int = 0
 
 
 class Tracker(Implementation[C]):
@@ -180,7 +182,13 @@ class ProcessSession:
     def events(self) -> Iterator[Event]:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            yield json.loads(line)
+            event = _event_of(line)
+            if event is not None:
+                yield event
+            else:
+                # A launcher's banner, for instance.
+                with self._log.open("a", encoding="utf-8") as log:
+                    log.write(line)
         yield {"event": "died", **_exit_report(self._process.wait(), self._log)}
 
     def stop(self) -> None:
@@ -196,6 +204,15 @@ class ProcessSession:
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         self._process.wait()
+
+
+def _event_of(line: str) -> Event | None:
+    """The event that a line is; None for any other."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return cast("Event", found) if isinstance(found, dict) and "event" in found else None
 
 
 def _exit_report(code: int, log: Path) -> dict[str, str]:

@@ -19,6 +19,7 @@ from luthier.api.config import (
     OptimizerUse,
     RegularizerUse,
     StageConfig,
+    full_precision_problems,
     schema_problems,
 )
 from luthier.api.data import Schema
@@ -79,13 +80,13 @@ class TrainingConfig(StageConfig):
     """Steps between logged metrics."""
 
     @model_validator(mode="after")
-    def _one_length(self) -> TrainingConfig:
+    def _consistent(self) -> TrainingConfig:
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if not isinstance(self.objective.config, ObjectiveConfig):
             raise ValueError(f"the config of {self.objective.name} is no ObjectiveConfig")
-        if self.resources.ranks > 1:
-            raise ValueError("training runs in one process so far: leave `processes` out, and ask for one GPU at most")
+        if (self.resources.gpus or 0) > 1:
+            raise ValueError("training runs in one process so far: ask for one GPU at most")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"`micro_batch_size` {self.micro_batch_size} does not divide `batch_size` {self.batch_size}"
@@ -107,18 +108,18 @@ class TrainingConfig(StageConfig):
             found.append("the model is an adapter already: leave `adapter` out to train it further")
         if self.dtype != "fp32" and self.adapter is None and "model" in inputs["model"]:
             found.append("all weights are trained, and those stay in fp32: leave `dtype` out, or train an `adapter`")
-        if self.dtype != "fp32" and "adapter" in inputs["model"]:
-            found.append("the adapter says how its base is loaded: leave `dtype` out")
         return found
 
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return [
+            *schema_problems(f"the objective {self.objective.name}", inputs, self.schemas),
+            *full_precision_problems(inputs, ("model",), "train the full-precision model, and quantize what comes out"),
+        ]
+
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        found = schema_problems(f"the objective {self.objective.name}", inputs, self.schemas)
-        for facts in inputs.get("model", []):
-            if "quantization" in facts:
-                method = facts["quantization"]["method"]
-                found.append(
-                    f"the model is quantized ({method}): train the full-precision model, and quantize what comes out"
-                )
+        found = self.early_problems(inputs)
+        if self.dtype != "fp32" and any("load_options" in facts for facts in inputs.get("model", [])):
+            found.append("the adapter says how its base is loaded: leave `dtype` out")
         return found
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
@@ -150,6 +151,14 @@ class TuningConfig(TrainingConfig):
 
     on_long: Literal["drop", "fail"] = "drop"
     """What to do with rows longer than `max_length`: leave them out and say how many, or stop."""
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        found = super().early_problems(inputs)
+        schemas = list(dict.fromkeys(str(facts["schema"]) for facts in inputs.get("data", []) if "schema" in facts))
+        if len(schemas) > 1:
+            # A batch of one and a batch of the other would be trained on in two ways.
+            found.append(f"the datasets have several schemas ({', '.join(schemas)}): train on one after the other")
+        return found
 
 
 class PreferenceTuningConfig(TuningConfig):

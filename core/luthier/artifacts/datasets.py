@@ -10,7 +10,7 @@ from typing import Any, Literal
 from luthier.api.artifact import Artifact
 from luthier.api.data import Row, Schema
 from luthier.api.errors import DataError
-from luthier.artifacts.rows import COLUMNS, texts_of
+from luthier.artifacts.rows import COLUMNS, RESERVED, texts_of
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -49,15 +49,17 @@ def require_split(dataset: Artifact, split: Split) -> list[Row]:
 
 
 def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:
-    """The manifest facts of a dataset: its schema, rows by split, characters, and dropped rows by reason."""
+    """The manifest facts of a dataset: its schema, rows by split, characters, and dropped rows by reason.
+
+    Raises:
+        DataError: a row is of another schema.
+    """
+    for row in (row for rows in splits.values() for row in rows):
+        if RESERVED & row.keys() != frozenset(COLUMNS[schema]):
+            raise DataError(f"a row with the columns {', '.join(sorted(row))} is none of the schema {schema}")
     return {
         "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
         "characters": sum(len(text) for rows in splits.values() for row in rows for text in texts_of(row)),
         "dropped": dict(dropped),
     }
-
-
-def columns_of(dataset: Artifact) -> tuple[str, ...]:
-    """The columns that its schema gives a dataset."""
-    return COLUMNS[dataset.facts["schema"]]

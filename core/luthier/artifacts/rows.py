@@ -17,10 +17,13 @@ __all__ = [
     "messages",
     "prompt_of",
     "reference_of",
+    "schema_of",
     "texts_of",
     "trainable_text",
 ]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
+RESERVED = frozenset(column for columns in COLUMNS.values() for column in columns)
+"""Names that mean the same in every dataset: a row has those of its schema, and no others."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -112,6 +115,19 @@ def _answer(value: Any, field: str) -> list[Message]:
 
 
 # -- what is asked of rows -------------------------------------------------------------------------
+
+
+def schema_of(row: Row) -> Schema:
+    """The schema that a stored row is of.
+
+    Raises:
+        DataError: of none.
+    """
+    own = RESERVED & row.keys()
+    for schema, columns in COLUMNS.items():
+        if own == frozenset(columns):
+            return schema
+    raise DataError(f"a row with the columns {', '.join(sorted(row))} is of no schema")
 
 
 def conversations(row: Row) -> list[list[Message]]:

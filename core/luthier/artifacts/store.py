@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ class Store:
 
     def tracking(self, recipe: str, stage: str, key: str) -> Path:
         """Where trackers write what they keep of a stage and key: the same place in every run that works on it."""
-        return self.root / "tracking" / recipe / f"{stage}-{key[:12]}"
+        # An artifact from outside is a stage by its path.
+        return self.root / "tracking" / _plain(recipe) / f"{_plain(stage)}-{key[:12]}"
 
     def work(self, key: str) -> Path:
         """The scratch folder of a key; it survives a crash."""
@@ -150,3 +152,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
+
+
+def _plain(name: str) -> str:
+    """A name as one part of a path."""
+    return re.sub(r"[^\w-]+", "_", name)

@@ -9,9 +9,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from luthier.api.execution import Event
 from luthier.planning import Node
 from luthier.reporting.tables import describe, files_table, number, report_table
-from luthier.running.events import Event
 from luthier.running.runner import RunResult
 
 WIDE = 160

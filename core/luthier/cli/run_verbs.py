@@ -11,9 +11,9 @@ from typing import Any
 import click
 
 from luthier.api.config import Estimate
+from luthier.api.execution import Event
 from luthier.cli.tools import offer_missing
 from luthier.planning import Plan, plan
-from luthier.running.events import Event
 from luthier.running.runner import run
 
 

@@ -1,4 +1,4 @@
-"""How the merged model is talked to: chat template and generation config."""
+"""Chat template and generation config of the merged model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ class TemplateChoice:
         template: The chat template.
         owner: The model whose generation config goes along: a template without the stop tokens that go with it
             would be a model that never stops.
-        doubt: What to warn about.
+        warning: What to warn about.
     """
 
     template: str | None = None
     owner: Source | None = None
-    doubt: str | None = None
+    warning: str | None = None
 
 
 def template_choice_of(choice: str | None, inputs: Inputs) -> TemplateChoice:
-    """How the merged model is talked to.
+    """The chat template and generation config of the merged model.
 
     Args:
         choice: The text of a template; the name of one that mergekit has; ``auto``: the one that most models have, of
@@ -53,14 +53,14 @@ def template_choice_of(choice: str | None, inputs: Inputs) -> TemplateChoice:
     found = {model: template for model in inputs.all if (template := chat_template(model.artifact.path)) is not None}
     if choice is None or choice == "auto":
         if not found:
-            return TemplateChoice(doubt="no model has a chat template" if choice else None)
+            return TemplateChoice(warning="no model has a chat template" if choice else None)
         counts = Counter(template.strip() for template in found.values())
         owner = max(found, key=lambda model: counts[found[model].strip()]) if choice else next(iter(found))
         if choice is None and inputs.lead in found:
             return TemplateChoice()
         other = [model.label for model, template in found.items() if template.strip() != found[owner].strip()]
-        doubt = f"the chat template of {owner.label} was taken; {', '.join(other)} have another" if other else None
-        return TemplateChoice(found[owner], owner, doubt)
+        warning = f"the chat template of {owner.label} was taken; {', '.join(other)} have another" if other else None
+        return TemplateChoice(found[owner], owner, warning)
     if not has_tokenizer(inputs.lead.artifact.path):
         raise ModelError(f"a chat template needs a tokenizer, and {inputs.lead.label} has none")
     return TemplateChoice(choice if "{" in choice else _named(choice))
@@ -84,8 +84,8 @@ def write_chat_template(
     Args:
         moved: The new ids of the owner's tokens, where they have others.
     """
-    if template_choice.doubt:
-        context.warn(template_choice.doubt)
+    if template_choice.warning:
+        context.warn(template_choice.warning)
     if template_choice.template is None:
         return
     (context.out / TEMPLATE).write_text(template_choice.template, encoding="utf-8")

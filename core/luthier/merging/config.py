@@ -7,13 +7,24 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, ValidationError, ValidationInfo, model_validator
 
-from luthier.api import Config, Field, Input, MergeMethodUse, ModelInput, NotIdentity, StageConfig, Use
+from luthier.api import (
+    Config,
+    Field,
+    Input,
+    MergeMethodUse,
+    ModelInput,
+    NotIdentity,
+    StageConfig,
+    Use,
+    full_precision_problems,
+)
 from luthier.api.artifact import ArtifactKind
 from luthier.artifacts.models import NO_TOKENIZER
 from luthier.merging.api import MergeMethodConfig, Setting, cancel
 from luthier.merging.mergekit_yaml import as_config
 
 SAME = ("architecture", "tensors")
+MERGE_IN_FULL_PRECISION = "merge the full-precision models, and quantize what is made of them"
 ModelDtype = Literal["float32", "float16", "bfloat16"]
 TokenizerChoice = Annotated[str, Input(("model", "adapter"), words=("base", "union"))]
 
@@ -219,15 +230,14 @@ class MergeConfig(StageConfig):
         found += settings_problems(method, name, self.weights or [], shared)
         return found
 
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        merged = [path for path in inputs if not path.startswith("method.")]
+        return full_precision_problems(inputs, merged, MERGE_IN_FULL_PRECISION)
+
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         models = [facts for path, items in inputs.items() if not path.startswith("method.") for facts in items]
         same = [name for name in SAME if not (self.slices and name == "tensors")]
-        found = [
-            f"a model is quantized ({facts['quantization']['method']}): merge the full-precision models, and quantize "
-            "what is made of them"
-            for facts in models
-            if "quantization" in facts
-        ]
+        found = self.early_problems(inputs)
         for name in [*same, *(["tokenizer"] if self.tokenizer == "base" else [])]:
             values = list(dict.fromkeys(str(facts.get(name)) for facts in models))
             if name == "tokenizer" and NO_TOKENIZER in values and len(values) > 1:

@@ -47,7 +47,7 @@ class Settings:
     chunk: int = CHUNK
     memory: int = MEMORY
     niceness: int = 0
-    """How much further than this process the workers stand back behind others, as in nice(1)."""
+    """By how much the workers' priority is below this process's, as in nice(1)."""
 
 
 class Engine:
@@ -225,8 +225,8 @@ class Engine:
 
         def walk(function: PartFunction, every: int, add: bool) -> Iterator[Tensor]:
             def work(batch: Sequence[Span]) -> list[Tensor]:
-                looks = (function(part) for part in self._parts(job, batch))
-                return _condensed(looks) if add else list(looks)
+                values = (function(part) for part in self._parts(job, batch))
+                return _condensed(values) if add else list(values)
 
             for found in ahead(pool, work, batches(spans[::every]), 2 * self.settings.workers):
                 yield from found

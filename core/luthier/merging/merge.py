@@ -117,7 +117,7 @@ class _Draft:
         inputs: The models, in the merged model's vocabulary.
         vocabulary: That vocabulary, where it is new.
         layout: The merged model's layout.
-        template_choice: How it is talked to, where not as the lead is.
+        template_choice: Its chat template, where it is not the lead's.
     """
 
     inputs: Inputs

@@ -1,4 +1,4 @@
-"""The text that quantization looks at: data that is named, or what the model was tuned on."""
+"""The text that quantization calibrates on: data that is named, or what the model was tuned on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.api.artifact import Artifact
 from luthier.api.data import Row
 from luthier.api.errors import DataError, StoreError
 from luthier.artifacts.datasets import Split, read_split
-from luthier.artifacts.rows import conversations, trainable_text
+from luthier.artifacts.rows import conversations, schema_of, trainable_text
 from luthier.modeling.text import encode_text, render
 
 SEED = 20
@@ -59,14 +59,12 @@ def text_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     """A row as the model was shown it: in its chat template, or as it is.
 
     Raises:
-        DataError: the row holds neither a conversation nor a text.
+        DataError: rows of this schema hold nothing that a model says.
     """
-    if "text" in row:
-        return row["text"]
-    found = conversations(row)
-    if not found:
-        raise DataError("calibration looks at conversations, preferences or texts", hint="name such data")
-    return render(tokenizer, found[0])
+    schema = schema_of(row)
+    if not trainable_text(schema):
+        raise DataError(f"rows of the schema {schema} have no answers to calibrate on", hint="name other data")
+    return row["text"] if schema == "text" else render(tokenizer, conversations(row)[0])
 
 
 def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase, split: Split = "train") -> Iterator[str]:

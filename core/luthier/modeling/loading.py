@@ -46,14 +46,14 @@ def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[
 
     Args:
         artifact: A model or an adapter.
-        trainable: Whether it will be trained further: an adapter's base is loaded as it was when the adapter was
-            trained before. For everything else it is loaded in full precision.
-        options: How to load it, in the plain values of `luthier.api.Adapter.load_options`.
+        trainable: Whether an adapter will be trained further.
+        options: How to load it, or an adapter's base; by default in full precision, and for an adapter that will be
+            trained further as its base was before; in the plain values of `luthier.api.Adapter.load_options`.
 
     Raises:
         ModelError: transformers cannot load it.
     """
-    if trainable and artifact.kind == "adapter":
+    if options is None and trainable and artifact.kind == "adapter":
         options = artifact.facts.get("load_options")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(

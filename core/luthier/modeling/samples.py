@@ -12,6 +12,7 @@ import numpy as np
 from luthier.api.data import Row
 from luthier.api.evaluation import Answers, Needs, Sample
 from luthier.api.serving import Completion, Generator
+from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.rows import conversations, prompt_of, reference_of
 from luthier.modeling.generate import target_log_probabilities
 from luthier.modeling.text import encode_conversation
@@ -61,6 +62,9 @@ def measured(
     for place, row in enumerate(rows):
         log_p, ids = target_log_probabilities(model, encode_conversation(tokenizer, conversations(row)[0], stop_ids))
         logps.append(tuple(log_p.gather(1, ids[:, None])[:, 0].tolist()))
+        if keep and not readers:
+            # Rows differ in length; the first says about how much all will take.
+            check_disk_space(folder, log_p.numel() * log_p.element_size() * len(rows), "the models' distributions")
         if keep:
             path = folder / f"{place}.npy"
             np.save(path, log_p.cpu().numpy())

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from luthier.api.artifact import Artifact, ArtifactKind, is_artifact
 from luthier.api.component import Component
 from luthier.api.config import Config, Estimate, Input, Source, StageConfig, configs_in, identity, references, uses_in
-from luthier.api.errors import LuthierError, Problem, RecipeError
+from luthier.api.errors import LuthierError, PluginError, Problem, RecipeError
 from luthier.api.serving import ToolEnvironment
 from luthier.artifacts.adapters import is_adapter, named_base
 from luthier.artifacts.checkpoints import checkpoints
@@ -118,6 +118,11 @@ class Plan:
             if self.store.find(node.key) is None:
                 for config in configs_in(node.config):
                     tool = config.needs_tool if isinstance(config, Config) else None
+                    if tool is not None and tool not in known:
+                        raise PluginError(
+                            f"the stage '{node.id}' needs the tool '{tool}', whose environment no plugin describes",
+                            hint=f"there are: {', '.join(sorted(known))}; see the hook luthier_tool_environments",
+                        )
                     if tool is not None and not is_ready(known[tool]):
                         found[tool] = known[tool]
         return [found[tool] for tool in sorted(found)]
@@ -314,8 +319,9 @@ class _Planner:
             "name": node.component.name,
             "revision": node.component.revision,
             "config": identity(node.config, self.recipe.registry),
-            "inputs": inputs,
-            "sources": {path: [source.digest for source in sources] for path, sources in node.sources.items()},
+            # Fields that name nothing are left out: a new optional one keeps every key.
+            "inputs": {path: keys for path, keys in inputs.items() if keys},
+            "sources": {path: [item.digest for item in items] for path, items in node.sources.items() if items},
             "seed": self.seed_of(node),
         }
         node.key = digest_value(node.payload)
@@ -340,6 +346,9 @@ class _Planner:
         node.estimate = node.config.estimate(likely)
         if all(item is not None for items in known.values() for item in items):
             for message in node.config.input_problems(facts):
+                self._fail(node, "", message)
+        else:
+            for message in node.config.early_problems(likely):
                 self._fail(node, "", message)
         whole, _ = checkpoints(self.store.work(node.key))
         node.status = "resume" if whole else "run"

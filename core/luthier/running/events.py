@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-Event = dict[str, Any]
+from luthier.api.execution import Event
+
 Listener = Callable[[Event], None]
 
 

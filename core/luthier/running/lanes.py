@@ -1,4 +1,4 @@
-"""The slots of an executor, each with its session: what a scheduler sends jobs to and hears from."""
+"""The slots of an executor, each with its session: what a scheduler sends jobs to and gets events from."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -27,7 +28,7 @@ ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_TOP_PAD_": str(4 << 20),
 }  # fmt: skip
 PATIENCE = 0.2
-"""Seconds to wait for an event before the scheduler looks around."""
+"""Seconds to wait for an event before the scheduler checks for work again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +46,16 @@ def worker_launch() -> WorkerLaunch:
 
 @dataclass(slots=True, eq=False)
 class Lane:
-    """A slot, and the session on it while there is one."""
+    """A slot, and the session on it while there is one.
+
+    Attributes:
+        on: The slot as the session sees it: without its GPUs where a stage wants none.
+    """
 
     slot: Slot
     session: Session | None = None
     busy: bool = False
+    on: Slot | None = None
 
 
 @dataclass(slots=True)
@@ -60,7 +66,7 @@ class Lanes:
     name: str
     folder: Path
     lanes: list[Lane]
-    _events: queue.Queue[tuple[Lane, Event]] = field(default_factory=queue.Queue[tuple[Lane, Event]])
+    _events: queue.Queue[tuple[Lane, Session, Event]] = field(default_factory=queue.Queue[tuple[Lane, Session, Event]])
 
     @classmethod
     def of(cls, use: Use, registry: Registry, folder: Path) -> Lanes:
@@ -89,15 +95,19 @@ class Lanes:
         """Whether any lane has what a stage wants."""
         return any(fits(lane.slot, resources) for lane in self.lanes)
 
-    def send(self, lane: Lane, job: Job) -> None:
+    def send(self, lane: Lane, job: Job, resources: Resources) -> None:
         """Start a job on a free lane.
 
         Raises:
-            PluginError: the executor cannot start a worker.
+            PluginError: the executor cannot start a worker, or cannot reach it.
         """
+        on = Slot(lane.slot.name) if resources.gpus == 0 else lane.slot
+        if lane.session is not None and lane.on != on:
+            # Which GPUs a process sees is settled when it starts.
+            self._closed(lane)
         if lane.session is None:
             try:
-                lane.session = self.executor.open(lane.slot, self.log_of(lane))
+                lane.session, lane.on = self.executor.open(on, self.log_of(lane)), on
             except LuthierError:
                 raise
             # See `of`.
@@ -106,36 +116,79 @@ class Lanes:
                     f"{self.name} cannot start a worker on {lane.slot.name}: {type(error).__name__}: {error}"
                 ) from error
             threading.Thread(target=self._listen, args=(lane, lane.session), daemon=True).start()
+        try:
+            lane.session.send(job.to_json())
+        # See `of`.
+        except Exception as error:
+            raise PluginError(
+                f"{self.name} cannot reach its worker on {lane.slot.name}: {type(error).__name__}: {error}"
+            ) from error
         lane.busy = True
-        lane.session.send(job.to_json())
+
+    def stop(self, lane: Lane) -> None:
+        """Ask the worker of a lane for a checkpoint and the end of its stage; one that cannot be asked is ended."""
+        if lane.session is not None:
+            try:
+                lane.session.stop()
+            # See `of`.
+            except Exception as error:  # noqa: BLE001
+                self._lost(lane, lane.session, f"cannot stop its worker: {type(error).__name__}: {error}")
 
     def log_of(self, lane: Lane) -> Path:
         """Where the worker of a lane writes what it prints."""
         return self.folder / ("worker.log" if len(self.lanes) == 1 else f"worker-{lane.slot.name}.log")
 
     def _listen(self, lane: Lane, session: Session) -> None:
-        for event in session.events():
-            self._events.put((lane, event))
+        try:
+            for event in session.events():
+                self._events.put((lane, session, {**event, "event": event["event"]}))
+                if event["event"] == "died":
+                    return
+            problem = "ended its events without one that says how the worker died"
+        # See `of`. Whatever it is, the stage has to end: nothing more will be heard of it.
+        except Exception as error:  # noqa: BLE001
+            problem = f"cannot read its worker's events: {type(error).__name__}: {error}"
+        self._lost(lane, session, problem)
+
+    def _lost(self, lane: Lane, session: Session, problem: str) -> None:
+        """End a worker that cannot be followed any more."""
+        with suppress(Exception):
+            session.kill()
+        message = f"{self.name} {problem}"
+        hint = f"report this to its author; the worker's log: {self.log_of(lane)}"
+        self._events.put((lane, session, {"event": "died", "message": message, "hint": hint}))
 
     def next_event(self) -> tuple[Lane, Event] | None:
-        """The next event of any session, or None after a moment without one."""
+        """The next event of any open session, or None after a moment without one."""
         try:
-            return self._events.get(timeout=PATIENCE)
+            lane, session, event = self._events.get(timeout=PATIENCE)
         except queue.Empty:
             return None
+        # What a session says after its end, such as that it ended, is of no interest.
+        return (lane, event) if session is lane.session else None
 
     def kill(self) -> None:
         """End every worker now."""
         for lane in self.lanes:
             if lane.session is not None:
-                lane.session.kill()
+                with suppress(Exception):
+                    lane.session.kill()
 
     def close(self) -> None:
         """No more jobs."""
         for lane in self.lanes:
-            if lane.session is not None:
-                lane.session.close()
-                lane.session = None
+            self._closed(lane)
+
+    @staticmethod
+    def _closed(lane: Lane) -> None:
+        session, lane.session = lane.session, None
+        if session is not None:
+            try:
+                session.close()
+            # A worker that does not end when it is asked to is ended.
+            except Exception:  # noqa: BLE001
+                with suppress(Exception):
+                    session.kill()
 
 
 def fits(slot: Slot, resources: Resources) -> bool:

@@ -10,7 +10,7 @@ from luthier.api.config import Gate
 from luthier.api.errors import LuthierError, StageError
 from luthier.planning import Node, Plan
 
-Outcome = Literal["cached", "done", "failed", "skipped", "interrupted"]
+StageOutcome = Literal["cached", "done", "failed", "skipped", "interrupted"]
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class StageResult:
     """How one stage of a run ended."""
 
     node: Node
-    outcome: Outcome
+    outcome: StageOutcome
     seconds: float = 0.0
     artifact: Artifact | None = None
     error: LuthierError | None = None

@@ -16,7 +16,7 @@ from luthier.api.artifact import Artifact
 from luthier.api.config import dump_use
 from luthier.api.errors import Interrupted, LuthierError, Problem, RecipeError, StageError, StoreError
 from luthier.api.execution import Event
-from luthier.artifacts.checkpoints import checkpoints
+from luthier.artifacts.checkpoints import last_step
 from luthier.artifacts.store import Store
 from luthier.planning import Node, Plan
 from luthier.running.commit import adopt, commit
@@ -73,11 +73,12 @@ class Scheduler:
                 while waiting or self._running:
                     waiting = [node for node in waiting if not self._advance(node)]
                     if self._running or waiting:
-                        self._hear()
+                        self._handle_event()
             finally:
+                # In this order: what a worker still writes is its own as long as the lock is held.
+                self.lanes.close()
                 for running in self._running.values():
                     running.lock.release()
-                self.lanes.close()
                 result = RunResult(self.id, self.plan, self.results, self.interrupts > 0)
                 self.events("run_finished", run=self.id, exit_code=result.exit_code)
                 self.events.close()
@@ -151,9 +152,10 @@ class Scheduler:
             self.events("stage_started", stage=node.id, key=node.key, status=node.status, reason=node.reason)
             self.plan.recipe.registry.notify("luthier_stage_started", stage=node.id, key=node.key)
             job = self._job(node)
-            self.lanes.send(lane, job)
+            self.lanes.send(lane, job, node.config.resources)
         except BaseException:
             lock.release()
+            self._give_up_lock(node)
             raise
         self._running[lane] = _Running(node, job, lock, started)
         return True
@@ -264,22 +266,22 @@ class Scheduler:
             tracking=str(self.store.tracking(recipe.name, node.id, node.key)),
             store=str(self.store.root),
             trackers=[dump_use(use) for use in recipe.trackers],
-            resumed=bool(checkpoints(work)[0]),
-            ranks=node.config.resources.ranks,
+            step=last_step(work),
+            ranks=node.config.ranks,
         )
 
     # -- what workers say --------------------------------------------------------------------------
 
-    def _hear(self) -> None:
+    def _handle_event(self) -> None:
         """Take the next event of any worker."""
         for lane, running in self._running.items():
             if self.interrupts and not running.asked_to_stop and lane.session is not None:
                 running.asked_to_stop = True
-                lane.session.stop()
-        heard = self.lanes.next_event()
-        if heard is None:
+                self.lanes.stop(lane)
+        received = self.lanes.next_event()
+        if received is None:
             return
-        lane, event = heard
+        lane, event = received
         running = self._running.get(lane)
         kind = event.pop("event")
         if kind == "died":

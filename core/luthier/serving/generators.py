@@ -43,4 +43,4 @@ def open_generator(
             with generate.TransformersGenerator(artifact, Path(scratch) / "floats", progress) as program:
                 yield program
     else:
-        raise ModelError(f"a {artifact.kind} cannot be talked to", hint="name a model, an adapter or an export")
+        raise ModelError(f"a {artifact.kind} cannot be chatted with", hint="name a model, an adapter or an export")

@@ -10,7 +10,7 @@ from luthier.api.context import Context
 from luthier.api.data import Row
 from luthier.api.errors import DataError
 from luthier.api.tuning import TuningConfig
-from luthier.artifacts.rows import conversations
+from luthier.artifacts.rows import conversations, schema_of, trainable_text
 from luthier.modeling.text import IGNORED, Encoded, encode_answer, encode_conversation, encode_text
 
 
@@ -42,13 +42,14 @@ def encode_row(tokenizer: Any, row: Row, stop_ids: Sequence[int]) -> EncodedRow:
     Raises:
         DataError: the chat template cannot render it so that it could be trained; or the row is a prompt alone.
     """
-    if "text" in row:
+    schema = schema_of(row)
+    if not trainable_text(schema):
+        raise DataError(f"a row of the schema {schema} has nothing to be trained on")
+    if schema == "text":
         return EncodedRow((encode_text(tokenizer, row["text"]),))
-    if "messages" in row:
+    if schema == "messages":
         return EncodedRow((encode_conversation(tokenizer, row["messages"], stop_ids),))
     sides = [encode_answer(tokenizer, messages, stop_ids) for messages in conversations(row)]
-    if not sides:
-        raise DataError("a prompt alone has nothing to be trained on")
     if len({tuple(_prompt_ids(side)) for side in sides}) > 1:
         raise DataError("the chat template renders the prompt differently for the two answers")
     return EncodedRow(tuple(sides), row.get("label"))

@@ -34,7 +34,7 @@ def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bo
     """The arguments of transformers' Trainer for a stage's config."""
     micro = config.micro_batch_size or config.batch_size
     # How often to look at the validation split: after every epoch, or as often as a checkpoint is written.
-    looks: dict[str, Any] = (
+    evaluation: dict[str, Any] = (
         {"eval_strategy": "epoch"}
         if config.steps is None
         else {"eval_strategy": "steps", "eval_steps": config.save_every}
@@ -65,7 +65,7 @@ def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bo
         dataloader_pin_memory=context.device != "cpu",
         report_to="none",
         disable_tqdm=True,
-        **(looks if evaluates else {}),
+        **(evaluation if evaluates else {}),
     )
 
 
@@ -159,9 +159,10 @@ class ObjectiveTrainer(transformers.Trainer):
         outputs, likeliest = log_probabilities(model, batch, self._reference)
         result = self._objective.loss(outputs)
         units = outputs.count(self._objective.unit)
-        if len(result.losses) != units:
+        if tuple(result.losses.shape) != (units,):
             raise ModelError(
-                f"the objective gave {len(result.losses)} losses for {units} {self._objective.unit}s",
+                f"the objective '{type(self._objective).__name__}' of {type(self._objective).__module__} gave losses "
+                f"of the shape {tuple(result.losses.shape)} for {units} {self._objective.unit}s",
                 hint="report this to its author",
             )
         loss = result.losses.sum() / max(1, units if num_items_in_batch is None else num_items_in_batch)

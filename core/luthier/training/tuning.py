@@ -55,9 +55,12 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
 
 def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tuple[Any, dict[str, Any]]:
     """The model to train, and how its base was loaded."""
+    chosen = {"dtype": "bfloat16"} if config.dtype == "bf16" else {}
     if config.adapter is None:
-        # An adapter is trained further on its base as it was loaded when the adapter was made.
-        return load_model(source, trainable=True), dict(source.facts.get("load_options", {}))
+        # An adapter is trained further on its base as it was loaded when the adapter was made; of one from outside
+        # that is not known, and the recipe says it.
+        options = dict(source.facts.get("load_options", chosen if source.kind == "adapter" else {}))
+        return load_model(source, trainable=True, options=options), options
     adapter: Adapter[Any] = context.build(config.adapter)
-    options = {**({"dtype": "bfloat16"} if config.dtype == "bf16" else {}), **adapter.load_options()}
+    options = {**chosen, **adapter.load_options()}
     return adapter.wrap(load_model(source, options=options)), options

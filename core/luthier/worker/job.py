@@ -28,7 +28,7 @@ class Job:
         tracking: A folder for trackers that belongs to the stage and key.
         store: The store's root.
         trackers: The recipe's trackers, as a recipe would write them.
-        resumed: Whether there is a checkpoint to go on from.
+        step: The step of the checkpoint to go on from; None where there is none.
         ranks: How many processes compute it together.
     """
 
@@ -47,7 +47,7 @@ class Job:
     tracking: str
     store: str
     trackers: list[dict[str, Any]]
-    resumed: bool = False
+    step: int | None = None
     ranks: int = 1
 
     def to_json(self) -> dict[str, Any]:

@@ -15,12 +15,16 @@ import threading
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
+
 from luthier.registry import default_registry
 from luthier.worker.context import Listener
 from luthier.worker.execute import execute
 from luthier.worker.job import Job
 
 POLL = 0.2
+WORKER = "LUTHIER_WORKER_PID"
+"""The variable with the process that takes a rank's events: a rank ends with it, and with the torchrun above it."""
 ENDS = ("result", "failed", "interrupted")
 
 
@@ -56,7 +60,8 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
         str(pipe),
     ]
     # What ranks print goes to the log, like everything that is no event.
-    process = subprocess.Popen(command, stdout=sys.stderr.fileno(), stderr=sys.stderr.fileno())
+    own = {**os.environ, WORKER: str(os.getpid())}
+    process = subprocess.Popen(command, stdout=sys.stderr.fileno(), stderr=sys.stderr.fileno(), env=own)
     asked = False
     while process.poll() is None:
         if listener.stopping() and not asked:
@@ -70,11 +75,11 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
     failed = sorted(scratch.glob("rank-*.failed.json"))
     if failed:
         return json.loads(failed[0].read_text(encoding="utf-8"))
-    if last:
+    if last and (process.returncode == 0 or last[0]["event"] != "result"):
         return last[0]
     if asked:
         return {"event": "interrupted", "stage": job.stage, "message": "stopped on request"}
-    message = f"a rank of {job.ranks} ended without a word (exit code {process.returncode} of torchrun)"
+    message = f"one of {job.ranks} ranks ended without an error of its own (exit code {process.returncode} of torchrun)"
     return {
         "event": "failed",
         "stage": job.stage,
@@ -112,8 +117,17 @@ class _Rank:
         return self.stop.is_set()
 
 
+def _end_with(worker: int, torchrun: int) -> None:
+    """End this process when one of those that started it is gone: no one would take what it computes."""
+    while os.getppid() == torchrun and psutil.pid_exists(worker):
+        threading.Event().wait(POLL)
+    os._exit(1)
+
+
 def main() -> None:
     """Entry point of one rank."""
+    watched = (int(os.environ[WORKER]), os.getppid())
+    threading.Thread(target=_end_with, args=watched, daemon=True).start()
     described, pipe = sys.argv[1:]
     job = Job(**json.loads(Path(described).read_text(encoding="utf-8")))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

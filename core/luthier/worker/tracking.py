@@ -36,7 +36,8 @@ class Trackers:
             key=job.key,
             config=job.config,
             environment=environment(),
-            resumed=job.resumed,
+            resumed=job.step is not None,
+            step=job.step or 0,
             folder=folder,
         )
         for given in job.trackers:
@@ -45,10 +46,12 @@ class Trackers:
             tracker: Tracker[Any] = registry.build(use, context)
             try:
                 tracker.start(info)
-            except LuthierError:
-                raise
             # A tracker is foreign code: whatever it raises is reported under its name.
             except Exception as error:
+                # Those that started before would show the stage as running for ever.
+                self.finish("failed", {})
+                if isinstance(error, LuthierError):
+                    raise
                 raise PluginError(f"{name} cannot start: {type(error).__name__}: {error}") from error
             self._started.append((tracker, name))
 
@@ -66,7 +69,7 @@ class Trackers:
                 raise PluginError(f"{name} cannot log: {type(error).__name__}: {error}") from error
 
     def finish(self, outcome: Outcome, facts: Mapping[str, Any]) -> None:
-        """Tell every tracker how it ended. One that fails then takes nothing with it: what was made is whole."""
+        """Give every tracker the outcome. A failure here does not fail the stage: what was made is whole."""
         for tracker, name in self._started:
             try:
                 tracker.finish(outcome, facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from luthier.api import Augmenter, Facts, Row, Schema, Stage
+from luthier.api import Augmenter, DataError, Facts, Row, Schema, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
 from luthier.artifacts.rows import COLUMNS, checked
 from luthier_plugins.augment.config import AugmentConfig
@@ -29,7 +29,11 @@ class Augment(Stage[AugmentConfig]):
         extra = [key for key in (known[0] if known else {}) if key not in COLUMNS[schema]]
         dropped = {"repeats another row": 0, "is held out": 0}
         for raw in augmenter.rows(known):
-            row = checked(schema, raw) | {key: raw[key] for key in extra if key in raw}
+            try:
+                row = checked(schema, raw) | {key: raw[key] for key in extra if key in raw}
+            except DataError as error:
+                name = self.config.method.name
+                raise DataError(f"the augmenter '{name}' made a row that {error.message}", hint=error.hint) from error
             text = _text(row, schema)
             if text in held_out or text in seen:
                 dropped["is held out" if text in held_out else "repeats another row"] += 1

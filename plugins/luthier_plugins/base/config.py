@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import Input, ModelError, ModelSource, StageConfig
+from luthier.api import Input, ModelError, ModelSource, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
 from luthier.artifacts.models import tensor_headers
 
@@ -45,3 +45,6 @@ class AdapterConfig(StageConfig):
     model: Annotated[str, Input(("model",))]
     """The model it was trained on. Its tokenizer, chat template and generation config are taken where the adapter
     brings none of its own."""
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return full_precision_problems(inputs, ("model",), "name the full-precision model that it was made from")

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from luthier.api import Config, Field, FileSource, FormatUse, StageConfig
+from luthier.artifacts.rows import RESERVED
+from pydantic import field_validator
 
 
 class SplitConfig(Config):
@@ -28,11 +30,20 @@ class DataConfig(StageConfig):
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
     """Shares to hold out, or the one split that all rows belong to."""
     keep: list[str] = []
-    """Further text keys to keep as columns, such as the name of a slice."""
+    """Further text keys to keep as columns, such as the name of a slice; not those that are columns of a schema, such
+    as ``text`` or ``prompt``."""
     on_error: Literal["fail", "drop"] = "fail"
     """What to do with a bad row: stop (all are listed), or drop it (all are counted by reason)."""
     limit: int | None = Field(default=None, gt=0)
     """Read only that many rows."""
+
+    @field_validator("keep")
+    @classmethod
+    def _not_reserved(cls, value: list[str]) -> list[str]:
+        reserved = sorted(RESERVED & set(value))
+        if reserved:
+            raise ValueError(f"'{reserved[0]}' is a column of a schema and would change what rows mean: rename the key")
+        return value
 
     def resolved(self, sources: Mapping[str, Sequence[str]], components: Any) -> StageConfig:
         files = [Path(place) for place in sources.get("source", [])]

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
-from luthier.api import DataError, Format, LuthierError, Use
+from luthier.api import DataError, Format, LuthierError, PluginError, Use
 from luthier_plugins.data.reading import raw_rows
 from pydantic import ValidationError
 
@@ -29,7 +29,7 @@ def recognised(path: Path, components: Any) -> Use:
     first: tuple[int, Any] | None = None
     for line, raw in islice(raw_rows(path, errors), ROWS):
         first = first or (line, raw)
-        found = [use for use, form in formats if isinstance(raw, dict) and form.recognises(raw)]
+        found = [use for use, form in formats if isinstance(raw, dict) and _recognises(use, form, raw, components)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -60,3 +60,15 @@ def _with_defaults(components: Any) -> list[tuple[Use, Format[Any]]]:
         except (LuthierError, ValidationError):
             continue
     return found
+
+
+def _recognises(use: Use, form: Format[Any], raw: dict[str, Any], components: Any) -> bool:
+    try:
+        return bool(form.recognises(raw))
+    # A format is foreign code: whatever it raises is reported under its name.
+    except Exception as error:
+        raise PluginError(
+            f"the format '{use.name}' of {components.provider(use.component)} cannot say whether a row is its own: "
+            f"{type(error).__name__}: {error}",
+            hint="choose a `format`, and report this to its author",
+        ) from error

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from luthier.api import DataError, Facts, Format, Row, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, write_split
-from luthier.artifacts.rows import COLUMNS
+from luthier.artifacts.rows import RESERVED, checked
 from luthier_plugins.data.config import DataConfig, SplitConfig
 from luthier_plugins.data.reading import raw_rows
 
@@ -68,15 +68,10 @@ class Data(Stage[DataConfig]):
             if not isinstance(values.get(key), str):
                 raise DataError(f"has no text under '{key}'", hint="`keep` names keys that every row has")
             kept[key] = values[key]
-        made = [{**row, **kept} for row in form.parse(values)]
-        for row in made:
-            lacking = [column for column in COLUMNS[form.schema] if column not in row]
-            if lacking:
-                raise DataError(
-                    f"the format '{cast('Any', self.config.format).name}' made a row without '{lacking[0]}', which "
-                    f"rows of the schema {form.schema} have",
-                    hint="report this to its author",
-                )
+        made: list[Row] = []
+        for row in form.parse(values):
+            beside = {key: value for key, value in row.items() if key not in RESERVED}
+            made.append({**checked(form.schema, row), **beside, **kept})
         return made
 
 
@@ -97,7 +92,7 @@ def _all_of(errors: list[DataError]) -> DataError:
     lines = [str(error) for error in errors[:SHOWN]]
     if len(errors) > SHOWN:
         lines.append(f"... and {len(errors) - SHOWN} more")
-    hint = "mend these rows, or drop them with `on_error: drop`"
+    hint = "fix these rows, or drop them with `on_error: drop`"
     return DataError(f"{len(errors)} bad rows:\n" + "\n".join(lines), hint=hint)
 
 

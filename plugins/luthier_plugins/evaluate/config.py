@@ -36,7 +36,6 @@ class EvaluateConfig(StageConfig):
     """Measures on the split `test`, which no training stage can reach."""
 
     kind_made: ClassVar[ArtifactKind] = "report"
-    seeded: ClassVar[bool] = False
 
     model: Measured
     """The model or adapter to measure; or an export, asked in the program it is made for."""

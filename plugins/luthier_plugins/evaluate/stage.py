@@ -94,7 +94,8 @@ class Evaluate(Stage[EvaluateConfig]):
         """The scores of one model, and a file with what it answered and what each row contributed."""
         scores = {name: self._score(name, metric, model, baseline, rows) for name, metric in metrics.items()}
         values = {name: score.value for name, score in scores.items()}
-        self.context.metrics(values, 0)
+        label = "" if role == "model" else f"{model.artifact.manifest['stage']}/"
+        self.context.metrics({f"{label}{name}": value for name, value in values.items()}, 0)
         self._write_rows(role, model, scores, rows)
         artifact = model.artifact
         facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": values}

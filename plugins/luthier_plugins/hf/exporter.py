@@ -24,7 +24,7 @@ from luthier.modeling.weights import write_weights
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.hf.config import HfConfig
 
-UNTOLD = 4096
+DEFAULT_CONTEXT = 4096
 """The context of a model that states none."""
 LARGEST_KL = 0.01
 """In nats per token: what rounding to another dtype costs at most."""
@@ -46,7 +46,7 @@ class Hf(Exporter[HfConfig]):
         else:
             facts = self._in_full(model)
         config = read_json(self.context.out / "config.json")
-        facts["context_length"] = config.get("max_position_embeddings") or config.get("n_positions") or UNTOLD
+        facts["context_length"] = config.get("max_position_embeddings") or config.get("n_positions") or DEFAULT_CONTEXT
         facts["stop_token_ids"] = model.facts["stop_token_ids"]
         if self.config.serve:
             facts["serve"] = self._bundle(model, data, facts["context_length"])

@@ -170,16 +170,16 @@ def _bracketed(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]], en
     inside: dict[int, list[Any]] = {}
     room = HELD
 
-    def look(part: MergePart) -> Tensor:
+    def count_over(part: MergePart) -> Tensor:
         nonlocal room
         given = [value.flatten().numpy() for value in values(part)]
         held = [given[kind][(given[kind] >= low) & (given[kind] <= high)] for kind, low, high in brackets]
         room -= sum(map(len, held))
-        # Threads may miss each other's subtractions: it bounds memory about, and no result hangs on it.
+        # Threads may miss each other's subtractions: it bounds memory about, and no result depends on it.
         inside[part.start] = held if room > 0 else []
         return torch.tensor([np.count_nonzero(given[kind] > high) for kind, _, high in brackets])
 
-    over = scan(look).tolist()
+    over = scan(count_over).tolist()
     if not all(inside.values()):
         return None
     starts = sorted(inside)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from luthier.api import Field, Schema, TrainingConfig
+from pydantic import model_validator
 
 
 class PretrainConfig(TrainingConfig):
@@ -10,6 +11,15 @@ class PretrainConfig(TrainingConfig):
 
     max_length: int = Field(default=512, gt=1)
     """The length of a packed block in tokens; nothing is cut off."""
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> PretrainConfig:
+        if not {"text", "messages"} & set(super().schemas):
+            raise ValueError(
+                f"the objective {self.objective.name} reads rows of the schema {' or '.join(super().schemas)}, which "
+                "packed blocks of text are not"
+            )
+        return self
 
     @property
     def schemas(self) -> tuple[Schema, ...]:

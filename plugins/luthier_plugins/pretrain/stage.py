@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from luthier.api import Facts, Row, Stage
-from luthier.modeling.text import encode_text, render
+from luthier.modeling.calibration import text_of
+from luthier.modeling.text import encode_text
 from luthier.training.encoding import EncodedRow, packed_rows
 from luthier.training.tuning import run_training
 from luthier_plugins.pretrain.config import PretrainConfig
@@ -27,5 +28,4 @@ class Pretrain(Stage[PretrainConfig]):
 
 def _documents(rows: Sequence[Row], tokenizer: Any) -> Iterator[list[int]]:
     for row in rows:
-        text = row["text"] if "text" in row else render(tokenizer, row["messages"])
-        yield encode_text(tokenizer, text).input_ids
+        yield encode_text(tokenizer, text_of(row, tokenizer)).input_ids

@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from luthier.api import DatasetInput, Estimate, Field, ModelInput, QuantizerUse, StageConfig
+from luthier.api import (
+    DatasetInput,
+    Estimate,
+    Field,
+    ModelInput,
+    QuantizerUse,
+    StageConfig,
+    full_precision_problems,
+)
 from luthier.api.artifact import ArtifactKind
 
 
 class QuantizeConfig(StageConfig):
-    """Makes a model with fewer bits a weight, which is measured, talked to, served and exported like any other."""
+    """Makes a model with fewer bits a weight, which is measured, chatted with, served and exported like any other."""
 
     kind_made: ClassVar[ArtifactKind] = "model"
     seeded: ClassVar[bool] = False
@@ -20,16 +28,17 @@ class QuantizeConfig(StageConfig):
     method: QuantizerUse
     """How the weights are stored, such as ``awq``."""
     calibration: DatasetInput | None = None
-    """What the quantizer looks at; by default the data that the model was tuned on."""
+    """What the quantizer calibrates on; by default the data that the model was tuned on."""
     max_kl: float | None = Field(default=None, gt=0)
     """The largest mean KL divergence to the model it came from, in nats per token; by default what the method says."""
 
-    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        return [
-            f"the model is quantized already ({facts['quantization']['method']}): take the model that it was made from"
-            for facts in inputs.get("model", [])
-            if "quantization" in facts
-        ]
+    def expected_facts(
+        self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Any]:
+        return {**super().expected_facts(inputs, sources), "quantization": {"method": self.method.name}}
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return full_precision_problems(inputs, ("model",), "take the model that it was made from")
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from luthier.api import Schema, TuningConfig
+from pydantic import model_validator
 
 
 class SftConfig(TuningConfig):
     """Trains the assistant's turns of conversations, stop token included."""
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> SftConfig:
+        if not self.schemas:
+            raise ValueError(f"the objective {self.objective.name} reads texts alone, which `pretrain` trains on")
+        return self
 
     @property
     def schemas(self) -> tuple[Schema, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 from luthier.api import Context, Outcome, RunInfo, Tracker
@@ -23,7 +24,9 @@ class Jsonl(Tracker[JsonlConfig]):
         self._run = run
         self._describe({"outcome": "running"})
         path = run.folder / "metrics.jsonl"
-        self._file = path.open("a" if run.resumed else "w", encoding="utf-8", buffering=1)
+        kept = _until(path, run.step) if run.resumed else ""
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+        self._file.write(kept)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         assert self._file is not None, "a tracker is started before it logs"
@@ -38,3 +41,9 @@ class Jsonl(Tracker[JsonlConfig]):
         assert self._run is not None, "a tracker is started before it is finished"
         about = {**asdict(self._run), "folder": str(self._run.folder), **ending}
         (self._run.folder / "run.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+
+
+def _until(path: Path, step: int) -> str:
+    """The lines of a file up to a step; a last line that was cut short is dropped."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return "".join(f"{line}\n" for line in lines if json.loads(line)["step"] <= step)

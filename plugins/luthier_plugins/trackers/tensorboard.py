@@ -22,7 +22,7 @@ class TensorBoard(Tracker[TensorBoardConfig]):
         if not run.resumed:
             for path in run.folder.glob("events.out.tfevents.*"):
                 path.unlink()
-        self._writer = SummaryWriter(str(run.folder))
+        self._writer = SummaryWriter(str(run.folder), purge_step=run.step + 1 if run.resumed else None)
         self._writer.add_text("config", f"```json\n{json.dumps(run.config, indent=2)}\n```")
 
     def log(self, values: Mapping[str, float], step: int) -> None:

@@ -201,6 +201,10 @@ def test_the_difference_is_that_of_the_log_perplexities() -> None:
     spread = ((1 - 5 * ratio) ** 2 + (2 - ratio) ** 2 + (6 - 10 * ratio) ** 2) * 3 / 2
     assert found["standard_error"] == pytest.approx(math.sqrt(spread) / 16)
     assert searching.compared(best[:1], other[:1], 1)["beyond_noise"] is False
+    # Rows without a value for one of the two are left out; without any other, nothing can be said.
+    nothing = (0.0, 0.0)
+    assert searching.compared([*best, nothing], [*other, other[0]], 1) == found
+    assert searching.compared([nothing], other[:1], 1)["difference"] is None
     # Right where the other is wrong, on every row: two rows could be luck, twenty are none.
     right, wrong = [(1.0, 1.0)], [(0.0, 1.0)]
     assert searching.compared(right * 2, wrong * 2, 60)["beyond_noise"] is False

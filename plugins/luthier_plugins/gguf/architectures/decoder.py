@@ -14,7 +14,7 @@ from luthier_plugins.gguf.architectures import Metadata, Planned
 import gguf
 
 EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(\w+)\.weight")
-UNTOLD = 4096
+DEFAULT_CONTEXT = 4096
 """The context of a model that states none."""
 SCALINGS = ("default", "linear", "llama3", "yarn")
 
@@ -62,7 +62,7 @@ class Decoder:
         """How long the model's texts are; llama.cpp's full attention is right within a sliding window only."""
         config = self.config
         window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-        return int(min(config.get("max_position_embeddings") or UNTOLD, window or math.inf))
+        return int(min(config.get("max_position_embeddings") or DEFAULT_CONTEXT, window or math.inf))
 
     def metadata(self) -> Metadata:
         config = self.config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Field, Input, MergeMethodUse, ModelInput, StageConfig
+from luthier.api import Field, Input, MergeMethodUse, ModelInput, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
 from luthier.merging.api import MergeMethodConfig
 from luthier.merging.config import settings_problems
@@ -55,9 +55,9 @@ class MergeAdaptersConfig(RankConfig):
         if count < least or (most is not None and count > most):
             problems.append(f"{name} cannot merge {count} adapters")
         if method.prepares:
-            problems.append(f"{name} looks at what whole models do with data: use it in the stage `merge`")
+            problems.append(f"{name} measures what whole models do with data: use it in the stage `merge`")
         if not method.weighted and self.weights is not None:
-            problems.append(f"{name} does not look at weights: leave them out")
+            problems.append(f"{name} does not use weights: leave them out")
         problems += settings_problems(method, name, self.weights or [], [count])
         if problems:
             raise ValueError("; ".join(problems))
@@ -86,6 +86,9 @@ class ExtractLoraConfig(RankConfig):
     """The model it was tuned from; the adapter will sit on it."""
     head: bool = False
     """Also the output head, where it is a layer of its own; else what differs in it is left out with a warning."""
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return full_precision_problems(inputs, ("model", "base"), "take the models before they were quantized")
 
     @model_validator(mode="after")
     def _a_rank(self) -> ExtractLoraConfig:

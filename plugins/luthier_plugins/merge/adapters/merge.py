@@ -58,6 +58,14 @@ class MergeAdapters(Stage[MergeAdaptersConfig]):
         facts = write_adapter(context.out, factors, base, artifacts[0], transposed=turned)
         for artifact in artifacts[1:]:
             carry_licences(artifact.path, context.out, label_of(artifact))
+        # Merged adapters that were trained on bases loaded in the same way are trained further on such a one.
+        loads = [artifact.facts.get("load_options", {}) for artifact in artifacts]
+        if any(loads) and all(load == loads[0] for load in loads):
+            facts["load_options"] = loads[0]
+        elif any(loads):
+            context.warn(
+                "the adapters' bases were loaded in several ways: say `dtype` where the merge is trained further"
+            )
         return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
 
 

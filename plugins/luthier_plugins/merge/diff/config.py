@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
-from luthier.api import Field, ModelInput, StageConfig
+from luthier.api import Field, ModelInput, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
 
 
@@ -18,3 +19,6 @@ class DiffConfig(StageConfig):
     """The models."""
     base: ModelInput | None = None
     """Their ancestor: then their task vectors are compared, the differences to it."""
+
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return full_precision_problems(inputs, ("models", "base"), "take the models before they were quantized")

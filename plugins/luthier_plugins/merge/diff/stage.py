@@ -78,7 +78,7 @@ def _sums(inputs: Inputs, name: str) -> Tensor:
         MergedParameter(name, shape, 0.0, count), [Operand(model, name) for model in inputs.models], base, [1.0] * count
     )
 
-    def look(part: MergePart) -> Tensor:
+    def statistics(part: MergePart) -> Tensor:
         vectors = list(part.tensors) if part.base is None else part.deltas
         found = torch.zeros(count + 1, count, 3, dtype=torch.float64)
         signs = [vector.sign() for vector in vectors]
@@ -92,7 +92,7 @@ def _sums(inputs: Inputs, name: str) -> Tensor:
         found[count, 0, 0] = float(anchor.square().sum())
         return found
 
-    return scan_of(job)(look) if math.prod(shape) else torch.zeros(count + 1, count, 3, dtype=torch.float64)
+    return scan_of(job)(statistics) if math.prod(shape) else torch.zeros(count + 1, count, 3, dtype=torch.float64)
 
 
 def _by_layer(sums: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Config, Field, ModelInput, StageConfig
+from luthier.api import Config, Field, ModelInput, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
 from luthier.merging.config import ModelDtype
 from luthier_plugins.merge.moe.families import FAMILIES
@@ -50,7 +50,12 @@ class MoeConfig(StageConfig):
             raise ValueError("`router: prompts` needs `prompts` for every expert")
         return self
 
-    def problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return full_precision_problems(inputs, list(inputs), "take the models before they were quantized")
+
+    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        if quantized := self.early_problems(inputs):
+            return quantized
         facts = [item for items in inputs.values() for item in items]
         found = list(dict.fromkeys(str(item["architecture"]) for item in facts))
         unknown = [name for name in found if name not in FAMILIES]

@@ -5,10 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from luthier.api import DatasetInput, Field, MergeMethodUse, MetricUse, ModelInput, StageConfig, Use, schema_problems
+from luthier.api import (
+    DatasetInput,
+    Field,
+    MergeMethodUse,
+    MetricUse,
+    ModelInput,
+    StageConfig,
+    Use,
+    full_precision_problems,
+    schema_problems,
+)
 from luthier.api.artifact import ArtifactKind
 from luthier.merging.api import MergeMethodConfig
-from luthier.merging.config import MergeConfig, ModelDtype
+from luthier.merging.config import MERGE_IN_FULL_PRECISION, MergeConfig, ModelDtype
 from pydantic import AfterValidator, model_validator
 
 NEARLY_ZERO = 1e-8
@@ -106,8 +116,14 @@ class SearchConfig(StageConfig):
             dtype=self.dtype,
         )
 
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        return [
+            *schema_problems("search", inputs, ("messages",)),
+            *full_precision_problems(inputs, ("models", "base"), MERGE_IN_FULL_PRECISION),
+        ]
+
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
-        found = schema_problems("search", inputs, ("messages",))
+        found = self.early_problems(inputs)
         if any(not facts["rows"].get("validation") for facts in inputs.get("data", [])):
             found.append("the data has no split 'validation': give its stage `split: {validation: 0.1}`")
         return found

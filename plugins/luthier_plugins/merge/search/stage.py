@@ -181,8 +181,12 @@ def compared(best: Rows, other: Rows, trials: int) -> Facts:
         other: The model's, the same ones.
         trials: How many merges the best one was chosen from.
     """
-    weights = np.array([row[1] for row in best], dtype=np.float64)
-    differences = np.array([mine[0] - theirs[0] for mine, theirs in zip(best, other, strict=True)], dtype=np.float64)
+    # Rows that have a value for one of them alone cannot be compared.
+    pairs = [(mine, theirs) for mine, theirs in zip(best, other, strict=True) if mine[1] and theirs[1]]
+    if not pairs:
+        return {"difference": None, "standard_error": None, "beyond_noise": False}
+    weights = np.array([mine[1] for mine, _ in pairs], dtype=np.float64)
+    differences = np.array([mine[0] - theirs[0] for mine, theirs in pairs], dtype=np.float64)
     total, count = float(weights.sum()), len(weights)
     mean = float(differences.sum()) / total
     if count < 2 or not math.isfinite(mean):
@@ -267,9 +271,13 @@ class _Judge:
     def _by_row(self, score: Score) -> Rows:
         """Larger is better: what counts less is turned round."""
         sign = 1.0 if self.highest else -1.0
-        weights = score.weights or [1.0] * len(score.by_row)
+        if len(score.by_row) != len(self._data):
+            raise ModelError(
+                f"the metric {self.config.metric.name} gave {len(score.by_row)} values for {len(self._data)} rows",
+                hint="report this to its author",
+            )
+        weights = [1.0] * len(score.by_row) if score.weights is None else score.weights
         return [
-            (sign * value * weight, weight)
+            (0.0, 0.0) if value is None else (sign * value * weight, weight)
             for value, weight in zip(score.by_row, weights, strict=True)
-            if value is not None
         ]
