@@ -51,7 +51,8 @@ def make_model(folder: Path, tokenizer: Path, layers: int) -> int:
         max_position_embeddings=2048,
         eos_token_id=151645,
     )
-    Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model: Any = Qwen2ForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
     for path in tokenizer.iterdir():
         if path.is_file():
             shutil.copyfile(path, folder / path.name)

@@ -76,7 +76,8 @@ def make_models(folder: Path, layers: int) -> None:
         vocab_size=32000,
         max_position_embeddings=512,
     )
-    model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+    model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     nano = Path(str(files("luthier"))) / "models" / "nano-base"
     for place, name in enumerate(["base", *NAMES]):
@@ -266,7 +267,7 @@ def main() -> None:
         f"{'MiB':>5}"
     )
     for name in options.methods:
-        rounds = [
+        rounds: list[Any] = [
             (
                 floor(options.folder, options.layers, name),
                 by_mergekit(options.folder, options.layers, name),

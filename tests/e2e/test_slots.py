@@ -352,7 +352,9 @@ def test_a_session_that_breaks_ends_the_stage(
     assert "Traceback" not in done.stderr
 
 
-def test_what_a_launcher_prints_goes_to_the_log(tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, cli) -> None:
+def test_what_a_launcher_prints_goes_to_the_log(
+    tmp_path: Path, chats: Path, monkeypatch: pytest.MonkeyPatch, cli
+) -> None:
     code = BAD_EXECUTOR.replace("[SLOTS]", "[Slot('a')]").replace(
         "ProcessSession(self.context.worker.on(slot), log)",
         "ProcessSession(WorkerLaunch(['sh', '-c', 'echo Welcome; exec \"$@\"', 'sh', *self.context.worker.command], "
@@ -403,7 +405,9 @@ stages:
     assert seen[1]["device"] == "cpu"
 
 
-ENDLESS = RANKED.replace("total = torch", "import time\n        time.sleep(self.config.failing < 0 and 600)\n        total = torch")
+ENDLESS = RANKED.replace("total = torch", "__import__('time').sleep(600)\n        total = torch")
+    "total = torch", "import time\n        time.sleep(self.config.failing < 0 and 600)\n        total = torch"
+)
 
 
 def test_ranks_end_with_the_run_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,13 +164,13 @@ def test_whatever_is_in_a_manifest_can_be_shown(tmp_path: Path) -> None:
         assert describe(bare).startswith(kind)
 
 
-def test_a_vocabulary_that_the_config_tells_wrongly_is_refused(tmp_path: Path) -> None:
+def test_a_config_with_a_wrong_vocabulary_size_is_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     shutil.copytree(model.path, tmp_path / "model")
     (tmp_path / "model" / "manifest.json").unlink()
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"vocab_size": 4}))
-    with pytest.raises(ModelError, match="tells vocab_size 4"):
+    with pytest.raises(ModelError, match="says vocab_size 4"):
         run_stage(tmp_path / "s", "base", {"source": str(tmp_path / "model")})
 
 

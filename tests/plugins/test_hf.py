@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from gguf_models import MODELS, make_model
-from luthier.api import Artifact, ModelError, StoreError
+from luthier.api import Artifact, Completion, ModelError, Request, Sampling, StoreError
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
 from luthier.modeling.compare import compared
@@ -154,11 +154,18 @@ def test_weights_that_are_nan_are_refused_before_anything_is_computed(
         run_stage(tmp_path / "s", "export", {"format": {"uses": "hf", "quantize": method}}, inputs={"model": odd})
 
 
+class Parrot:
+    """Answers everything with the same word."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[tuple[Completion]]:
+        return ((Completion("hello", 1, "stop"),) for _ in requests)
+
+
 def test_conversations_that_leave_no_room_for_an_answer_are_no_golden_ones(tuned: Artifact) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tuned.path)
     short = [{"role": "user", "content": "hi"}]
     long = [{"role": "user", "content": "hi " * 500}]
-    entries = entries_of(tokenizer, [long, short, long], lambda asked: iter(["hello"] * len(asked)), 200)
+    entries = entries_of(tokenizer, [long, short, long], Parrot(), 200)
     assert [entry["messages"] for entry in entries] == [short]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -183,12 +182,10 @@ def test_rounding_on_data_without_data_is_refused(tmp_path: Path) -> None:
 
 def test_quantized_sources_are_refused(tuned: Artifact, tmp_path: Path) -> None:
     export = exported(tuned, "int8")
-    folder = tmp_path / tuned.key
-    shutil.copytree(export.path, folder)
-    (folder / "manifest.json").write_text(json.dumps(tuned.manifest))
-    for form in ("hf", "gguf"):
+    model = run_stage(tmp_path / "s", "base", {"source": str(export.path)})
+    for form in ("gguf", {"uses": "hf", "quantize": "int8"}, {"uses": "hf", "dtype": "bfloat16"}):
         with pytest.raises(ModelError, match="quantized already"):
-            run_stage(tmp_path / "s", "export", {"format": form}, inputs={"model": Artifact.load(folder)})
+            run_stage(tmp_path / "s", "export", {"format": form}, inputs={"model": model})
 
 
 READERS = {

@@ -29,9 +29,9 @@ def test_a_changed_default_raises_the_components_revision() -> None:
     assert not changed, (
         f"the defaults of {', '.join(changed)} changed and the revision did not: artifacts that were made with the old "
         "ones would count as made with the new. Raise `revision` of the component, then run "
-        "`python tests/unit/snapshots.py`"
+        "`python tests/snapshots.py`"
     )
-    assert now == known, "a field or a component is new: run `python tests/unit/snapshots.py`"
+    assert now == known, "a field or a component is new: run `python tests/snapshots.py`"
 
 
 def test_the_quickstarts_keys_are_what_they_were() -> None:
@@ -39,7 +39,7 @@ def test_the_quickstarts_keys_are_what_they_were() -> None:
     assert snapshots.quickstart_keys() == known, (
         "the keys of the quickstart changed, and with them those of every user: all that they trained would be made "
         "again. If a component gives another result now, its revision has risen, and that is on purpose: run "
-        "`python tests/unit/snapshots.py`. If not, find what got into the keys"
+        "`python tests/snapshots.py`. If not, find what got into the keys"
     )
 
 

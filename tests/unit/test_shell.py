@@ -31,7 +31,9 @@ def test_looking_loads_nothing_heavy(recipe: Path, tmp_path: Path, arguments: li
 def test_the_schema_accepts_every_recipe_and_page(cli) -> None:
     schema = json.loads(cli("schema").stdout)
     texts = [path.read_text(encoding="utf-8") for path in sorted((ROOT / "recipes").glob("*.yaml"))]
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    # The recipes of pages about plugins use the page's own plugin, which is not installed here.
+    pages = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.parent.name != "plugins"]
+    for page in [ROOT / "README.md", *pages]:
         texts += re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
     # A recipe that requires a plugin is only valid where it is installed.
     texts = [text for text in texts if "\nrequires:" not in text]

@@ -223,7 +223,7 @@ class MergeConfig(StageConfig):
         if not method.weighted and (self.weights is not None or any(weight != 1.0 for weight in beside)):
             found.append(f"{name} does not use weights: leave them out")
         if method.prepares and self.slices:
-            found.append(f"{name} looks at what whole models do with data, and cannot merge slices")
+            found.append(f"{name} measures what whole models do with data, and cannot merge slices")
         if method.prepares and (self.tokenizer != "base" or self.tokens or self.pad_to_multiple_of):
             found.append(f"{name} looks at the models as they are: merge models of one tokenizer")
         shared = [count for place, count in enumerate(counts) if not (self.slices and self.slices[place].settings)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any, cast
 
 _MISSING = object()
@@ -47,8 +48,16 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
         for key in [*new, *(key for key in old if key not in new)]:
             inner = f"{path}.{key}" if path else key
             yield from _differences(inner, old.get(key, _MISSING), new.get(key, _MISSING))
+    elif _choices(before) and _choices(now):
+        for place, (one, two) in enumerate(zip_longest(before, now, fillvalue=_MISSING)):
+            yield from _differences(f"{path}.{place}", one, two)
     elif before != now:
         yield path, before, now
+
+
+def _choices(value: Any) -> bool:
+    """Whether it is a list of components, which are compared one by one."""
+    return isinstance(value, list) and all(isinstance(item, Mapping) for item in cast("list[Any]", value))
 
 
 def _show(value: Any) -> str:

@@ -72,7 +72,8 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
         end.write(json.dumps({"event": "end"}) + "\n")
     reader.join()
     reading.close()
-    failed = sorted(scratch.glob("rank-*.failed.json"))
+    # The first is the reason: the others lost their connection to it.
+    failed = sorted(scratch.glob("rank-*.failed.json"), key=lambda path: path.stat().st_mtime_ns)
     if failed:
         return json.loads(failed[0].read_text(encoding="utf-8"))
     if last and (process.returncode == 0 or last[0]["event"] != "result"):

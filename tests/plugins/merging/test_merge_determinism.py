@@ -131,6 +131,7 @@ def test_whole_matrices_wait_for_each_other_where_memory_is_short(models: list[A
 
     class Slow:
         granularity = "matrix"
+        suits_gpu = None
 
         def merge(self, part: MergePart) -> torch.Tensor:
             with lock:

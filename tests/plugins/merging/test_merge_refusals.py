@@ -194,7 +194,7 @@ def test_dtypes_that_are_no_numbers_of_their_own_are_refused_whatever_their_size
 def test_a_plan_names_models_without_a_tokenizer() -> None:
     config = MergeConfig.model_validate({"models": ["a", "b", "c"]}, context={"components": default_registry()})
     facts = [{"architecture": "x", "tensors": 3, "tokenizer": digest} for digest in ("one", NO_TOKENIZER, "one")]
-    (problem,) = config.problems({"models": facts})
+    (problem,) = config.input_problems({"models": facts})
     assert "1 of 3 have no tokenizer" in problem
 
 
@@ -279,8 +279,8 @@ def test_models_of_another_architecture_are_refused(
     if name == "architecture":
         config = MergeConfig.model_validate({"models": ["a", "b"]}, context={"components": default_registry()})
         facts = [model.facts for model in models[:2]]
-        assert config.problems({"models": facts}) == []
-        (told,) = config.problems({"models": [facts[0], {**facts[1], "architecture": "MistralForCausalLM"}]})
+        assert config.input_problems({"models": facts}) == []
+        (told,) = config.input_problems({"models": [facts[0], {**facts[1], "architecture": "MistralForCausalLM"}]})
         assert "architecture differs: LlamaForCausalLM and MistralForCausalLM" in told
         return
 

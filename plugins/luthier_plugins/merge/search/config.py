@@ -67,7 +67,7 @@ class SearchConfig(StageConfig):
         method = self.method.config
         if isinstance(method, MergeMethodConfig) and not method.weighted and self.weights is not None:
             if self.model_fields_set & {"weights"}:
-                raise ValueError(f"{self.method.name} does not look at weights: write `weights: null`")
+                raise ValueError(f"{self.method.name} does not use weights: write `weights: null`")
             object.__setattr__(self, "weights", None)
         odd = [name for name in self.over if name not in type(method).model_fields]
         if odd:

@@ -19,14 +19,14 @@ class Judged(Metric[JudgedConfig]):
 
     def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
         requests = [
-            [Message(role="user", content=f"{item.row[self.config.column]}: {item.prompt} {item.answer}")]
+            [Message(role="user", content=f"{item.row.get(self.config.column)}: {item.prompt} {item.answer}")]
             for item in samples
         ]
         judge: Generator
         with self.context.build(self.config.judge) as judge:
             verdicts = [answer.text for (answer,) in judge.generate(requests, Sampling(max_new_tokens=4))]
         by_row = [
-            float(bool(text) and item.row[self.config.column] == "hard")
+            float(bool(text) and item.row.get(self.config.column) == "hard")
             for text, item in zip(verdicts, samples, strict=True)
         ]
         return Score(sum(by_row) / len(by_row), by_row)

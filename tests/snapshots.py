@@ -1,4 +1,4 @@
-"""What keys are made of, written down: ``python tests/unit/snapshots.py`` writes both files anew.
+"""What keys are made of, written down: ``python tests/snapshots.py`` writes both files anew.
 
 - ``component_defaults.json``: the defaults of every built-in component and its revision. Keys leave defaults out, so a
   changed default has to raise the revision: else artifacts that were made with the old one count as made with the new.
@@ -17,9 +17,9 @@ from luthier.planning import plan
 from luthier.registry import default_registry
 from pydantic_core import to_jsonable_python
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "unit"
 DEFAULTS, KEYS = HERE / "component_defaults.json", HERE / "quickstart_keys.json"
-QUICKSTART = HERE.parents[1] / "recipes" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 
 
 def component_defaults() -> dict[str, Any]:
