@@ -18,11 +18,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 WORK = """
 import json, sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 from luthier_plugins.gguf.write import Source
 from memory import Watched
 

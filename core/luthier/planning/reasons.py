@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -49,7 +49,9 @@ def _differences(path: str, before: Any, now: Any) -> Iterator[tuple[str, Any, A
             inner = f"{path}.{key}" if path else key
             yield from _differences(inner, old.get(key, _MISSING), new.get(key, _MISSING))
     elif _choices(before) and _choices(now):
-        for place, (one, two) in enumerate(zip_longest(before, now, fillvalue=_MISSING)):
+        ones, twos = cast("list[Any]", before), cast("list[Any]", now)
+        pairs: Iterable[tuple[Any, Any]] = zip_longest(ones, twos, fillvalue=_MISSING)
+        for place, (one, two) in enumerate(pairs):
             yield from _differences(f"{path}.{place}", one, two)
     elif before != now:
         yield path, before, now
