@@ -14,7 +14,7 @@ from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# The first example of a process pays for imports: speed is no matter of these tests.
+# The first example of a process pays for imports: these tests do not measure speed.
 settings.register_profile("luthier", deadline=None)
 settings.load_profile("luthier")
 
@@ -89,7 +89,7 @@ ORACLES = "LUTHIER_ORACLES"
 
 @pytest.fixture(scope="session")
 def environment() -> Callable[..., Path]:
-    """Gives the Python of an environment with some packages, made once; skips where nobody asked for such."""
+    """Gives the Python of an environment with some packages, made once; skips where none was asked for."""
     folder = os.environ.get(ORACLES)
     if not folder:
         pytest.skip(f"set {ORACLES} to a folder to compare with other programs (installing them takes minutes)")

@@ -37,7 +37,7 @@ def merged_by(
     method = registry.impl_class(config.method.component)(config.method.config, None)
     inputs = Inputs([Weights(model) for model in models], Weights(base) if base else None)
     layout = lay_out(config, inputs, seed, config.dtype)
-    # Loaded tensors are views of the file: each run has one of its own.
+    # Loaded tensors are views of the file: each run has its own.
     folder = Path(tempfile.mkdtemp(dir=folder))
     output = Output(folder, layout.tensors, 1 << 30)
     Engine(method, output, Settings(**settings), lambda done, total: None).run(layout.jobs)

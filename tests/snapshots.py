@@ -1,4 +1,4 @@
-"""What keys are made of, written down: ``python tests/snapshots.py`` writes both files anew.
+"""What keys are made of, written down: ``python tests/snapshots.py`` rewrites both files.
 
 - ``component_defaults.json``: the defaults of every built-in component and its revision. Keys leave defaults out, so a
   changed default has to raise the revision: else artifacts that were made with the old one count as made with the new.
@@ -23,7 +23,7 @@ QUICKSTART = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
 
 
 def component_defaults() -> dict[str, Any]:
-    """Revision and defaults of every component that comes with Luthier; what is no identity is left out."""
+    """Revision and defaults of every component that comes with Luthier; what is not identity is left out."""
     registry = default_registry()
     found: dict[str, Any] = {}
     for component, provider in registry:

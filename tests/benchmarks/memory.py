@@ -1,4 +1,4 @@
-"""How much memory a piece of work holds, for scripts that are measured in a process of their own."""
+"""How much memory a piece of work holds, for scripts that are measured in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def anonymous() -> float:
 
 
 class Watched:
-    """A context manager; behind it, `seconds` and `memory`: the peak in MiB above what was there before."""
+    """A context manager; after it, `seconds` and `memory`: the peak in MiB above what was there before."""
 
     def __init__(self) -> None:
         self.seconds = self.memory = 0.0

@@ -76,13 +76,13 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
 def test_data_that_is_something_else_is_one_message(recipe: Path, chats: Path, cli, text: str, message: str) -> None:
     chats.write_text(text)
     done = cli("run", "small.yaml")
-    # What a glance at the file shows is told by the plan, the rest when its rows are read.
+    # What a glance at the file shows is reported by the plan, the rest when its rows are read.
     assert done.returncode == (1 if message == "has tool calls" else 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_a_bad_first_row_is_dropped_like_any_other_and_unused_keys_are_told(recipe: Path, chats: Path, cli) -> None:
+def test_a_bad_first_row_is_dropped_like_any_other_and_unused_keys_are_reported(recipe: Path, chats: Path, cli) -> None:
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
     rows[0]["tools"] = []
     rows[1]["messages"][0]["name"] = "ann"

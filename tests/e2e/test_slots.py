@@ -231,7 +231,7 @@ from typing import ClassVar
 
 
 class C(StageConfig):
-    \"\"\"Asks for what nobody named.\"\"\"
+    \"\"\"Asks for what no field names.\"\"\"
 
     kind_made: ClassVar = "report"
     data: DatasetInput
@@ -334,7 +334,7 @@ HERE = "the executor 'odd' of plugin-odd 1.0"
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("def events(self):\n        return iter(())", f"{HERE} ended its events without one that says how"),
+        ("def events(self):\n        return iter(())", f"{HERE} ended its events without saying how"),
         ("def events(self):\n        yield 3", f"{HERE} cannot read its worker's events: TypeError"),
         ("def events(self):\n        yield {}", f"{HERE} cannot read its worker's events: KeyError"),
         ("def send(self, job):\n        raise OSError('gone')", f"{HERE} cannot reach its worker on a: OSError: gone"),
@@ -445,7 +445,7 @@ stages:
 """)
     done = cli("run", "r.yaml")
     assert done.returncode == 2
-    assert "the stage 'x' asks for 2 GPUs, and no slot of the executor 'local' has as many" in done.stderr
+    assert "the stage 'x' asks for 2 GPUs, and no slot of the executor 'local' has that many" in done.stderr
 
 
 def test_one_slot_and_two_make_the_same(tmp_path: Path, chats: Path) -> None:

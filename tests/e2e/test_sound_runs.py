@@ -52,7 +52,7 @@ def test_a_checkpoint_that_was_cut_short_is_not_resumed_from(chats: Path, tmp_pa
     (later / "model.safetensors").write_bytes(b"half")
     done = subprocess.run([*MAIN, "run", "tuned.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-390 was cut short" in done.stdout
+    assert "checkpoint-390 was only partly written" in done.stdout
     assert f"resuming from {whole[-1].name}" in done.stdout
 
 
@@ -75,7 +75,7 @@ def test_a_source_that_changes_after_the_plan_is_not_stored_under_the_old_key(ch
     chats.write_text(chats.read_text().replace("say", "name"))
     result = run(made, only="chats")
     assert result.exit_code == 1
-    assert "changed while the run went on" in str(result.stages["chats"].error)
+    assert "changed during the run" in str(result.stages["chats"].error)
     assert run(tmp_path / "tuned.yaml", store=tmp_path / "s", only="chats").exit_code == 0
 
 
@@ -141,7 +141,7 @@ def test_a_disk_that_is_full_from_the_start_is_a_message(chats: Path, tmp_path: 
     assert "store" in done.stderr
 
 
-def test_facts_that_a_plugin_forgot_are_told_and_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_that_a_plugin_forgot_are_named_and_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier_plugins.data.stage import Data
 
     path = tmp_path / "texts.txt"
@@ -149,7 +149,7 @@ def test_facts_that_a_plugin_forgot_are_told_and_not_stored(tmp_path: Path, monk
     for facts, message in (
         ({}, "lack schema, rows"),
         (None, "returned NoneType"),
-        ({"schema": tmp_path, "rows": {}}, "no plain"),
+        ({"schema": tmp_path, "rows": {}}, "not plain"),
     ):
         monkeypatch.setattr(Data, "run", lambda self, facts=facts: facts)
         with pytest.raises(StageError, match=message):

@@ -40,7 +40,7 @@ def luthier(folder: Path, *arguments: str, text: str | None = None) -> subproces
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, input=text, timeout=240, check=False)
 
 
-def test_show_tells_facts_and_lineage(done: Path) -> None:
+def test_show_prints_facts_and_lineage(done: Path) -> None:
     told = luthier(done, "show", "small/file").stdout
     assert "export" in told
     assert "model: tuned (adapter" in told
@@ -58,7 +58,7 @@ def test_show_tells_facts_and_lineage(done: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tuned", "file"])
-def test_chat_talks_with_an_adapter_and_a_file(done: Path, stage: str) -> None:
+def test_chat_works_with_an_adapter_and_a_file(done: Path, stage: str) -> None:
     asked = luthier(done, "chat", f"small/{stage}", "--ask", "hi", "--max-new-tokens", "8")
     assert asked.returncode == 0, asked.stderr
     question, answer = asked.stdout.splitlines()
@@ -71,7 +71,7 @@ def test_chat_talks_with_an_adapter_and_a_file(done: Path, stage: str) -> None:
 def test_chat_with_a_dataset_is_refused(done: Path) -> None:
     asked = luthier(done, "chat", "small/chats", "--ask", "hi")
     assert asked.returncode == 1
-    assert "a dataset cannot be chatted with" in asked.stderr
+    assert "a dataset cannot be used for chat" in asked.stderr
 
 
 def test_do_runs_one_stage_and_copies_it_out(done: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_init_writes_what_luthier_can_read_whatever_the_names(tmp_path: Path) ->
         assert luthier(tmp_path, "init", name).returncode == 0
         assert luthier(tmp_path, "plan", f"{Path(name).stem}.yaml").returncode == 0
         shutil.rmtree(tmp_path / "sub")
-    for text, message in ((row, "one row only"), ('{"chosen": "a", "rejected": "b"}\n' * 2, "no known format")):
+    for text, message in ((row, "only one row"), ('{"chosen": "a", "rejected": "b"}\n' * 2, "no known format")):
         (tmp_path / "odd.jsonl").write_text(text)
         told = luthier(tmp_path, "init", "odd.jsonl")
         assert message in told.stderr
@@ -207,7 +207,7 @@ def test_places_that_are_none_are_messages(tmp_path: Path) -> None:
     assert "Invalid value for '--kind'" in luthier(tmp_path, "plugins", "--kind", "foo").stderr
 
 
-def test_a_lock_that_nobody_holds_keeps_nothing(tmp_path: Path) -> None:
+def test_a_lock_without_an_owner_keeps_nothing(tmp_path: Path) -> None:
     store = Store.at(tmp_path / "s")
     (store.work("k") / "out").mkdir(parents=True)
     store.locks.mkdir(parents=True)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEXT = "the quick brown fox jumps over the lazy dog and the cat. " * 120
 CONTEXT = 64
 FEW = 100
-"""Tokens of an expert below which one that is routed elsewhere, by another rounding, tells."""
+"""Tokens of an expert below which one that is routed elsewhere, by another rounding, shows."""
 
 
 @pytest.mark.timeout(1200)

@@ -1,4 +1,4 @@
-"""What vLLM says with exported folders: the golden file, asked over HTTP of its own server on the CPU."""
+"""What vLLM says with exported folders: the golden file, asked over HTTP from its own server on the CPU."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_an_adapter_is_refused_on_another_model(place: Path, tmp_path: Path) -> 
     save_file({key: tensor for key, tensor in tensors.items() if key != lost}, deep / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=r"the adapter has no .*layers\.1\."):
         run_stage(store, "adapter", {"source": str(deep)}, inputs={"model": wide})
-    with pytest.raises(ModelError, match="is an adapter and no model"):
+    with pytest.raises(ModelError, match="is an adapter, not a model"):
         run_stage(store, "base", {"source": str(place / "light")})
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
         run_stage(store, "adapter", {"source": str(place / "model")}, inputs={"model": wide})
@@ -158,7 +158,7 @@ def test_an_adapter_that_is_not_whole_is_refused(place: Path, tmp_path: Path) ->
     assert "5001 tokens" in told(tmp_path / "tokens")
 
 
-def test_a_folder_that_does_not_know_its_model_is_told_when_planning(place: Path, tmp_path: Path) -> None:
+def test_a_folder_that_does_not_know_its_model_is_reported_when_planning(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "light", tmp_path / "lost")
     path = tmp_path / "lost" / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -391,7 +391,7 @@ def test_an_adapter_of_prompts_is_refused_by_name(place: Path, tmp_path: Path) -
         run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "prompts")}, inputs={"model": base})
 
 
-def test_modules_without_an_update_are_told_and_halves_refused(place: Path, tmp_path: Path) -> None:
+def test_modules_without_an_update_are_reported_and_halves_refused(place: Path, tmp_path: Path) -> None:
     base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
     weights = load_file(place / "light" / "adapter_model.safetensors")
 
@@ -449,7 +449,7 @@ def test_an_adapter_on_quantized_weights_says_how_to_go_on(place: Path, tmp_path
         assert "full-precision model" in f"{told.value.message} {told.value.hint}"
 
 
-def test_a_folded_adapter_on_another_model_than_the_base_is_told(place: Path, tmp_path: Path) -> None:
+def test_a_folded_adapter_on_another_model_than_the_base_is_reported(place: Path, tmp_path: Path) -> None:
     base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
     other = tiny_model(tmp_path / "s", seed=8, dtype="float32", tied=False)
     light = outside(tmp_path / "light", place / "model", init_lora_weights="pissa")
@@ -467,7 +467,7 @@ def test_a_fold_that_is_another_model_is_refused(tmp_path: Path, stage: str) -> 
     adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
     inputs = {"models": [adapter]} if stage == "merge" else {"model": adapter}
     # Folding changes the output head as well, which the adapter beside its model does not.
-    with pytest.raises(ModelError, match="folded into its model, the adapter is another one"):
+    with pytest.raises(ModelError, match="folded into its model, the adapter behaves differently"):
         run_stage(tmp_path / "s", stage, {} if stage == "merge" else {"format": "hf"}, inputs=inputs)
 
 

@@ -350,7 +350,7 @@ def test_what_tgi_does_not_load_is_refused(quantize: Any, message: str, tuned: A
         run_stage(tmp_path, "export", config, inputs={"model": tuned})
 
 
-def test_what_transformers_4_computes_otherwise_is_told(tmp_path: Path) -> None:
+def test_what_transformers_4_computes_otherwise_is_reported(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "deepseek-v2-yarn")
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
     export = run_stage(tmp_path / "s", "export", {"format": "hf"}, inputs={"model": base})

@@ -136,7 +136,7 @@ def test_layers_can_be_skipped(tuned: Artifact) -> None:
     assert "-:^model.layers.2.mlp.down_proj$" in named
     with pytest.raises(ModelError, match="skip all of them, or none"):
         exported(tuned, {"uses": "gptq", "skip": ["k_proj"]})
-    with pytest.raises(ModelError, match="'nowhere', which is found in the name of no linear layer"):
+    with pytest.raises(ModelError, match="'nowhere', which matches no linear layer"):
         exported(tuned, {"uses": "gptq", "skip": ["nowhere"]})
 
 
@@ -155,7 +155,7 @@ def test_experts_are_quantized_and_routers_are_not(tmp_path: Path) -> None:
 
 def test_sizes_that_groups_do_not_divide_are_refused_early(tmp_path: Path) -> None:
     model = tiny_model(tmp_path, hidden_size=96, intermediate_size=96)
-    with pytest.raises(ModelError, match=r"14 layers cannot be quantized: their inputs are no multiple of 128"):
+    with pytest.raises(ModelError, match=r"14 layers cannot be quantized: their inputs are not a multiple of 128"):
         exported(model, "awq")
 
 
@@ -328,7 +328,7 @@ stages:
 @pytest.mark.parametrize(
     ("quantize", "tool"), [("torchao", "torchao"), ("{uses: gptq, rounding: auto-round}", "auto-round")]
 )
-def test_a_missing_tool_is_told_before_the_first_stage(
+def test_a_missing_tool_is_reported_before_the_first_stage(
     quantize: str, tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LUTHIER_ENVIRONMENTS", str(tmp_path / "none"))

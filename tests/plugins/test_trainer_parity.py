@@ -24,7 +24,7 @@ STEPS = {"steps": 10, "learning_rate": 1e-3, "warmup": 0.2, "weight_decay": 0.1,
 
 
 def arguments(folder: Path, **more: Any) -> dict[str, Any]:
-    """What TRL's trainers are told, so that they do what `STEPS` says."""
+    """The settings of TRL's trainers that make them do what `STEPS` says."""
     return {
         "output_dir": str(folder / "trl"), "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
         "max_steps": 10, "learning_rate": 1e-3, "warmup_steps": 0.2, "weight_decay": 0.1, "logging_steps": 1,
@@ -33,7 +33,7 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def compare(mine: Artifact, trainer: Any) -> None:
-    """The same first and last loss, and the same weights behind ten steps: so the gradients were."""
+    """The same first and last loss, and the same weights after ten steps: so the gradients agree."""
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(theirs) == 10

@@ -1,4 +1,4 @@
-"""Plugins of somebody else run through recipes, workers and keys, with nothing in core that knows of them."""
+"""Third-party plugins run through recipes, workers and keys, with nothing in core that knows of them."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def test_all_is_cached_until_a_revision_rises(ran: Path) -> None:
         assert {node["status"] for node in plan(ran, THIRDPARTY_RAISED=component).values()} == {"cached"}
 
 
-def test_edited_code_whose_revision_stayed_is_told_of(ran: Path) -> None:
+def test_edited_code_whose_revision_stayed_is_reported(ran: Path) -> None:
     import luthier_thirdparty
 
     source = Path(luthier_thirdparty.__file__).parent / "focal.py"

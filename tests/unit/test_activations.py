@@ -19,7 +19,7 @@ def test_rounding_is_off_by_half_a_step_and_each_token_has_its_own(seed: int, ki
     inputs = size * torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(seed))
     found = rounded(inputs, kind)
     largest = inputs.abs().amax(dim=-1, keepdim=True)
-    # Floats have 3 bits behind the first: half of the last is a sixteenth of the number, or of the smallest step.
+    # Floats have 3 bits after the first: half of the last is a sixteenth of the number, or of the smallest step.
     step = largest / 127.5 if kind == "int" else inputs.abs() / 8 + largest / 448 * 2**-9
     assert bool(((found - inputs).abs() <= 0.51 * step + 1e-9).all())
     torch.testing.assert_close(rounded(inputs[:, :1], kind), found[:, :1])

@@ -50,7 +50,7 @@ def test_a_class_without_source_has_the_texts_of_those_it_inherits_from() -> Non
     assert descriptions(made) == descriptions(Outer)
 
 
-def test_schemas_tell_them_in_nested_configs_too() -> None:
+def test_schemas_show_them_in_nested_configs_too() -> None:
     schema = Holder.model_json_schema(schema_generator=Described)
     assert schema["properties"]["inner"]["description"] == "The inner one."
     assert schema["$defs"]["Inner"]["properties"]["silent"]["description"] == "Said here."

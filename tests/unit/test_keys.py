@@ -141,7 +141,7 @@ def test_what_cannot_be_hashed_is_refused() -> None:
 RECIPE: dict[str, Any] = {
     "luthier": 1,
     "stages": {
-        # With a seed of its own, for it deals out rows.
+        # With its own seed, because it deals out rows.
         "chats": {"uses": "data", "source": "chats.jsonl", "seed": 3},
         "base": {"uses": "base"},
         "one": {"uses": "sft", "model": "base", "data": "chats"},

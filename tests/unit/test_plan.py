@@ -70,7 +70,7 @@ def test_a_dataset_is_no_model(recipe: Path, tmp_path: Path) -> None:
         plan(Recipe.load(recipe), tmp_path / "s")
 
 
-def test_problems_of_configs_and_between_stages_are_told_together(tmp_path: Path) -> None:
+def test_problems_of_configs_and_between_stages_are_reported_together(tmp_path: Path) -> None:
     path = tmp_path / "many.yaml"
     path.write_text(
         """\

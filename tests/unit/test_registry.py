@@ -1,4 +1,4 @@
-"""Plugins: conflicts, isolation, and names that nobody provides."""
+"""Plugins: conflicts, isolation, and names that no plugin provides."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ REQUIRED_FACTS: dict[ArtifactKind, tuple[str, ...]] = {
 
 
 def is_artifact(folder: Path) -> bool:
-    """Whether a folder holds an artifact: its manifest is one of Luthier's, not somebody else's."""
+    """Whether a folder holds an artifact: its manifest is one of Luthier's."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ class Artifact:
             raise StoreError(
                 f"the manifest cannot be read ({error})",
                 where=str(path / MANIFEST),
-                hint="remove this folder; the next run makes it again",
+                hint="remove this folder; the next run recreates it",
             ) from error
 
     def sibling(self, key: str) -> Artifact:
@@ -90,5 +90,5 @@ class Artifact:
         raise StoreError(
             f"the model that this adapter sits on is missing (key {key[:12]})",
             where=str(self.path),
-            hint=f"run the recipe that made it again, or copy that model's folder to {self.path / BASE}",
+            hint=f"rerun the recipe that made it, or copy that model's folder to {self.path / BASE}",
         )

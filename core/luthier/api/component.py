@@ -1,4 +1,4 @@
-"""The descriptor that a plugin hands over: cheap to import, the heavy code behind a string."""
+"""The descriptor that a plugin provides: cheap to import, the heavy code named by a string."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Component:
 
 
 class Implementation(Generic[C]):
-    """What the class behind every component's `impl` has in common: it is made from its config and a context.
+    """What every component's `impl` class has in common: it is made from its config and a context.
 
     The protocols of all kinds derive from it, and implementations derive from the protocol of their kind: that brings
     them the defaults of its optional members.

@@ -39,7 +39,7 @@ class Config(BaseModel):
 
     @property
     def needs_tool(self) -> str | None:
-        """The tool with an environment of its own that the component runs, see ``luthier doctor``; None for most."""
+        """The tool with its own environment that the component runs, see ``luthier doctor``; None for most."""
         return None
 
 
@@ -47,7 +47,7 @@ def _parsed(value: str) -> str:
     try:
         re.compile(value)
     except re.error as error:
-        raise ValueError(f"{value!r} is no regular expression: {error}") from error
+        raise ValueError(f"{value!r} is not a regular expression: {error}") from error
     return value
 
 
@@ -390,7 +390,7 @@ def configs_in(config: BaseModel) -> Iterator[BaseModel]:
 
 
 def uses_in(config: BaseModel) -> Iterator[Use]:
-    """Every component that a config, or one inside of it, chooses."""
+    """Every component that a config, or one inside it, chooses."""
     for inner in configs_in(config):
         for name in type(inner).model_fields:
             yield from _uses_in(getattr(inner, name))
@@ -453,7 +453,7 @@ def _is_default(config_class: type[BaseModel], name: str, found: Any, components
 
 
 def _has_raised_revision(value: Any) -> bool:
-    """Whether a component inside of an identity has another revision than the first."""
+    """Whether a component inside an identity has a revision other than the first."""
     if isinstance(value, dict):
         inside = cast("dict[str, Any]", value)
         raised = "uses" in inside and inside.get("revision", 1) != 1

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Context(Protocol):
-    """A component's only way to the world, wherever it stands in a recipe.
+    """A component's only access to its surroundings, wherever it appears in a recipe.
 
     Artifacts and files are asked for by the value of the config field that names them: `context.artifact(config.data)`.
 
@@ -70,7 +70,7 @@ class Context(Protocol):
         ...
 
     def collected(self, hook: str) -> Mapping[str, Any]:
-        """What plugins hand over by name: ``gguf_architectures`` or ``tool_environments``."""
+        """What plugins provide by name: ``gguf_architectures`` or ``tool_environments``."""
         ...
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:

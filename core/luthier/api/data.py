@@ -18,7 +18,7 @@ COLUMNS: dict[Schema, tuple[str, ...]] = {
     "labelled": ("prompt", "completion", "label"),
     "prompt": ("prompt",),
 }
-"""The columns that every row of a schema has; others stand beside them."""
+"""The columns that every row of a schema has; there may be others."""
 
 
 class Message(TypedDict):
@@ -57,7 +57,7 @@ class Format(Implementation[C]):
         raise NotImplementedError
 
     def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
-        """The keys of a raw row that it looks at; users are warned of the others, which would be lost unseen.
+        """The keys of a raw row that it reads; users are warned of the others, which would be lost unseen.
 
         By default the schema's columns and every key that a text in the config names. For keys inside of a list, write
         ``messages.role``: where any such is named, users are warned of the others inside.

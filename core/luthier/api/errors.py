@@ -85,7 +85,7 @@ class StoreError(LuthierError):
 
 
 class StageError(LuthierError):
-    """A stage failed for a reason of its own, or its worker died."""
+    """A stage failed for its own reasons, or its worker died."""
 
 
 class GateError(LuthierError):

@@ -19,7 +19,7 @@ class MetricConfig(Config):
     """Base of a metric's config."""
 
     name: str | None = Field(default=None, pattern=r"[A-Za-z][\w.-]*")
-    """What reports and gates call it; by default the metric's own name. It lets one metric stand twice, with other
+    """What reports and gates call it; by default the metric's own name. It lets one metric appear twice, with other
     settings."""
 
 
@@ -31,7 +31,7 @@ class Answers:
         n: Answers to each row; several of them need a temperature.
         temperature: 0 takes the likeliest token each time.
         top_p: Draw among the likeliest tokens that have this probability together.
-        max_new_tokens: The most tokens of an answer; None: what the stage says.
+        max_new_tokens: The maximum number of tokens in an answer; None: what the stage says.
     """
 
     n: int = 1

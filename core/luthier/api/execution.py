@@ -220,7 +220,7 @@ def _exit_report(code: int, log: Path) -> dict[str, str]:
     if code >= 0:
         return {"message": f"the worker ended with exit code {code}", "hint": f"its log: {log}"}
     name = signal.Signals(-code).name
-    why = " (often the sign of too little memory)" if name == "SIGKILL" else ""
+    why = " (often a sign of too little memory)" if name == "SIGKILL" else ""
     return {
         "message": f"the worker was ended by {name}{why}",
         "hint": f"run again: finished stages are kept, training resumes from its checkpoint; log: {log}",

@@ -40,7 +40,7 @@ class Hooks:
 
     @hookspec
     def luthier_tool_environments(self) -> Iterable[ToolEnvironment]:
-        """Hand over tools that get an environment of their own, see ``luthier doctor``."""
+        """Hand over tools that get their own environment, see ``luthier doctor``."""
         raise AssertionError("a hook specification is never called")
 
     @hookspec

@@ -170,6 +170,6 @@ def kind_of_use(name: str) -> str | None:
 
 
 def imported(reference: str) -> Any:
-    """What ``module:name`` stands for."""
+    """What ``module:name`` refers to."""
     module, _, name = reference.partition(":")
     return getattr(import_module(module), name)

@@ -27,7 +27,7 @@ class Sampling:
     """How answers are drawn.
 
     Attributes:
-        max_new_tokens: The most tokens of an answer.
+        max_new_tokens: The maximum number of tokens in an answer.
         temperature: 0 takes the likeliest token each time.
         top_p: Draw among the likeliest tokens that have this probability together.
         n: Answers to each request; several of them need a temperature.
@@ -114,7 +114,7 @@ class Exporter(Implementation[C]):
 
     context: StageContext
     serves: ClassVar[bool] = False
-    """Whether its program has a server of its own, see `listen`."""
+    """Whether its program has its own server, see `listen`."""
 
     def export(self, model: Artifact) -> Facts:
         """Write the files to ``self.context.out``, check them in the real program, return the facts."""
@@ -136,7 +136,7 @@ class Exporter(Implementation[C]):
 
 @dataclass(frozen=True, slots=True)
 class ToolEnvironment:
-    """A tool with an environment of its own, because its pins would conflict with others.
+    """A tool with its own environment, because its pins would conflict with others.
 
     Plugins hand theirs over in the hook ``luthier_tool_environments``; ``luthier doctor --install NAME`` makes it.
 

@@ -27,7 +27,7 @@ class Adapter(Implementation[C]):
 
     def load_options(self) -> Mapping[str, Any]:
         """How its base is loaded, as plain values: ``{"quantization": {...}}`` has the arguments of transformers'
-        ``BitsAndBytesConfig``, dtypes by their names. The adapter's artifact keeps them, so that whoever trains it
+        ``BitsAndBytesConfig``, dtypes by their names. The adapter's artifact keeps them, so that training it
         further loads the base in the same way. By default nothing special."""
         return {}
 
@@ -149,7 +149,7 @@ class Schedule:
         steps: Optimizer steps in all.
         warmup_steps: Over how many of them the learning rate rises from 0.
         learning_rate: Its peak.
-        shape: How it falls behind the peak.
+        shape: How it falls after the peak.
         weight_decay: The stage's weight decay.
     """
 

@@ -84,7 +84,7 @@ class TrainingConfig(StageConfig):
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give `epochs` or `steps`, not both")
         if not isinstance(self.objective.config, ObjectiveConfig):
-            raise ValueError(f"the config of {self.objective.name} is no ObjectiveConfig")
+            raise ValueError(f"the config of {self.objective.name} is not an ObjectiveConfig")
         if (self.resources.gpus or 0) > 1:
             raise ValueError("training runs in one process so far: ask for one GPU at most")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
@@ -157,7 +157,7 @@ class TuningConfig(TrainingConfig):
         schemas = list(dict.fromkeys(str(facts["schema"]) for facts in inputs.get("data", []) if "schema" in facts))
         if len(schemas) > 1:
             # A batch of one and a batch of the other would be trained on in two ways.
-            found.append(f"the datasets have several schemas ({', '.join(schemas)}): train on one after the other")
+            found.append(f"the datasets have different schemas ({', '.join(schemas)}): train on one after the other")
         return found
 
 

@@ -56,7 +56,7 @@ def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped
     """
     for row in (row for rows in splits.values() for row in rows):
         if RESERVED & row.keys() != frozenset(COLUMNS[schema]):
-            raise DataError(f"a row with the columns {', '.join(sorted(row))} is none of the schema {schema}")
+            raise DataError(f"a row with the columns {', '.join(sorted(row))} does not match the schema {schema}")
     return {
         "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},

@@ -78,17 +78,17 @@ def safetensors_header(path: Path) -> dict[str, TensorHeader]:
     """The header of one safetensors file.
 
     Raises:
-        ModelError: the file is cut short or is no safetensors file.
+        ModelError: the file is truncated or is not a safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ModelError("is not a whole safetensors file", where=str(path), hint="copy or download it again")
+            raise ModelError("is not a complete safetensors file", where=str(path), hint="copy or download it again")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
         except ValueError as error:
-            raise ModelError("has a header that cannot be read", where=str(path), hint="copy it again") from error
+            raise ModelError("has an unreadable header", where=str(path), hint="copy it again") from error
     header.pop("__metadata__", None)
     end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if 8 + length + end != size:
@@ -115,7 +115,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
             raise ModelError(
                 f"has its weights as pickle files only ({', '.join(pickles[:3])})",
                 where=str(folder),
-                hint="pickle files can run code; convert them to safetensors where you trust them",
+                hint="pickle files can run code; convert them to safetensors if you trust them",
             )
         raise ModelError("has no weights (*.safetensors)", where=str(folder), hint="is this a model folder?")
     index = folder / "model.safetensors.index.json"

@@ -85,7 +85,7 @@ def conversation(value: Any, field: str) -> list[Message]:
     """Messages that end with a turn of the assistant, which is what is trained.
 
     Raises:
-        DataError: the last turn is somebody else's, or says nothing.
+        DataError: the last turn is not the assistant's, or is empty.
     """
     found = messages(value, field)
     last = found[-1]
@@ -127,7 +127,7 @@ def schema_of(row: Row) -> Schema:
     for schema, columns in COLUMNS.items():
         if own == frozenset(columns):
             return schema
-    raise DataError(f"a row with the columns {', '.join(sorted(row))} is of no schema")
+    raise DataError(f"a row with the columns {', '.join(sorted(row))} matches no schema")
 
 
 def conversations(row: Row) -> list[list[Message]]:

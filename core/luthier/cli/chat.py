@@ -28,8 +28,8 @@ Answer = Callable[[Turns], Iterator[str]]
 
 @click.command("chat", epilog='Example: luthier chat support/tuned --ask "How do I reset it?"')
 @click.argument("artifact")
-@click.option("--ask", multiple=True, metavar="TEXT", help="Ask this, print the answer, and end; may be repeated.")
-@click.option("--system", help="A system message in front of the conversation.")
+@click.option("--ask", multiple=True, metavar="TEXT", help="Ask this, print the answer, and exit; may be repeated.")
+@click.option("--system", help="A system message before the conversation.")
 @click.option("--variant", default="", help="Which file of an export, such as Q4_K_M; by default its last.")
 @click.option(
     "--max-new-tokens",
@@ -37,13 +37,13 @@ Answer = Callable[[Turns], Iterator[str]]
     type=click.IntRange(1),
     default=256,
     show_default=True,
-    help="The most tokens of an answer.",
+    help="The maximum number of tokens in an answer.",
 )
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 def chat_command(
     artifact: str, ask: tuple[str, ...], system: str | None, variant: str, limit: int, store: Path | None
 ) -> None:
-    """Talk with a model, an adapter, or an export in the program it is made for.
+    """Chat with a model, an adapter, or an export in the program it is made for.
 
     ARTIFACT is RECIPE/STAGE, a key or the beginning of one, a folder, or the address of a running server such as
     http://127.0.0.1:8080, whose answers are shown as they come. Answers are greedy. An empty line ends.
@@ -82,7 +82,7 @@ def _over_http(url: str, limit: int, turns: Turns) -> Iterator[str]:
     try:
         yield from streamed(url, turns, limit, model_of(url))
     except ServerError as error:
-        raise ModelError(str(error), hint="is the server running, and is this its address?") from error
+        raise ModelError(str(error), hint="is the server running at this address?") from error
 
 
 def _converse(turns: Turns, answer: Answer) -> None:

@@ -15,7 +15,7 @@ from luthier.running.lock import is_held
 
 
 @click.command("clean", epilog="Example: luthier clean --dry-run")
-@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--scratch", is_flag=True, help="Also remove scratch folders that a stage could resume from.")
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
@@ -30,7 +30,7 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
         total += size
         click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
         if not dry_run:
-            # Without its manifest a folder is no artifact any more, should this be cut short.
+            # Without its manifest a folder is no longer an artifact, should this be interrupted.
             (path / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(path)
     click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")

@@ -27,7 +27,7 @@ def diff_command(models: tuple[str, ...], base: str | None, html: Path | None, s
     from luthier.cli.do import place_of, run_alone
 
     if len(models) < 2:
-        raise click.BadParameter("name two models at least", param_hint="MODELS")
+        raise click.BadParameter("name at least two models", param_hint="MODELS")
     place = Store.at(store)
     config: dict[str, Any] = {"uses": "diff", "models": [place_of(text, place) for text in models]}
     if base is not None:

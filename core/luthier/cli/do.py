@@ -48,14 +48,14 @@ def do_command(stage: str, values: tuple[str, ...], out: Path | None, seed: int,
         made = result.artifact(stage)
         shutil.copytree(made.path, out)
         if made.kind == "adapter":
-            # Away from its store, an adapter has the model it sits on with it.
+            # Outside its store, an adapter brings the model it sits on.
             shutil.copytree(made.base.path, out / BASE)
         console.print(f"\ncopied to {out}")
     sys.exit(result.exit_code)
 
 
 def run_alone(stage: str, config: dict[str, Any], seed: int, store: Store) -> RunResult:
-    """Run one stage, and show how it goes on."""
+    """Run one stage, and show its progress."""
     from luthier.cli.display import Display, make_console
 
     recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
@@ -135,7 +135,7 @@ def _value(config_class: Any, path: str, text: str) -> Any:
     field = config_class.model_fields.get(path)
     whole = parse_scalar(text)
     if field is None:
-        # Inside of a sub-component, whose fields are not known yet.
+        # Inside a sub-component, whose fields are not known yet.
         return [parse_scalar(part) for part in text.split(",")] if isinstance(whole, str) and "," in text else whole
     many = "list" in str(field.annotation)
     items: list[Any] = [whole]
@@ -147,7 +147,7 @@ def _value(config_class: Any, path: str, text: str) -> Any:
 
 
 def place_of(text: str, store: Store) -> str:
-    """An input as a recipe would name it: a path or hub id as it is, an artifact of the store by its folder.
+    """An input as a recipe would name it: a path or hub id unchanged, an artifact of the store by its folder.
 
     ``<model>+<adapter>`` is an adapter from outside on a model.
     """

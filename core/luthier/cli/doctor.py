@@ -30,7 +30,7 @@ print(json.dumps({"cuda": names, "threads": torch.get_num_threads()}))
 @click.command("doctor", epilog="Example: luthier doctor --json")
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
 @click.option("--json", "as_json", is_flag=True, help="JSON for machines.")
-@click.option("--install", metavar="TOOL", help="Make the environment of a tool.")
+@click.option("--install", metavar="TOOL", help="Install the environment of a tool.")
 @click.option("--yes", is_flag=True, help="Do not ask before installing.")
 def doctor_command(store: Path | None, as_json: bool, install: str | None, yes: bool) -> None:
     """Show versions, devices, the store, broken plugins, and what each extra or tool would add.

@@ -77,7 +77,7 @@ def init_command(data: Path, base: str, out: Path | None) -> None:
     form, count = _look(data)
     body = {"messages": TUNED, "preference": PREFERRED, "text": TEXT}[form]
     if count < 2:
-        raise DataError("has one row only", where=str(data), hint="a split for testing needs a second one")
+        raise DataError("has only one row", where=str(data), hint="a test split needs a second one")
     where = data if data.is_absolute() else Path(os.path.relpath(data, out.parent))
     if Path(base).is_dir() and not Path(base).is_absolute():
         base = os.path.relpath(base, out.parent)
@@ -112,13 +112,13 @@ def _look(data: Path) -> tuple[str, int]:
     try:
         row: Any = json.loads(lines[0])
     except ValueError as error:
-        raise DataError(f"is not valid JSON ({error})", where=f"{data}:1", hint="one JSON object a line") from error
+        raise DataError(f"is not valid JSON ({error})", where=f"{data}:1", hint="one JSON object per line") from error
     keys = {"messages": ("messages",), "preference": ("prompt", "chosen", "rejected"), "text": ("text",)}
     for form, needed in keys.items():
         if isinstance(row, dict) and all(key in row for key in needed):
             return form, len(lines)
     raise DataError(
-        "its rows are of no known format",
+        "its rows match no known format",
         where=f"{data}:1",
         hint="a row has `messages`; or `prompt`, `chosen` and `rejected`; or `text`",
     )

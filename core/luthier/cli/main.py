@@ -9,7 +9,7 @@ from importlib import import_module
 import click
 
 VERBS = {
-    "chat": ("luthier.cli.chat:chat_command", "Talk with a model, an adapter or an export."),
+    "chat": ("luthier.cli.chat:chat_command", "Chat with a model, an adapter or an export."),
     "clean": ("luthier.cli.clean:clean_command", "Remove what no recipe needs any more."),
     "completion": ("luthier.cli.completion:completion_command", "Print completion for a shell."),
     "diff": ("luthier.cli.diff:diff_command", "Show how models differ, layer by layer."),
@@ -28,7 +28,7 @@ VERBS = {
 
 
 class Verbs(click.Group):
-    """Lists the verbs without importing them, and those of plugins behind them."""
+    """Lists the verbs without importing them, and those of plugins after them."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*sorted(VERBS), *sorted(_plugin_commands())]
@@ -49,7 +49,7 @@ class Verbs(click.Group):
 
 
 def _plugin_commands() -> dict[str, click.Command]:
-    """The verbs that plugins hand over; a plugin cannot replace one of Luthier's own."""
+    """The verbs that plugins provide; a plugin cannot replace one of Luthier's own."""
     from luthier.registry import default_registry
 
     commands: dict[str, click.Command] = {}

@@ -30,7 +30,7 @@ def plugin_command() -> None:
 def new_command(name: str, kind: str, out: Path | None) -> None:
     """Write a package that installs and whose tests pass as written."""
     if not NAME.fullmatch(name):
-        raise click.BadParameter("a name has lower-case letters, digits and '-', a letter first", param_hint="NAME")
+        raise click.BadParameter("a name has lower-case letters, digits, '-'; a letter first", param_hint="NAME")
     distribution = f"luthier-plugin-{name.replace('_', '-')}"
     folder = out or Path(distribution)
     if folder.exists():

@@ -101,7 +101,7 @@ def _lineage(store: Store, artifact: Artifact, tree: Any) -> None:
         for key in keys:
             parent = store.find(key)
             if parent is None:
-                tree.add(f"{field}: {key[:12]} (not in the store any more)")
+                tree.add(f"{field}: {key[:12]} (no longer in the store)")
                 continue
             branch = tree.add(f"{field}: {parent.manifest['stage']} ({parent.kind} {key[:12]})")
             _lineage(store, parent, branch)

@@ -1,4 +1,4 @@
-"""Tools with an environment of their own: made when the user agrees."""
+"""Tools with their own environment: made when the user agrees."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def install(tool: ToolEnvironment, yes: bool = False) -> None:
         return
     click.echo(
         f"{tool.name}: {tool.summary}\ninto {environments.folder_of(tool)}: "
-        f"{', '.join(tool.packages)} and what these need, some GB"
+        f"{', '.join(tool.packages)} and their dependencies, several GB"
     )
     if yes or click.confirm("install?"):
         environments.install(tool, click.echo)

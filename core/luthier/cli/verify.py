@@ -33,7 +33,7 @@ def verify_command(url: str, golden: str, store: Path | None) -> None:
         least, _ = float(content["least"]), content["entries"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ModelError(
-            f"is no golden file ({error})", where=str(file), hint="an export with `serve:` writes one"
+            f"is not a golden file ({error})", where=str(file), hint="an export with `serve:` writes one"
         ) from error
     verdicts: list[Verdict] = []
     try:
@@ -43,15 +43,13 @@ def verify_command(url: str, golden: str, store: Path | None) -> None:
             if not verdict.same_answer:
                 click.echo(f"       expected {verdict.expected!r}")
     except ServerError as error:
-        raise ModelError(str(error), hint="is the server running, and is this its address?") from error
+        raise ModelError(str(error), hint="is the server running at this address?") from error
     problem = problem_of(verdicts, least)
     if problem:
         raise GateError(problem, where=url)
     same = sum(verdict.same_answer for verdict in verdicts)
     counted = all(verdict.tokens is not None for verdict in verdicts)
     prompts = (
-        "all prompts became as many tokens as they should"
-        if counted
-        else "it does not say how many tokens the prompts were"
+        "all prompts have the expected number of tokens" if counted else "it does not report the prompts' token counts"
     )
     click.echo(f"{same} of {len(verdicts)} answers are the same; {prompts}")

@@ -50,9 +50,9 @@ class MergeMethodConfig(Config):
     base: ClassVar[BaseUse] = "unused"
     """Whether the method merges task vectors, the differences to a base model."""
     models: ClassVar[tuple[int, int | None]] = (1, None)
-    """The fewest and the most models it takes, the base not among them; None is no limit."""
+    """The fewest and the most models it takes, not counting the base; None means no limit."""
     weighted: ClassVar[bool] = True
-    """Whether it looks at the models' weights."""
+    """Whether it uses the models' weights."""
     prepares: ClassVar[bool] = False
     """Whether it learns something of each model first, see `MergeMethod.prepare`."""
 
@@ -108,7 +108,7 @@ def _complete(setting: PlainSetting | PerModel) -> PlainSetting | PerModel:
         if not isinstance(plain, list):
             continue
         if not plain:
-            raise ValueError("an empty list says nothing: give a number, numbers by layer, or filters")
+            raise ValueError("an empty list has no meaning: give a number, numbers by layer, or filters")
         last = plain[-1]
         if isinstance(last, Filtered) and last.filter not in (None, "*"):
             raise ValueError("the last entry of a list of filters needs no filter: it is for all other parameters")
@@ -116,7 +116,7 @@ def _complete(setting: PlainSetting | PerModel) -> PlainSetting | PerModel:
 
 
 def within(low: float, high: float = math.inf, *, above: bool = False) -> AfterValidator:
-    """Refuse settings with a number outside of [low, high], or of (low, high] where it has to be `above` the low."""
+    """Refuse settings with a number outside [low, high], or of (low, high] where it has to be `above` the low."""
 
     def check(setting: PlainSetting | PerModel) -> PlainSetting | PerModel:
         for value in leaves(setting):
@@ -240,7 +240,7 @@ class Scan(Protocol):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the parts lie in a GPU's memory, where reading them again takes next to no time."""
+        """Whether the parts are in a GPU's memory, where reading them again takes almost no time."""
         ...
 
     def __call__(self, function: Callable[[MergePart], Tensor]) -> Tensor:

@@ -126,7 +126,7 @@ def _silence(folder: Path) -> str | None:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         encode_conversation(tokenizer, SAMPLE, stop_token_ids(folder))
-    # transformers raises what it likes; the model is merged and whole, whatever its tokenizer is like.
+    # transformers may raise anything; the merged model is complete, whatever its tokenizer is like.
     except Exception as error:  # noqa: BLE001
         return str(error)
     return None

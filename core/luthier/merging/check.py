@@ -50,7 +50,7 @@ def check(config: MergeConfig, inputs: Inputs) -> None:
 
 
 def check_stored(inputs: Inputs, what: str) -> None:
-    """Refuse models whose weights cannot be read as numbers of their own.
+    """Refuse models whose weights cannot be read as plain numbers.
 
     Args:
         what: What was to be done with them, for the message.
@@ -109,7 +109,7 @@ def input_problems(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
 
 
 def odd_dtypes(model: Source) -> Iterator[str]:
-    """What is stored in a form that cannot be read as numbers of its own."""
+    """What is stored in a form that cannot be read as plain numbers."""
     odd = sorted(name for name, header in model.headers.items() if header.dtype not in (*DTYPES, *WHOLE))
     quantized = "quantization_config" in model.config
     if odd or quantized:
@@ -203,7 +203,7 @@ def is_vocabulary(name: str) -> bool:
 
 
 def unstackable(config: MergeConfig, inputs: Inputs) -> Iterator[str]:
-    """What does not fit in a stack of slices: every layer's tensors, and those outside of layers."""
+    """What does not fit in a stack of slices: every layer's tensors, and those outside layers."""
     if not config.slices:
         return
     lead = inputs.lead

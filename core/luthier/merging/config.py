@@ -35,7 +35,7 @@ class SliceSource(Config):
     model: ModelInput
     """The model."""
     layers: tuple[int, int]
-    """The first of its layers, and the one behind the last."""
+    """The first of its layers, and the one after the last."""
     weight: Setting = 1.0
     """Its weight."""
     scale: Setting = 1.0
@@ -46,7 +46,7 @@ class SliceSource(Config):
     def _in_order(self) -> SliceSource:
         first, behind = self.layers
         if not 0 <= first < behind:
-            raise ValueError(f"layers [{first}, {behind}] is no range: write [first, one behind the last]")
+            raise ValueError(f"layers [{first}, {behind}] is not a range: write [first, one past the last]")
         return self
 
 
@@ -73,7 +73,7 @@ class Slice(Config):
         counts = [behind - first for first, behind in ranges]
         if len(set(counts)) > 1:
             what = "the sources of a slice, and its base," if self.base_layers else "the sources of a slice"
-            raise ValueError(f"{what} have {', '.join(map(str, counts))} layers: they must be as many")
+            raise ValueError(f"{what} have {', '.join(map(str, counts))} layers: the counts must match")
         return self
 
 
@@ -89,7 +89,7 @@ class TokenRows(Config):
     zero: bool = False
     """Give it rows of zeros."""
     force: bool = False
-    """In models too that have rows of their own for it."""
+    """Also in models that have their own rows for it."""
 
     @model_validator(mode="after")
     def _one_source(self) -> TokenRows:
@@ -98,7 +98,7 @@ class TokenRows(Config):
         if self.like is not None and self.model is None:
             raise ValueError("`like` names a token of a `model`: say which")
         if self.force and self.model is None and not self.zero:
-            raise ValueError("`force` needs to know what with: give `model`, or `zero`")
+            raise ValueError("`force` needs a source: give `model`, or `zero`")
         return self
 
 
@@ -130,7 +130,7 @@ class MergeConfig(StageConfig):
     """``base``: that of `base`, else of the first model, which all must share. ``union``: every token of every
     model, with the rows of the embeddings moved to their places. Or a model's, by its stage."""
     tokens: list[TokenRows] = []
-    """Tokens whose rows come from where you say. Without a word, a model that lacks a token gets its rows from the
+    """Tokens whose rows come from where you say. By default, a model that lacks a token gets its rows from the
     base, else the mean of those of the models that have it."""
     pad_to_multiple_of: int | None = Field(default=None, gt=0)
     """Fill the embeddings up to a number of rows that this divides, with the mean of the tokens' rows."""
@@ -181,7 +181,7 @@ class MergeConfig(StageConfig):
         return self
 
     def methods_of_slices(self) -> dict[int, Use]:
-        """The method of each slice that has settings of its own, by the slice's place.
+        """The method of each slice that has its own settings, by the slice's place.
 
         Raises:
             ValueError: the method does not have such a setting, or not with such a value.
@@ -225,7 +225,7 @@ class MergeConfig(StageConfig):
         if method.prepares and self.slices:
             found.append(f"{name} measures what whole models do with data, and cannot merge slices")
         if method.prepares and (self.tokenizer != "base" or self.tokens or self.pad_to_multiple_of):
-            found.append(f"{name} looks at the models as they are: merge models of one tokenizer")
+            found.append(f"{name} reads the models as they are: merge models with the same tokenizer")
         shared = [count for place, count in enumerate(counts) if not (self.slices and self.slices[place].settings)]
         found += settings_problems(method, name, self.weights or [], shared)
         return found
@@ -262,7 +262,7 @@ def as_method(use: Use) -> MergeMethodConfig:
         ValueError: it is none; methods are plugins.
     """
     if not isinstance(use.config, MergeMethodConfig):
-        raise ValueError(f"the config of {use.name} is no MergeMethodConfig")
+        raise ValueError(f"the config of {use.name} is not a MergeMethodConfig")
     return use.config
 
 

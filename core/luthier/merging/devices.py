@@ -1,4 +1,4 @@
-"""Where whole matrices are worked on: on a GPU where there is one and it is faster, with the CPU behind it."""
+"""Where whole matrices are worked on: on a GPU where there is one and it is faster, with the CPU as a fallback."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class Engine:
     """Runs the jobs of one merge.
 
     Args:
-        method: The merge method of all tensors that have none of their own.
+        method: The merge method of all tensors without their own.
         output: Where results go.
         settings: How to work.
         progress: Called with the entries done and their number.
@@ -166,7 +166,7 @@ class Engine:
         return self._method(job).granularity == "statistics" and size <= KEPT // self.settings.workers
 
     def _kept(self, job: TensorJob, spans: Sequence[Span]) -> list[MergePart]:
-        """All parts at once, each in buffers of its own that are used again for the next parameter."""
+        """All parts at once, each in its own buffers, which are used again for the next parameter."""
         held: list[Scratch] = self._local.__dict__.setdefault("held", [])
         held.extend(Scratch() for _ in range(len(spans) - len(held)))
         return [read_part(job, span, scratch) for span, scratch in zip(spans, held, strict=False)]

@@ -1,4 +1,4 @@
-"""Parameters whose parts lie in a GPU's memory: for methods that do much with each entry."""
+"""Parameters whose parts are in a GPU's memory: for methods that compute a lot per entry."""
 
 from __future__ import annotations
 

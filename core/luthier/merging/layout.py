@@ -79,7 +79,7 @@ def layers_of(names: Sequence[str]) -> dict[str, int]:
 
 
 def depth_of(name: str, counts: Mapping[str, int]) -> float:
-    """0 for the first layer, 1 for the last; 0 outside of layers."""
+    """0 for the first layer, 1 for the last; 0 outside layers."""
     match = LAYER.match(name)
     if match is None:
         return 0.0
@@ -88,7 +88,7 @@ def depth_of(name: str, counts: Mapping[str, int]) -> float:
 
 
 def _before_layers(name: str) -> bool:
-    """Whether a parameter outside of layers is used before them: all that embeds; what is behind them is a norm or the
+    """Whether a parameter outside layers is used before them: all that embeds; what comes after them is a norm or the
     output head, which is called an embedding in GPT-NeoX.
     """
     return any(part in name for part in EMBEDS) and not name.startswith(OUT)

@@ -1,6 +1,6 @@
 """Loads a written model the way its users will: transformers loads it, nothing is missing, it computes.
 
-Also a program of its own, which begins to import transformers while the merge goes on: importing takes longer than
+Also a separate program, which begins to import transformers while the merge goes on: importing takes longer than
 merging. It starts at once, because nothing is imported here that it does not need.
 """
 
@@ -27,7 +27,7 @@ def load_check(folder: Path) -> dict[str, Any]:
     """
     try:
         return _load(folder)
-    # transformers raises what it likes; whatever it is, the model cannot be loaded.
+    # transformers may raise anything; in any case, the model cannot be loaded.
     except Exception as error:  # noqa: BLE001
         return {"problem": f"{type(error).__name__}: {error}"}
 

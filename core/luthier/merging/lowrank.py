@@ -20,13 +20,13 @@ WRAPPED = "base_model.model."
 TRANSPOSED = ("gpt2", "imagegpt", "openai-gpt")
 """Architectures whose linear layers are Conv1D, with weights of shape (in, out)."""
 ADDS_ONLY = ("gaussian", "orthogonal", "eva")
-"""Ways to begin that leave the base as it is; the others take the beginning away from it."""
+"""Initializations that leave the base unchanged; the others subtract the initial values from it."""
 VARIANTS = ("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
             "monteclora_config", "layer_replication", "lora_bias")  # fmt: skip
 """Settings of PEFT with which an adapter is more than W + s B A."""
 EMBEDDING_A = "embedding_A"
 UNTIED = (HEAD, "embed_out.weight")
-"""Output heads that are parameters of their own, where they are among the tensors."""
+"""Output heads that are separate parameters, where they are among the tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class LowRank:
         return weight in self.targets or weight in self.replaced
 
     def read(self, weight: str, start: int, out: Tensor, scratch: Scratch) -> bool:
-        """Fill `out` with what stands in the place of the base's weight, if the adapter brings it whole."""
+        """Fill `out` with what replaces the base's weight, if the adapter brings it whole."""
         if weight not in self.replaced:
             return False
         self.files.floats(self.replaced[weight], start, out.view(-1), scratch)

@@ -95,7 +95,7 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
     if left_out:
         context.log(
-            f"{len(left_out)} tensors are no parameters and left out (transformers computes or ties them): "
+            f"{len(left_out)} tensors are not parameters and were left out (transformers computes or ties them): "
             f"{', '.join(left_out[:5])}"
         )
     return {
@@ -152,7 +152,7 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
             template_choice = template_choice_of(config.chat_template, inputs)
     except ModelError as error:
         found.append(error.message)
-    # Without the layers there is no layout; other problems do not stand in its way.
+    # Without the layers there is no layout; other problems do not prevent it.
     readable = not any(text for model in inputs.all for text in odd_dtypes(model))
     if readable and not stuck:
         layout = lay_out(config, inputs, context.seed, config.dtype)
@@ -190,7 +190,7 @@ def _warn_of_suspicious_settings(config: MergeConfig, inputs: Inputs, layout: La
 
 
 def _warn_of_other_bases(config: MergeConfig, inputs: Inputs, context: StageContext) -> None:
-    """Say so where an adapter does not sit on the base: right for an adapter on a tuned model, else a mistake."""
+    """Warn where an adapter does not sit on the base: right for an adapter on a tuned model, else a mistake."""
     slices = [place for place, part in enumerate(config.slices) for _ in part.sources] or [None] * len(inputs.models)
     for model, base in dict.fromkeys(zip(inputs.models, map(inputs.base_of, slices), strict=True)):
         under = full_of(model.artifact)
@@ -202,7 +202,7 @@ def _warn_of_other_bases(config: MergeConfig, inputs: Inputs, context: StageCont
 
 
 def _settle(output: Output, context: StageContext) -> None:
-    """See the files onto the disk and hash them, all at once and while the other process looks at them."""
+    """See the files onto the disk and hash them, all at once and while the other process checks them."""
     with ThreadPoolExecutor() as pool:
         synced = pool.submit(output.sync)
         for _ in pool.map(context.finished, output.paths):
@@ -244,7 +244,7 @@ def _base(config: MergeConfig, context: StageContext) -> Artifact | None:
 
 
 def _own_bases(config: MergeConfig, context: StageContext) -> dict[int, Artifact]:
-    """The bases of the slices that have one of their own."""
+    """The bases of the slices that have their own."""
     return {place: context.artifact(part.base) for place, part in enumerate(config.slices) if part.base}
 
 

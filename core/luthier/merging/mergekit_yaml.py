@@ -88,7 +88,7 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"the mergekit file '{path}' cannot be read: {error}") from error
     if not isinstance(content, dict) or "merge_method" not in content:
-        raise ValueError(f"'{path}' is no mergekit file: it has no merge_method")
+        raise ValueError(f"'{path}' is not a mergekit file: it has no merge_method")
     found = cast("Values", content)
     odd = sorted(set(found) - KNOWN)
     if odd:
@@ -98,7 +98,7 @@ def as_config(values: Mapping[str, Any], folder: Path | None) -> Values:
         reader = _Reader(found, path.parent, module)
         translated = reader.config()
     except (TypeError, AttributeError, IndexError, KeyError) as error:
-        raise ValueError(f"the mergekit file '{path}' is not as mergekit wants it: {error}") from error
+        raise ValueError(f"the mergekit file '{path}' is not valid for mergekit: {error}") from error
     return {**translated, **({"unused": reader.unused} if reader.unused else {}), **own}
 
 
@@ -128,7 +128,7 @@ def _entries(content: Values, key: str, inside: str = "model") -> list[Values]:
     """A list of mappings, each of which names something under `inside`."""
     value: Any = content.get(key)
     if not isinstance(value, list) or not all(isinstance(item, dict) and inside in item for item in value):
-        raise ValueError(f"`{key}` of the mergekit file is no list of entries that have `{inside}`")
+        raise ValueError(f"`{key}` of the mergekit file is not a list of entries that have `{inside}`")
     return cast("list[Values]", value)
 
 
@@ -224,7 +224,7 @@ class _Reader:
         """What the file says of tokens."""
         named: Any = self.content.get("tokenizer")
         if named is not None and not isinstance(named, dict):
-            raise ValueError("`tokenizer` of the mergekit file is no mapping")
+            raise ValueError("`tokenizer` of the mergekit file is not a mapping")
         settings = cast("Values", named or {})
         odd = sorted(set(settings) - {"source", "tokens", "pad_to_multiple_of"})
         if odd:
@@ -246,7 +246,7 @@ class _Reader:
         source: Any = entry.get("source")
         force = {"force": True} if entry.get("force") else {}
         if source is None and force:
-            raise ValueError(f"the token {token!r} of the mergekit file is to be forced, but not to what")
+            raise ValueError(f"the token {token!r} of the mergekit file is forced, but not to any value")
         if source is None:
             return {"token": token}
         if isinstance(source, dict) and "kind" in source:
@@ -334,7 +334,7 @@ class _Reader:
             part["base"] = own_base
         if base_layers not in (None, sources[0][0]["layers"]):
             part["base_layers"] = base_layers
-        # A scale stands beside every source now.
+        # Every source now has a scale.
         beside = {"scale"} if self.method == "passthrough" else set[str]()
         kept = [
             {key: value for key, value in values.items() if key not in beside}
@@ -388,7 +388,7 @@ class _Reader:
         return value
 
     def _place(self, model: Any) -> str:
-        """A model's folder, relative to the file or to where one stands; else its hub id. ``model+adapter`` is both."""
+        """A folder, relative to the file or the working directory, else a hub id; ``model+adapter`` is both."""
         if isinstance(model, dict):
             parts = [cast("Values", model)[key]["path"] for key in ("model", "lora") if model.get(key)]
             return "+".join(self._place(part) for part in parts)

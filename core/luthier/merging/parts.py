@@ -1,4 +1,4 @@
-"""How a merge method is run on a parameter: in parts of whole rows, always the same ones, whoever works on them."""
+"""How a merge method is run on a parameter: in parts of whole rows, always the same ones, for any number of workers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Grid:
         return max(1, BLOCK // max(1, self.columns))
 
     def spans(self, parts: int = 1) -> Iterator[tuple[int, int]]:
-        """The first row of each part, or of so many parts at once, and the row behind its last."""
+        """The first row of each part, or of so many parts at once, and the row after its last."""
         for first in range(0, self.rows if self.columns else 0, parts * self.height):
             yield first, min(first + parts * self.height, self.rows)
 

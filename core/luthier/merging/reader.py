@@ -1,4 +1,4 @@
-"""Models whose tensors are read in parts as float32, adapters added on the way."""
+"""Models whose tensors are read in parts as float32, with adapters added."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Weights:
         folded: Where the adapter was folded into its base, in float32, when that is not done here.
 
     Attributes:
-        left_out: The tensors in its files that are no parameters.
+        left_out: The tensors in its files that are not parameters.
 
     Raises:
         Unfoldable: only PEFT can fold the adapter.
@@ -102,7 +102,7 @@ class Weights:
             self.adapter.close()
 
     def _where(self, name: str, start: int, out: Tensor, scratch: Scratch) -> str:
-        """The place of a tensor with entries that are no numbers: the base's file, unless the adapter brought them."""
+        """The place of a tensor with entries that are not numbers: the base's file, unless the adapter brought them."""
         folder, file = self.files.folder, self.headers[name].file
         if self.adapter is not None and self.adapter.changes(name):
             self.files.floats(name, start, out.view(-1), scratch)

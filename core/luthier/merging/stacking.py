@@ -44,7 +44,7 @@ class Kinds:
         folder = full_of(model.artifact).path
         try:
             self._config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
-        # transformers raises what it likes, down to errors of libraries below it.
+        # transformers may raise anything, down to errors of libraries below it.
         except Exception as error:
             raise ModelError(f"transformers cannot read the config: {error}", where=str(folder)) from error
         config: Config = self._config.to_dict()
@@ -101,7 +101,7 @@ def restacked(config: Config, layers: Sequence[Mapping[str, Any]], lead: Kinds) 
             dense = there.index(False) if False in there else len(there)
             if any(there[dense:]):
                 raise ModelError(
-                    "the dense layers of this architecture come first, and these slices put one behind "
+                    "the dense layers of this architecture come first, and these slices put one after "
                     "layers of experts",
                     hint="take the dense layers in the first slice only",
                 )

@@ -1,6 +1,6 @@
 """Checks a written model: the index against the files, and whether transformers loads it.
 
-Where transformers is not loaded yet, the check is a process of its own, see `luthier.merging.load_check`.
+Where transformers is not loaded yet, the check is a separate process, see `luthier.merging.load_check`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Verifier:
 
     @property
     def apart(self) -> bool:
-        """Whether a process of its own is getting ready for the check."""
+        """Whether a separate process is getting ready for the check."""
         return self._process is not None
 
     def verdict(self, meanwhile: Callable[[], None] = lambda: None) -> Facts:

@@ -159,12 +159,12 @@ def _row_of(rows: TokenRows, model: Source | None) -> Origin:
     wanted = rows.token if rows.like is None else rows.like
     row = wanted if isinstance(wanted, int) else known.get(wanted)
     if row is None or not 0 <= row < _rows(model):
-        raise ModelError(f"the rows of {rows.token!r} were to come from {model.label}, which has none for {wanted!r}")
+        raise ModelError(f"the rows of {rows.token!r} should come from {model.label}, which has none for {wanted!r}")
     return ((model, row),)
 
 
 def _with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
-    """A tokenizer with more tokens behind its own, taken as they are written."""
+    """A tokenizer with more tokens after its own, taken as they are written."""
     more = copy.deepcopy(tokenizer)
     following = max(tokens_of(tokenizer).values()) + 1
     plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
@@ -205,7 +205,7 @@ def _read(model: Source) -> Tokenizer:
 
 
 def _joined(first: Tokenizer, second: Tokenizer, lead: Source, other: Source, sources: dict[str, str]) -> Tokenizer:
-    """The first tokenizer with what only the second has: tokens behind its own, merges behind its own."""
+    """The first tokenizer with what only the second has: tokens after its own, merges after its own."""
     kinds = [first["model"].get("type"), second["model"].get("type")]
     odd = [key for key in SAME if first.get(key) != second.get(key)]
     if kinds[0] != kinds[1] or odd:
@@ -323,7 +323,7 @@ class _Respelled:
                 flat[place].zero_()
             elif len(origin) == 1:
                 source, row = origin[0]
-                # Rows that lie one behind the other are read at once.
+                # Consecutive rows are read at once.
                 while place + count < len(flat) and self._rows[first + place + count] == ((source, row + count),):
                     count += 1
                 source.read(name, row * flat.shape[1], flat[place : place + count], scratch)

@@ -21,7 +21,7 @@ MARKS = ("weight_scale", "_weight_scale")
 
 
 def rounded(inputs: Tensor, kind: Kind) -> Tensor:
-    """Each token's inputs, shape (..., channels), as 8-bit numbers with a scale of its own have them."""
+    """Each token's inputs, shape (..., channels), as 8-bit numbers with its own scale have them."""
     largest = inputs.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
     if kind == "int":
         scale = largest / HALF_RANGE

@@ -42,7 +42,7 @@ def check_adapter(folder: Path, base: Path) -> list[str]:
             raise ModelError(
                 f"a {config.peft_type.value} adapter changes prompts and no weights",
                 where=str(folder),
-                hint="bring a LoRA adapter",
+                hint="use a LoRA adapter",
             )
         written = set(safetensors_header(folder / ADAPTER_WEIGHTS))
         model: Any = peft.PeftModel(_without_weights(base), config, low_cpu_mem_usage=True)
@@ -52,7 +52,7 @@ def check_adapter(folder: Path, base: Path) -> list[str]:
             found: Any = model.load_adapter(str(folder), "default", low_cpu_mem_usage=True, torch_device="cpu")
     except LuthierError:
         raise
-    # PEFT and transformers raise what they like when names, shapes or settings are others.
+    # PEFT and transformers may raise anything when names, shapes or settings differ.
     except Exception as error:
         wrong = [f"{name} is {here} there, and {made} in the adapter" for name, made, here in _mismatches(error)]
         first = str(error).strip().partition("\n")[0] or type(error).__name__

@@ -68,7 +68,7 @@ def text_of(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase, split: Split = "train") -> Iterator[str]:
-    """The rows of all datasets' split as text, in an order of their own that mixes them."""
+    """The rows of all datasets' split as text, in an order that mixes them."""
     rows = [row for data in datasets for row in read_split(data, split)]
     random.Random(SEED).shuffle(rows)
     for row in rows:

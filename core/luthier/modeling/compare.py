@@ -92,6 +92,6 @@ def compared(reference: Any, changed: Any, sequences: Sequence[Sequence[int]]) -
     predicted = positions - len(sequences)
     own, reference_own = (math.exp(min(loss / max(1, predicted), 700.0)) for loss in losses)
     mean = divergence / positions
-    # Rounding may take it below zero; NaN stays what it is, and is no small number.
+    # Rounding may take it below zero; NaN stays NaN, and is not a small number.
     kl = 0.0 if mean < 0 else mean
     return Comparison(kl, same / positions, own, reference_own, positions, len(sequences))

@@ -59,7 +59,7 @@ def completions(
 def _generate(
     model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: Sequence[int], sampling: Sampling
 ) -> list[list[int]]:
-    """Token ids behind each prompt, `sampling.n` rows a prompt, padded behind their ends."""
+    """Token ids after each prompt, `sampling.n` rows per prompt, padded after their ends."""
     width = max(map(len, prompts))
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -89,7 +89,7 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fold(model: Any) -> PreTrainedModel:
-    """Fold an adapter into the full-precision weights it sits on; other models come back as they are.
+    """Fold an adapter into the full-precision weights it sits on; other models are returned unchanged.
 
     Raises:
         ModelError: PEFT cannot fold adapters of this kind.
@@ -124,7 +124,7 @@ def full_weights(artifact: Artifact, scratch: Path) -> Path:
     difference = float((_answers(folded) - before).abs().max())
     if difference > SAME * float(before.abs().max()):
         raise ModelError(
-            f"folded into its model, the adapter is another one: the scores of tokens differ by {difference:.3g}",
+            f"folded into its model, the adapter behaves differently: the scores of tokens differ by {difference:.3g}",
             where=str(artifact.path),
             hint="is the embedding tuned, and the output head tied to it? then it cannot be folded; "
             "train with an untied head",

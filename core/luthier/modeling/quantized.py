@@ -19,7 +19,7 @@ from luthier.api.errors import ModelError
 from luthier.artifacts.models import read_json, tensor_headers
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which of eight rows stands in each nibble of AutoAWQ's integers, from the lowest."""
+"""Which of eight rows is in each nibble of AutoAWQ's integers, from the lowest."""
 WORD = 32
 READABLE = ("awq", "gptq", "compressed-tensors", "torchao")
 """What ``quant_method`` may be in the config of a folder that `read_floats` reads."""
@@ -86,7 +86,7 @@ def to_awq(matrix: Grouped) -> dict[str, Tensor]:
 
 
 def from_awq(tensors: Mapping[str, Tensor], bits: int) -> Grouped:
-    """A matrix out of AutoAWQ's layout."""
+    """A matrix from AutoAWQ's layout."""
     return Grouped(
         _unpacked(tensors["qweight"], bits, AWQ_ORDER).T.contiguous(),
         tensors["scales"].T.contiguous(),
@@ -110,10 +110,10 @@ def to_gptq(matrix: Grouped) -> dict[str, Tensor]:
 
 
 def from_gptq(tensors: Mapping[str, Tensor], bits: int) -> Grouped:
-    """A matrix out of GPTQ's layout, version 1.
+    """A matrix from GPTQ's layout, version 1.
 
     Raises:
-        ModelError: its columns are in an order of their own.
+        ModelError: its columns are reordered.
     """
     order = range(WORD // bits)
     values = _unpacked(tensors["qweight"].T.contiguous(), bits, order)

@@ -23,7 +23,7 @@ from luthier.modeling.loading import load_client, load_model, load_tokenizer, to
 FEWEST = 0.5
 """Bytes of a weight with four bits: what a quantized folder takes at least."""
 FINER = (
-    "choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data like what the model is for, "
+    "choose more bits or smaller groups, `skip` sensitive layers, name `calibration` data that resembles real use, "
     "or raise `max_kl`"
 )
 
@@ -55,7 +55,7 @@ def quantize(
         model: The model or adapter.
         source: Its full weights.
         use: The quantizer.
-        data: What it looks at.
+        data: The calibration data.
         max_kl: The largest mean KL divergence; None: what the quantizer says.
         context: The stage's context.
 

@@ -28,7 +28,7 @@ def asked(
 
     Args:
         generator: What answers.
-        rows: Rows that have an answer of their own, which is left out.
+        rows: Rows that have their own answer, which is left out.
         needs: What the metrics need.
         max_new_tokens: The most tokens of an answer, where a metric does not say.
         seed: The seed of what is drawn.

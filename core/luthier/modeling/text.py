@@ -42,7 +42,7 @@ def render(
         return template.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=open_turn, **variables
         )
-    # Templates raise what they like: jinja2.TemplateError, TypeError, ValueError.
+    # Templates may raise anything: jinja2.TemplateError, TypeError, ValueError.
     except Exception as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error
 
@@ -53,11 +53,11 @@ def encode_conversation(
     """Tokens of a conversation in which each assistant turn is trained, stop token included.
 
     A turn's span is found by rendering the conversation up to the turn, open and whole: templates need no
-    marks of their own for it. What follows the stop token (often a line break) is not trained.
+    marks for it. What follows the stop token (often a line break) is not trained.
 
     Raises:
         DataError: the template renders a prefix of a conversation differently, or writes no stop token
-            behind an assistant turn.
+            after an assistant turn.
     """
     text = render(tokenizer, messages)
     spans = [
@@ -74,7 +74,7 @@ def encode_conversation(
         stop = next((place for place in inside if ids[place] in stops), None)
         if stop is None:
             raise DataError(
-                "the chat template writes no stop token behind the assistant's turn: the model would never stop",
+                "the chat template writes no stop token after the assistant's turn: the model would never stop",
                 hint="set eos_token_id in the generation config to the token that ends a turn",
             )
         for place in inside:
@@ -89,7 +89,7 @@ def _turn_span(
     opened = render(tokenizer, messages[:index], open_turn=True)
     closed = render(tokenizer, messages[: index + 1])
     if not text.startswith(opened):
-        raise DataError(f"the chat template renders the turns before message {index} differently when they stand alone")
+        raise DataError(f"the chat template renders the turns before message {index} differently on their own")
     # Templates that treat the last turn differently still agree up to where the next turn begins.
     return len(opened), len(closed) if text.startswith(closed) else len(text)
 

@@ -184,7 +184,7 @@ class _Planner:
             self.nodes[stage.id] = Node(stage.id, stage.component, stage.config, stage.config.kind_made)
         for node in list(self.nodes.values()):
             self._connect(node)
-        # All problems are reported at once: stages behind a broken input are checked as far as possible.
+        # All problems are reported at once: stages after a broken input are checked as far as possible.
         order = self._order()
         for name in order:
             self._check_kinds(self.nodes[name])
@@ -211,7 +211,7 @@ class _Planner:
             node.inputs[path] = [self._provider(node, path, value) for value in values]
             for value, name in zip(values, node.inputs[path], strict=True):
                 if node.names.setdefault(value, name) != name:
-                    self._fail(node, path, f"'{value}' is taken in two ways: as {node.names[value]} and as {name}")
+                    self._fail(node, path, f"'{value}' is used in two ways: as {node.names[value]} and as {name}")
         for value in node.config.after:
             if value not in self.recipe.stages:
                 self._fail(node, "after", f"there is no stage '{value}'", near(value, self.recipe.stages))
@@ -375,7 +375,7 @@ class _Planner:
 
 
 def _changed_code(cached: Artifact, now: Mapping[str, str]) -> tuple[str, ...]:
-    """The components whose source file is another one than when an artifact was made, in the same version."""
+    """The components whose source file differs from when an artifact was made, in the same version."""
     before: Mapping[str, str] = cached.manifest.get("code", {})
     return tuple(
         name

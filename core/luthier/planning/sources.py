@@ -75,7 +75,7 @@ class HubLock:
         if path is not None and path.exists():
             value: Any = parse(path.read_text(encoding="utf-8"), str(path)).value
             if not isinstance(value, dict | None):
-                raise LuthierError("is no mapping of hub ids to commits", where=str(path), hint="remove it")
+                raise LuthierError("is not a mapping of hub ids to commits", where=str(path), hint="remove it")
             self.pins = dict(cast("dict[str, str]", value or {}))
 
     def pin(self, text: str) -> tuple[str, str]:

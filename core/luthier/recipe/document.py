@@ -123,7 +123,7 @@ def _value(loader: Any, node: yaml.Node, path: Path, document: Document) -> Any:
             result = _merged(_value(loader, value_node, path, document), line, path, document) | result
             continue
         if key in own:
-            raise RecipeError([Problem(f"the key '{key}' stands twice", document.file, line, _dotted((*path, key)))])
+            raise RecipeError([Problem(f"the key '{key}' appears twice", document.file, line, _dotted((*path, key)))])
         own.add(key)
         document.lines[(*path, key)] = line
         result[key] = _value(loader, value_node, (*path, key), document)

@@ -44,7 +44,7 @@ def from_validation(
         elif item["type"] == "component":
             message, _, hint = message.partition("\n  ")
         elif item["type"] == "value_error":
-            # What a config's own check says is a sentence as it is.
+            # What a config's own check says is already a sentence.
             message = message.removeprefix("Value error, ")
         elif isinstance(item["input"], (str, int, float, bool)):
             message = f"{message[0].lower()}{message[1:]}, not {item['input']!r}"
@@ -65,7 +65,7 @@ def _in_document(location: Location, document: Document, prefix: Location) -> Lo
 
 
 def _class_at(config_class: type[BaseModel], raw: Any, location: Location, components: Components) -> Any:
-    """The config class that stands at a location, following sub-components through the registry."""
+    """The config class at a location, following sub-components through the registry."""
     current: type[BaseModel] | None = config_class
     sub: Any | None = None
     for part in location:

@@ -102,7 +102,7 @@ def _override(value: Any, override: str) -> None:
         raise RecipeError(f"'{override}' has no '='", where="--set", hint="write it as stages.coder.adapter.r=8")
     *parents, last = path.split(".")
     if not isinstance(value, dict):
-        raise RecipeError("the recipe is no mapping: there is nothing to set", where="--set")
+        raise RecipeError("the recipe is not a mapping: there is nothing to set", where="--set")
     place: Any = cast("Any", value)
     for depth, part in enumerate(parents):
         inner = _item(place, part)
@@ -217,7 +217,7 @@ class _Reader:
         stages: dict[str, ConfiguredStage] = {}
         for stage_id, raw in cast("dict[str, Any]", raw_stages).items():
             if not STAGE_ID.fullmatch(stage_id):
-                self._fail(("stages", stage_id), "a stage id has letters, digits, '-' and '_', a letter first")
+                self._fail(("stages", stage_id), "a stage id has letters, digits, '-', '_', and begins with a letter")
                 continue
             stage = self._use("stage", raw, ("stages", stage_id))
             if stage is not None:

@@ -24,7 +24,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
                 options.append(_component(registry, kind, name, definitions))
                 names.append(name)
         plain: list[dict[str, Any]] = [{"enum": names}] if kind != "stage" and names else []
-        # A kind without components: an empty `oneOf` is no valid schema, `not: {}` accepts nothing.
+        # A kind without components: an empty `oneOf` is not a valid schema, `not: {}` accepts nothing.
         definitions[f"kind-{kind}"] = {"oneOf": [*plain, *options]} if options else {"not": {}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

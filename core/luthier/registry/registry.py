@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Who hands over a component: a plugin (entry point) of an installed distribution."""
+    """Who provides a component: a plugin (entry point) of an installed distribution."""
 
     plugin: str
     distribution: str
@@ -123,7 +123,7 @@ class Registry:
                 raise PluginError(f"luthier_components() gave {component!r}, which is not a Component")
             if component.kind not in KINDS:
                 raise PluginError(
-                    f"'{component.name}' is of no known kind: '{component.kind}'", hint=_near(component.kind, KINDS)
+                    f"'{component.name}' has the unknown kind '{component.kind}'", hint=_near(component.kind, KINDS)
                 )
             yield component
 
@@ -218,7 +218,7 @@ class Registry:
             PluginError: there is none of this name, or two claim it.
             ValidationError: its config is wrong.
         """
-        # Late, because pydantic is slow to import, and not every command looks at a config.
+        # Late, because pydantic is slow to import, and not every command reads a config.
         from pydantic_core import PydanticCustomError
 
         from luthier.api.config import Use
@@ -272,13 +272,13 @@ class Registry:
                     return path
         try:
             spec = find_spec(module)
-        # A plugin's package is imported by this, and may raise anything: whoever needs it gets the error.
+        # A plugin's package is imported by this, and may raise anything: the code that needs it gets the error.
         except Exception:  # noqa: BLE001
             return None
         return Path(spec.origin) if spec is not None and spec.origin is not None else None
 
     def collected(self, hook: str) -> Iterator[tuple[Any, str]]:
-        """What every plugin hands over in a hook that takes no arguments, and the plugin's name; one that fails is
+        """What every plugin provides in a hook that takes no arguments, and the plugin's name; one that fails is
         logged, or raises in strict mode."""
         for implementation in getattr(self.manager.hook, hook).get_hookimpls():
             try:
@@ -289,7 +289,7 @@ class Registry:
                 logger.exception("the plugin %s failed in %s", implementation.plugin_name, hook)
 
     def tool_environments(self) -> dict[str, ToolEnvironment]:
-        """The tools with environments of their own, by name.
+        """The tools with their own environments, by name.
 
         Raises:
             PluginError: two plugins have one of the same name.

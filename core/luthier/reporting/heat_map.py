@@ -47,7 +47,7 @@ def _table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
 
 
 def _cell(column: str, value: float | None, largest: Mapping[str, float]) -> str:
-    """A number on the colour that it stands for: red below the middle, blue above it; norms in greys."""
+    """A number on its colour: red below the middle, blue above it; norms in greys."""
     if value is None:
         return "<td>-</td>"
     if column.startswith("norm"):

@@ -1,4 +1,4 @@
-"""Events: what a run says while it goes on, as JSON lines and to listeners."""
+"""Events: what a run reports as it proceeds, as JSON lines and to listeners."""
 
 from __future__ import annotations
 

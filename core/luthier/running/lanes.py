@@ -23,7 +23,7 @@ QUIET = {
     "TRL_EXPERIMENTAL_SILENCE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONUNBUFFERED": "1",
 }  # fmt: skip
 ALLOCATOR = {
-    # glibc gives tensors of 128 KB and more back to the system at once, and takes them anew for the next operation;
+    # glibc gives tensors of 128 KB and more back to the system at once, and requests them again for the next operation;
     # clearing these pages again and again takes up to a tenth of a small model's training.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(128 << 20), "MALLOC_TOP_PAD_": str(4 << 20),
 }  # fmt: skip
@@ -60,7 +60,7 @@ class Lane:
 
 @dataclass(slots=True)
 class Lanes:
-    """All lanes of a run, and the events of their sessions."""
+    """All slots of a run, and the events of their sessions."""
 
     executor: Executor[Any]
     name: str
@@ -70,10 +70,10 @@ class Lanes:
 
     @classmethod
     def of(cls, use: Use, registry: Registry, folder: Path) -> Lanes:
-        """The lanes of a recipe's executor.
+        """The slots of a recipe's executor.
 
         Raises:
-            PluginError: the executor cannot be made, or its slots are no sound ones.
+            PluginError: the executor cannot be made, or its slots are not valid.
         """
         executor = cast("Executor[Any]", registry.build(use, LaunchContext(worker_launch())))
         name = f"the executor '{use.name}' of {registry.provider(use.component)}"
@@ -88,15 +88,15 @@ class Lanes:
         return cls(executor, name, folder, [Lane(slot) for slot in slots])
 
     def free(self, resources: Resources) -> Lane | None:
-        """A lane that is free and has what a stage wants."""
+        """A free slot with the resources that a stage asks for."""
         return next((lane for lane in self.lanes if not lane.busy and fits(lane.slot, resources)), None)
 
     def possible(self, resources: Resources) -> bool:
-        """Whether any lane has what a stage wants."""
+        """Whether any slot has the resources that a stage asks for."""
         return any(fits(lane.slot, resources) for lane in self.lanes)
 
     def send(self, lane: Lane, job: Job, resources: Resources) -> None:
-        """Start a job on a free lane.
+        """Start a job on a free slot.
 
         Raises:
             PluginError: the executor cannot start a worker, or cannot reach it.
@@ -126,7 +126,7 @@ class Lanes:
         lane.busy = True
 
     def stop(self, lane: Lane) -> None:
-        """Ask the worker of a lane for a checkpoint and the end of its stage; one that cannot be asked is ended."""
+        """Ask a slot's worker for a checkpoint and to end its stage; one that cannot be asked is ended."""
         if lane.session is not None:
             try:
                 lane.session.stop()
@@ -135,7 +135,7 @@ class Lanes:
                 self._lost(lane, lane.session, f"cannot stop its worker: {type(error).__name__}: {error}")
 
     def log_of(self, lane: Lane) -> Path:
-        """Where the worker of a lane writes what it prints."""
+        """Where a lane's worker writes its output."""
         return self.folder / ("worker.log" if len(self.lanes) == 1 else f"worker-{lane.slot.name}.log")
 
     def _listen(self, lane: Lane, session: Session) -> None:
@@ -144,7 +144,7 @@ class Lanes:
                 self._events.put((lane, session, {**event, "event": event["event"]}))
                 if event["event"] == "died":
                     return
-            problem = "ended its events without one that says how the worker died"
+            problem = "ended its events without saying how the worker died"
         # See `of`. Whatever it is, the stage has to end: nothing more will be heard of it.
         except Exception as error:  # noqa: BLE001
             problem = f"cannot read its worker's events: {type(error).__name__}: {error}"
@@ -207,7 +207,7 @@ def check_slots(slots: Sequence[Slot], name: str) -> None:
     names = [slot.name for slot in slots]
     twice = sorted({item for item in names if names.count(item) > 1})
     if twice:
-        raise PluginError(f"{name} has two slots called '{twice[0]}'", hint="give each a name of its own")
+        raise PluginError(f"{name} has two slots called '{twice[0]}'", hint="give each its own name")
     owners: dict[int, str] = {}
     for slot in slots:
         for gpu in slot.gpus:

@@ -19,7 +19,7 @@ from luthier.api.errors import StoreError
 
 HEARTBEAT = 5.0
 STALE_AFTER = 60.0
-"""Seconds without a heartbeat after which the lock of another host counts as left behind."""
+"""Seconds without a heartbeat after which the lock of another host counts as abandoned."""
 
 
 class Lock:

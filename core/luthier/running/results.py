@@ -38,7 +38,7 @@ class RunResult:
     def exit_code(self) -> int:
         """0 done, 1 a stage failed, 3 a gate did not hold, 130 interrupted."""
         outcomes = [stage.outcome for stage in self.stages.values()]
-        # A stage that was quicker than the signal is done; those behind it are not.
+        # A stage that was quicker than the signal is done; those after it are not.
         if "interrupted" in outcomes or (self.stopped and "skipped" in outcomes):
             return 130
         if "failed" in outcomes:

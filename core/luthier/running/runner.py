@@ -36,7 +36,7 @@ def run(
         listeners: Called with every event.
 
     Raises:
-        PluginError: a tool with an environment of its own is not installed.
+        PluginError: a tool with its own environment is not installed.
         RecipeError: the recipe is wrong, or `only` names a stage that is not in it. A failed stage does not raise: see
             `RunResult`.
     """

@@ -1,4 +1,4 @@
-"""Drives a plan: stages whose inputs are there run side by side where there are slots, and land in the store."""
+"""Drives a plan: stages whose inputs are ready run in parallel where there are slots, and go into the store."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Scheduler:
                 result = RunResult(self.id, self.plan, self.results, self.interrupts > 0)
                 self.events("run_finished", run=self.id, exit_code=result.exit_code)
                 self.events.close()
-        # In the order of the plan, whoever was quicker.
+        # In the order of the plan, whichever finished first.
         ordered = {name: self.results[name] for name in self.plan.nodes if name in self.results}
         return RunResult(self.id, self.plan, ordered, self.interrupts > 0)
 
@@ -91,7 +91,7 @@ class Scheduler:
         problems = [
             Problem(
                 f"the stage '{name}' asks for {node.config.resources.gpus} GPUs, and no slot of the executor "
-                f"'{self.plan.recipe.executor.name}' has as many",
+                f"'{self.plan.recipe.executor.name}' has that many",
                 hint="give the executor more, or ask for fewer under `resources`",
             )
             for name, node in self.plan.nodes.items()
@@ -218,7 +218,7 @@ class Scheduler:
         return found
 
     def _adopted(self, node: Node, name: str) -> Artifact:
-        """An input; a model from outside comes into the store when an adapter in it will sit on it."""
+        """An input; a model from outside is put into the store when an adapter in it will sit on it."""
         artifact = self._input(name)
         if name in self.plan.outside and artifact.kind in ("model", "adapter"):
             if artifact.kind == "adapter":
@@ -232,9 +232,9 @@ class Scheduler:
         for source in (source for sources in node.sources.values() for source in sources):
             if not source.unchanged(self.store):
                 raise StageError(
-                    "the source was changed while the run went on",
+                    "the source changed during the run",
                     where=source.place,
-                    hint="run again: it is read anew",
+                    hint="run again: it will be read again",
                 )
 
     def _job(self, node: Node) -> Job:
@@ -314,10 +314,10 @@ class Scheduler:
         """
         node = running.node
         if kind == "interrupted":
-            raise Interrupted(event["message"], hint="run again to go on from the last checkpoint")
+            raise Interrupted(event["message"], hint="run again to continue from the last checkpoint")
         if kind == "died":
             if self.interrupts:
-                raise Interrupted("stopped at once", hint="run again to go on from the last checkpoint")
+                raise Interrupted("stopped at once", hint="run again to continue from the last checkpoint")
             raise StageError(event["message"], where=node.id, hint=event["hint"])
         if kind == "failed":
             log = self.lanes.log_of(lane)
@@ -358,7 +358,7 @@ class Scheduler:
     def _interrupt(self) -> None:
         self.interrupts += 1
         if self.interrupts == 1:
-            self.events("log", message="stopping after a checkpoint; once more stops at once")
+            self.events("log", message="stopping after a checkpoint; press Ctrl-C again to stop at once")
         else:
             self.lanes.kill()
 

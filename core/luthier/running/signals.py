@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM while a run goes on."""
+"""Ctrl-C and SIGTERM during a run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Signals:
-    """Routes SIGINT and SIGTERM to a callback while a run goes on, in the main thread only."""
+    """Routes SIGINT and SIGTERM to a callback during a run, in the main thread only."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
         self._callback = callback

@@ -1,1 +1,1 @@
-"""Servers for trying models out, what serving programs need, and tools with environments of their own."""
+"""Servers for trying models out, what serving programs need, and tools with their own environments."""

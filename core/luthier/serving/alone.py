@@ -1,4 +1,4 @@
-"""The context of components that run outside of a recipe: what ``chat`` and ``serve`` make exporters with."""
+"""The context of components that run outside a recipe: what ``chat`` and ``serve`` make exporters with."""
 
 from __future__ import annotations
 

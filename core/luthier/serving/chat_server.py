@@ -1,4 +1,4 @@
-"""OpenAI's chat completions over HTTP, on this machine, for one model that speaks one answer at a time."""
+"""OpenAI's chat completions over HTTP, on this machine, for one model that gives one answer at a time."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise ValueError("the body is empty or too large")
         found = json.loads(self.rfile.read(length))
         if not isinstance(found, dict):
-            raise TypeError("the body is no object")
+            raise TypeError("the body is not an object")
         return cast("dict[str, Any]", found)
 
     def _whole(self, answer: Answer, prompt: int) -> None:

@@ -1,4 +1,4 @@
-"""Environments of their own for heavy tools whose pins would conflict with Luthier's: made once, when the user says so.
+"""Separate environments for heavy tools whose pins would conflict with Luthier's: made once, when the user says so.
 
 They are below ``~/.cache/luthier/environments``, or where ``LUTHIER_ENVIRONMENTS`` says.
 """
@@ -47,14 +47,14 @@ def python_of(tool: ToolEnvironment) -> Path:
 def missing(tool: ToolEnvironment) -> PluginError:
     """The error that says how to make it."""
     return PluginError(
-        f"{tool.name} is not installed: it gets an environment of its own, because its packages would conflict with "
+        f"{tool.name} is not installed: it needs its own environment, because its packages would conflict with "
         "others, or slow every start",
         hint=f"luthier doctor --install {tool.name}",
     )
 
 
 def install(tool: ToolEnvironment, say: Callable[[str], None]) -> None:
-    """Make it; one that was begun before is made anew.
+    """Make it; an unfinished one is made again.
 
     Raises:
         StageError: a package cannot be installed.

@@ -23,7 +23,7 @@ def open_generator(
     """Something that answers: the model itself, or the program that an export is made for.
 
     Raises:
-        ModelError: the artifact is no model, adapter or export, or it has no variants.
+        ModelError: the artifact is not a model, adapter or export, or it has no variants.
     """
     if variant and artifact.kind != "export":
         raise ModelError(f"there is no variant {variant}: a {artifact.kind} has none", hint="leave it out")
@@ -43,4 +43,4 @@ def open_generator(
             with generate.TransformersGenerator(artifact, Path(scratch) / "floats", progress) as program:
                 yield program
     else:
-        raise ModelError(f"a {artifact.kind} cannot be chatted with", hint="name a model, an adapter or an export")
+        raise ModelError(f"a {artifact.kind} cannot be used for chat", hint="name a model, an adapter or an export")

@@ -24,7 +24,7 @@ class Planned:
     Attributes:
         name: Its name there.
         shape: Its shape there, rows first.
-        sources: The tensors of the model that it is made of, one behind the other along the first axis.
+        sources: The tensors of the model that it is made of, concatenated along the first axis.
         convert: What becomes of some rows of a source, float32.
         unit: How many rows of a source have to be converted together.
     """

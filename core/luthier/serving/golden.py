@@ -79,14 +79,14 @@ def opened(url: str, body: dict[str, Any] | None = None) -> Any:
     """
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    # No proxy of the environment stands between this machine and a server on it.
+    # The environment's proxies are not used for a server on this machine.
     host = urllib.parse.urlsplit(url).hostname
     local = host in ("127.0.0.1", "localhost", "::1")
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({})) if local else urllib.request.build_opener()
     try:
         return opener.open(request, timeout=SECONDS)
     except urllib.error.HTTPError as error:
-        raise ServerError(f"{url} refuses: {error.code} {error.read().decode(errors='replace')[:500]}") from error
+        raise ServerError(f"{url} refused: {error.code} {error.read().decode(errors='replace')[:500]}") from error
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ServerError(f"{url} cannot be reached: {error}") from error
 
@@ -96,7 +96,7 @@ def model_of(url: str, wanted: str = "") -> str:
     try:
         with opened(f"{url.rstrip('/').removesuffix('/v1')}/v1/models") as reply:
             names = [str(model["id"]) for model in json.load(reply)["data"]]
-        # Ollama puts a tag behind it.
+        # Ollama appends a tag to it.
         return next((name for name in names if name.partition(":")[0] == wanted), names[0])
     except (ServerError, LookupError, TypeError, ValueError):
         return ""
@@ -149,8 +149,8 @@ def streamed(url: str, messages: list[dict[str, str]], limit: int, model: str = 
                 if choices:
                     yield choices[0].get("delta", {}).get("content") or ""
         except (ValueError, OSError, http.client.HTTPException) as error:
-            raise ServerError(f"{url} breaks off: {error}") from error
-    raise ServerError(f"{url} breaks off in the middle of an answer")
+            raise ServerError(f"{url} stopped answering: {error}") from error
+    raise ServerError(f"{url} stopped in the middle of an answer")
 
 
 def verify(url: str, golden: dict[str, Any]) -> Iterator[Verdict]:

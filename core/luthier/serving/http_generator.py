@@ -28,7 +28,7 @@ class HttpGenerator(Generator[Any]):
             for messages in requests:
                 yield [self._answer(list(messages), sampling, number, model) for number in range(sampling.n)]
         except ServerError as error:
-            raise ModelError(str(error), hint="is the server running, and is this its address?") from error
+            raise ModelError(str(error), hint="is the server running at this address?") from error
 
     def _answer(self, messages: list[Any], sampling: Sampling, number: int, model: str) -> Completion:
         settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed + number}

@@ -126,7 +126,7 @@ def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:
     """Serve until the process is ended; the address is printed once it answers.
 
     Raises:
-        ModelError: the artifact is no model, adapter or export, or its program has no server.
+        ModelError: the artifact is not a model, adapter or export, or its program has no server.
         StoreError: the port is taken.
     """
     _check_port(port)

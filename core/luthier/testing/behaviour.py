@@ -108,7 +108,7 @@ def check_augmenter(impl: Any, config: Any) -> None:
     before = json.dumps(rows)
     first, again = (list(impl.rows(rows)) for _ in range(2))
     assert first, "it made no rows"
-    assert first == again, "the same seed gives other rows"
+    assert first == again, "the same seed gives different rows"
     assert json.dumps(rows) == before, "the given rows were changed"
 
 
@@ -125,7 +125,7 @@ def check_adapter(impl: Any, config: Any) -> None:
         trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         frozen = [parameter for parameter in wrapped.parameters() if not parameter.requires_grad]
         assert trainable, "nothing can be trained"
-        assert frozen, "the whole base can be trained: that is no adapter"
+        assert frozen, "the whole base can be trained: that is not an adapter"
         loss = wrapped(input_ids=torch.arange(16)[None], labels=torch.arange(16)[None]).loss
         loss.backward()
         assert any(parameter.grad is not None for parameter in trainable), "no gradient reaches the adapter"
@@ -185,7 +185,7 @@ def check_reward(impl: Any, config: Any) -> None:
 
 def check_generator(impl: Any, config: Any) -> None:
     """It is a context manager that answers; what it answers depends on what it is connected with."""
-    assert hasattr(impl, "__enter__"), "it is no context manager"
+    assert hasattr(impl, "__enter__"), "it is not a context manager"
     assert Sampling().n == 1
 
 

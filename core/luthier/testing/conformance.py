@@ -82,7 +82,7 @@ def _checks(
     def config_class() -> None:
         made["class"] = _resolve(component.config)
         expected = KINDS[component.kind].config_base
-        assert issubclass(made["class"], expected), f"{component.config} is no {expected.__name__}"
+        assert issubclass(made["class"], expected), f"{component.config} does not derive from {expected.__name__}"
         silent = sorted(set(made["class"].model_fields) - set(descriptions(made["class"])))
         assert not silent, f"these fields have no docstring: {', '.join(silent)}"
 
@@ -96,7 +96,7 @@ def _checks(
         )
         made["config"] = made["class"].model_validate(values, context=context)
         again = made["class"].model_validate(made["config"].model_dump(mode="json"), context=context)
-        assert again == made["config"], "the config read back from its own JSON is another one"
+        assert again == made["config"], "the config read back from its own JSON is different"
 
     def light() -> None:
         _imports_nothing_heavy(component.config)

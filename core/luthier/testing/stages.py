@@ -33,7 +33,7 @@ TEXTS = (
 
 
 class _Listener:
-    """Stands where the worker process stands in a run; keeps the events."""
+    """Takes the place of the worker process in a run; keeps the events."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -181,7 +181,7 @@ class TestContext:
         return open_generator(artifact, self._registry, self, variant)
 
     def collected(self, hook: str) -> Mapping[str, Any]:
-        """What plugins hand over by name."""
+        """What plugins provide by name."""
         return cast("Mapping[str, Any]", getattr(self._registry, hook)())
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
@@ -207,7 +207,7 @@ class TestContext:
 
 
 def _put(values: Any, path: str, value: Any) -> None:
-    """Set what stands at a path such as ``slices.0.sources.1.model``."""
+    """Set the value at a path such as ``slices.0.sources.1.model``."""
     *parents, last = path.split(".")
     for part in parents:
         values = values[int(part)] if isinstance(values, list) else values.setdefault(part, {})

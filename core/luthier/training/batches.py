@@ -15,7 +15,7 @@ from luthier.training.encoding import EncodedRow
 
 
 def collate(rows: Sequence[EncodedRow], padding: int) -> TokenBatch:
-    """Rows as a batch: first the first completion of every row, behind them the second ones, padded at the right.
+    """Rows as a batch: first the first completion of every row, then the second ones, padded at the right.
 
     Args:
         rows: Rows with equally many completions.

@@ -19,7 +19,7 @@ class EncodedRow:
     """A row as tokens.
 
     Attributes:
-        completions: Its completions, each behind its prompt: one of a conversation or a text, the chosen and the
+        completions: Its completions, each after its prompt: one of a conversation or a text, the chosen and the
             rejected one of a preference.
         desirable: Whether a labelled completion is a good one; None for other rows.
     """
@@ -79,7 +79,7 @@ def encode_rows(
 
 
 def packed_rows(streams: Iterable[Sequence[int]], length: int, separator: int | None) -> Iterator[EncodedRow]:
-    """Blocks of exactly `length` tokens out of documents put one behind the other; all tokens are trained.
+    """Blocks of exactly `length` tokens from concatenated documents; all tokens are trained.
 
     The last, shorter block is kept.
     """

@@ -59,7 +59,7 @@ def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bo
         save_steps=config.save_every,
         save_total_limit=1,
         seed=context.seed,
-        # Without it the order of rows depends on whatever drew random numbers before.
+        # Without it the order of rows depends on what drew random numbers before.
         data_seed=context.seed,
         remove_unused_columns=False,
         dataloader_pin_memory=context.device != "cpu",
@@ -219,7 +219,7 @@ def check_head(model: Any) -> None:
     inside: Any = model.get_base_model() if isinstance(model, PeftModel) else None
     if inside is not None and isinstance(inside.get_output_embeddings(), BaseTunerLayer):
         raise ModelError(
-            "the adapter changes the output head, and training would go past it",
+            "the adapter changes the output head, and training would bypass it",
             hint="make the adapter without `lm_head` among its `target_modules`, or fold it into its model first, with "
             "the stage `merge` and `method: passthrough`",
         )
@@ -275,7 +275,7 @@ def _without_dropout(model: torch.nn.Module, context: StageContext) -> None:
     for module in dropped:
         module.p = 0.0
     if dropped:
-        context.warn(f"dropout is off in {len(dropped)} modules: training against a reference has none")
+        context.warn(f"dropout is off in {len(dropped)} modules: training against a reference uses none")
 
 
 def _run(trainer: ObjectiveTrainer, context: StageContext) -> Facts:
@@ -283,7 +283,7 @@ def _run(trainer: ObjectiveTrainer, context: StageContext) -> Facts:
     trainer.add_callback(Reporter(context))
     whole, cut_short = checkpoints(Path(str(trainer.args.output_dir)))
     for path in cut_short:
-        context.log(f"{path.name} was cut short while it was written: it is removed")
+        context.log(f"{path.name} was only partly written: it is removed")
         shutil.rmtree(path)
     if whole:
         context.log(f"resuming from {whole[-1].name}")

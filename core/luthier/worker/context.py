@@ -97,7 +97,7 @@ class JobContext:
         return open_generator(artifact, self._registry, self, variant)
 
     def collected(self, hook: str) -> Mapping[str, Any]:
-        """What plugins hand over by name: ``gguf_architectures`` or ``tool_environments``."""
+        """What plugins provide by name: ``gguf_architectures`` or ``tool_environments``."""
         return cast("Mapping[str, Any]", getattr(self._registry, hook)())
 
     def finished(self, path: Path) -> None:

@@ -103,7 +103,7 @@ def check_facts(facts: Any, kind: ArtifactKind, provider: str) -> None:
         try:
             json.dumps(facts)
         except (TypeError, ValueError) as error:
-            problem = f"its facts are no plain values: {error}"
+            problem = f"its facts are not plain values: {error}"
         if missing:
             problem = f"its facts lack {', '.join(missing)}, which every {kind} states"
     if problem:
@@ -123,7 +123,7 @@ def seed_everything(seed: int) -> None:
 def _disk_full(error: Exception, job: Job) -> StoreError | None:
     """The error to show when `error` says that nothing more can be written; None for all others.
 
-    Libraries in Rust and C++ raise errors of their own with the system's number in the text.
+    Libraries in Rust and C++ raise their own errors with the system's number in the text.
     """
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

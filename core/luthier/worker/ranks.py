@@ -59,7 +59,7 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
         str(described),
         str(pipe),
     ]
-    # What ranks print goes to the log, like everything that is no event.
+    # What ranks print goes to the log, like everything that is not an event.
     own = {**os.environ, WORKER: str(os.getpid())}
     process = subprocess.Popen(command, stdout=sys.stderr.fileno(), stderr=sys.stderr.fileno(), env=own)
     asked = False
@@ -80,7 +80,7 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
         return last[0]
     if asked:
         return {"event": "interrupted", "stage": job.stage, "message": "stopped on request"}
-    message = f"one of {job.ranks} ranks ended without an error of its own (exit code {process.returncode} of torchrun)"
+    message = f"one of {job.ranks} ranks ended without reporting an error (exit code {process.returncode} of torchrun)"
     return {
         "event": "failed",
         "stage": job.stage,
@@ -88,7 +88,7 @@ def execute_with_ranks(job: Job, listener: Listener) -> dict[str, Any]:
         "type": "StageError",
         "message": message,
         "where": None,
-        "hint": "the worker's log has what it printed",
+        "hint": "see the worker's log for its output",
         "traceback": message,
     }
 

@@ -69,7 +69,7 @@ class Trackers:
                 raise PluginError(f"{name} cannot log: {type(error).__name__}: {error}") from error
 
     def finish(self, outcome: Outcome, facts: Mapping[str, Any]) -> None:
-        """Give every tracker the outcome. A failure here does not fail the stage: what was made is whole."""
+        """Give every tracker the outcome. A failure here does not fail the stage: the artifact is complete."""
         for tracker, name in self._started:
             try:
                 tracker.finish(outcome, facts)

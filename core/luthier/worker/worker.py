@@ -43,7 +43,7 @@ class Worker:
         while True:
             job = Job(**self._jobs.get())
             if job.ranks > 1:
-                # Only where it is needed: it starts processes of its own.
+                # Only where it is needed: it starts its own processes.
                 from luthier.worker.ranks import execute_with_ranks
 
                 self.send(execute_with_ranks(job, self))

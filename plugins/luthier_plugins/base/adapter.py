@@ -52,7 +52,7 @@ def _check_folder(folder: Path) -> None:
     """Refuse what PEFT would not have written."""
     if not (folder / ADAPTER_CONFIG).exists():
         raise ModelError(
-            f"is no adapter's folder: {ADAPTER_CONFIG} is missing",
+            f"is not an adapter folder: {ADAPTER_CONFIG} is missing",
             where=str(folder),
             hint="a full model comes in with the stage `base`",
         )
@@ -62,9 +62,9 @@ def _check_folder(folder: Path) -> None:
             raise ModelError(
                 f"has its weights as pickle files only ({', '.join(pickles[:3])})",
                 where=str(folder),
-                hint="pickle files can run code; convert them where you trust them",
+                hint="pickle files can run code; convert them if you trust them",
             )
-        raise ModelError(f"is no whole adapter: {ADAPTER_WEIGHTS} is missing", where=str(folder))
+        raise ModelError(f"is not a complete adapter: {ADAPTER_WEIGHTS} is missing", where=str(folder))
     if not safetensors_header(folder / ADAPTER_WEIGHTS):
         raise ModelError("the adapter has no weights", where=str(folder), hint="save it again")
 
@@ -76,7 +76,7 @@ def _check_rows(folder: Path, model: Path) -> None:
         raise ModelError(
             f"the adapter's tokenizer has {tokens} tokens, the embedding of its model only {rows} rows",
             where=str(folder),
-            hint="it was trained on a model with more tokens: fold it where it was made, and bring the whole model",
+            hint="it was trained on a model with more tokens: fold it where it was made, and use the whole model",
         )
 
 

@@ -44,7 +44,7 @@ class AdapterConfig(StageConfig):
     """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; or ``hf:org/name``."""
     model: Annotated[str, Input(("model",))]
     """The model it was trained on. Its tokenizer, chat template and generation config are taken where the adapter
-    brings none of its own."""
+    brings none."""
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         return full_precision_problems(inputs, ("model",), "name the full-precision model that it was made from")

@@ -21,7 +21,7 @@ class Base(Stage[BaseConfig]):
             raise ModelError("is not a folder", where=str(folder), hint="name the folder that holds config.json")
         if is_adapter(folder):
             raise ModelError(
-                "is an adapter and no model",
+                "is an adapter, not a model",
                 where=str(folder),
                 hint="use the stage `adapter`, which names the model it sits on",
             )

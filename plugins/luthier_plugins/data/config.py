@@ -24,7 +24,7 @@ class DataConfig(StageConfig):
     """Reads a data file into a dataset; every row is checked."""
 
     source: FileSource
-    """The file: ``.jsonl`` with one row a line, or ``.txt`` with one text a paragraph."""
+    """The file: ``.jsonl`` with one row per line, or ``.txt`` with one text per paragraph."""
     format: FormatUse | None = None
     """What a row looks like; by default recognised from the first rows, when the recipe is planned."""
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()

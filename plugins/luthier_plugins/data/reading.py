@@ -51,9 +51,11 @@ def _refuse_other_files(path: Path, lines: list[str]) -> None:
     """One message instead of one for each line where a file is something else altogether."""
     first = next((line.strip() for line in lines if line.strip()), "")
     if first.startswith("["):
-        raise DataError("is one JSON array", where=str(path), hint="write one object a line (JSON Lines)")
+        raise DataError("is one JSON array", where=str(path), hint="write one object per line (JSON Lines)")
     if path.suffix in (".csv", ".tsv", ".parquet"):
-        raise DataError(f"is a {path.suffix} file", where=str(path), hint="convert it to JSON Lines, one object a line")
+        raise DataError(
+            f"is a {path.suffix} file", where=str(path), hint="convert it to JSON Lines, an object per line"
+        )
 
 
 def _paragraphs(lines: list[str]) -> Iterator[tuple[int, Row]]:

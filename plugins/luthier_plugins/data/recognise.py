@@ -44,7 +44,7 @@ def recognised(path: Path, components: Any) -> Use:
         )
     keys = sorted(cast("dict[str, Any]", first[1])) if isinstance(first[1], dict) else []
     raise DataError(
-        f"the row's keys are those of no format: {', '.join(keys) or 'it is not an object'}",
+        f"the row's keys match no format: {', '.join(keys) or 'it is not an object'}",
         where=f"{path}:{first[0]}",
         hint="a row has 'messages'; or 'prompt', 'chosen' and 'rejected'; or 'text'; else choose a `format`",
     )

@@ -46,11 +46,11 @@ class EvaluateConfig(StageConfig):
     data: DatasetInput
     """Conversations with the split `test`; the last assistant turn is the reference."""
     metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
-    """What to measure; one metric, or a list. One metric may stand there twice, with other settings and a `name`."""
+    """What to measure; one metric, or a list. One metric may appear twice, with other settings and a `name`."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
     max_new_tokens: int = Field(default=128, gt=0)
-    """The most tokens of an answer."""
+    """The maximum number of tokens in an answer."""
     require: Annotated[dict[str, str], NotIdentity()] = {}
     """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
     `against`, as ``exact_match: ">= merged - 0.05"``."""
@@ -85,7 +85,7 @@ class EvaluateConfig(StageConfig):
 
     def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
         if self.variant is not None and "export" not in inputs["model"]:
-            return ["`variant` names a file of an export, but the model is none: leave it out"]
+            return ["`variant` names a file of an export, but the model is not one: leave it out"]
         return []
 
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Proves in llama.cpp that a file reads, stops and thinks like the model it came from."""
+"""Proves in llama.cpp that a file reads, stops and predicts like the model it came from."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     for messages, prompt, dated in zip(conversations, expected.prompts, expected.dated_prompts, strict=True):
         if prompt == dated and server.prompt_tokens(messages) != len(expected.prompt_ids[prompt]):
             raise ModelError(
-                "llama.cpp puts another token in front of a conversation, or none where there is one", where=where
+                "llama.cpp puts another token in front of a conversation, or none where one belongs", where=where
             )
     for stop in expected.stop_ids:
         if not server.stops_on(stop, expected.prefixes[0]):
@@ -181,7 +181,7 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     ended = sum(server.ends(prompt, LIMIT) for prompt in expected.endings)
     if not ended:
         raise ModelError(
-            f"the file runs on: none of {len(expected.endings)} answers that the model ends is ended in llama.cpp",
+            f"the file does not stop: none of {len(expected.endings)} answers that the model ends end in llama.cpp",
             where=where,
             hint="choose a finer type, or keep the output layer finer with `overrides`",
         )
@@ -206,7 +206,7 @@ def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Fact
             f"the file does not behave like the model it came from: mean KL divergence {kl:.3g} nats, "
             f"at most {largest_kl:g} is expected",
             where=str(server.file),
-            hint="choose a finer type, set `imatrix: true` with `calibration` data like what the model is for, keep "
+            hint="choose a finer type, set `imatrix: true` with `calibration` data that resembles real use, keep "
             "sensitive tensors finer with `overrides`, or raise `max_kl` if this loss is what you want",
         )
     return {

@@ -75,7 +75,7 @@ class GgufConfig(Config):
     def _small_types_have_importances(self) -> GgufConfig:
         small = [name for name in self.types if name in NEED_IMATRIX]
         if small and self.imatrix is False:
-            raise ValueError(f"{small[0]} cannot do without importances: leave `imatrix: false` out")
+            raise ValueError(f"{small[0]} needs importances: leave `imatrix: false` out")
         return self
 
     @model_validator(mode="after")

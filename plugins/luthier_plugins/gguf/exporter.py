@@ -177,7 +177,7 @@ class Gguf(Exporter[GgufConfig]):
             raise ModelError(
                 f"the converter ended with exit code {done.returncode}: {last}",
                 where=str(script),
-                hint="its whole output is in the run's log",
+                hint="its full output is in the run's log",
             )
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model)
@@ -195,7 +195,7 @@ class Gguf(Exporter[GgufConfig]):
         return self._finish(model, tokenizer, data, facts)
 
     def _finish(self, model: Artifact, tokenizer: Any, data: Sequence[Artifact], facts: Facts) -> Facts:
-        """Write what stands beside the files."""
+        """Write what accompanies the files."""
         context = self.context
         files: dict[str, Facts] = facts["files"]
         length: int = facts["context_length"]
@@ -234,7 +234,7 @@ def _weigh(source: Source, model: Any, blocks: Sequence[Sequence[int]], context:
         )
     if idle:
         context.warn(
-            f"no token of the calibration data came to {idle} of the experts of a layer: "
+            f"no token of the calibration data reached {idle} of the experts of a layer: "
             "name more data, or data of more kinds"
         )
     source.weigh(importances)
@@ -260,7 +260,7 @@ def _warn_of_fallbacks(source: Source, file_type: FileType, context: StageContex
     if found:
         some = ", ".join(f"{name} is {kind}" for name, kind in list(found.items())[:3])
         context.warn(
-            f"{file_type}: the rows of {len(found)} tensors are no multiple of 256, so that they get larger "
+            f"{file_type}: the rows of {len(found)} tensors are not a multiple of 256, so they get larger "
             f"types ({some}{', ...' if len(found) > 3 else ''}); the manifest names them all"
         )
 

@@ -1,4 +1,4 @@
-"""ggml's quantization kernels, out of the shared object that the xllamacpp wheel brings."""
+"""ggml's quantization kernels, from the shared object in the xllamacpp wheel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def to_type(
         ModelError: a value is not finite, or too large for float16.
     """
     tensor = torch.from_numpy(rows)
-    # ggml quantizes NaN without a word. The sum is finite unless an entry is not, or the sum itself overflows.
+    # ggml quantizes NaN silently. The sum is finite unless an entry is not, or the sum itself overflows.
     if not math.isfinite(float(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise ModelError(
             "the tensor has NaN or infinite values",

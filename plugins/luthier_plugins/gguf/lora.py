@@ -1,4 +1,4 @@
-"""An adapter as a GGUF file of its own, which llama.cpp adds to its base when it loads."""
+"""An adapter as a separate GGUF file, which llama.cpp adds to its base when it loads."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_lora(path: Path, source: Source, model: Any, key: str) -> int:
         part = places.get(name)
         if part is None or len(part.shape) != 2:
             raise ModelError(
-                "this weight is another tensor in GGUF, to which no adapter can be added", where=name, hint=FOLD
+                "this weight is a different tensor in GGUF, to which no adapter can be added", where=name, hint=FOLD
             )
         writer.add_tensor(f"{part.name}.lora_a", a.numpy())
         writer.add_tensor(f"{part.name}.lora_b", _rows(part, b.numpy()))

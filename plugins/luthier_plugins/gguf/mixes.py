@@ -24,7 +24,7 @@ MOSTLY: dict[FileType, GGMLQuantizationType] = {
 }  # fmt: skip
 """The type of most of a file's tensors."""
 SMALLEST = ("IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ1_M", "IQ1_S")
-"""Below 3 bits, where the rule is one of its own."""
+"""Below 3 bits, where the rule is a different one."""
 FALLBACKS = {T.Q4_K: T.Q5_0, T.Q5_K: T.Q5_1, T.Q6_K: T.Q8_0, T.Q2_K: T.Q4_0, T.Q3_K: T.Q4_0, T.IQ4_XS: T.IQ4_NL,
              T.IQ3_S: T.IQ4_NL, T.IQ3_XXS: T.IQ4_NL, T.IQ2_S: T.IQ4_NL, T.IQ2_XS: T.IQ4_NL, T.IQ2_XXS: T.IQ4_NL,
              T.IQ1_M: T.IQ4_NL, T.IQ1_S: T.IQ4_NL}  # fmt: skip
@@ -45,7 +45,7 @@ def file_type_number(file_type: FileType) -> LlamaFileType:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What the rule looks at beside a tensor's name.
+    """What the rule uses besides a tensor's name.
 
     Attributes:
         downs: The names of the ``ffn_down`` tensors in the order of the file; a layer with experts may have two.

@@ -29,7 +29,7 @@ class LlamaServer(Generator[Any]):
     Args:
         file: The GGUF file.
         context_length: The longest prompt and answer together, in tokens.
-        port: Where it listens; 0 takes a free one.
+        port: Where it listens; 0 picks a free one.
         lora: An adapter to add.
         exact: Compute as exactly as llama.cpp can: keys and values in float32, a prompt in one piece; takes memory.
 
@@ -108,7 +108,7 @@ class LlamaServer(Generator[Any]):
         request = urllib.request.Request(
             f"{self._server.listening_address}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
-        # No proxy of the environment stands between this process and itself.
+        # The environment's proxies are not used for this process's own server.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with opener.open(request, timeout=SECONDS) as answer:
@@ -187,7 +187,7 @@ class LlamaServer(Generator[Any]):
 
 @contextmanager
 def _no_collections() -> Yields[None]:
-    """A million objects come out of one reply: looking through them on the way takes longer than making them."""
+    """One reply gives a million objects: checking them during parsing takes longer than making them."""
     enabled = gc.isenabled()
     gc.disable()
     try:

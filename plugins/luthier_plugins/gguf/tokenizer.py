@@ -30,7 +30,7 @@ SPLITS: dict[tuple[str, ...], str] = {
     (*DEEPSEEK_SPLITS, "bytes"): "deepseek-v3",
     ("digits", "byte-level"): "smollm",
 }
-"""llama.cpp's name for each way of splitting that it implements. A wrong one loads without a word.
+"""llama.cpp's name for each way of splitting that it implements. A wrong one loads silently.
 
 Mistral's `tekken` is none of them: llama.cpp only comes near to it, and reads Hindi as other tokens.
 """
@@ -80,7 +80,7 @@ def read_tokenizer(folder: Path, vocabulary_size: int) -> TokenizerData:
         raise ModelError(
             f"llama.cpp's BPE cannot express a {model['type']} tokenizer",
             where=str(folder),
-            hint="convert it with a script of its own, named as `converter`",
+            hint="convert it with its own script, named as `converter`",
         )
     tokens = {int(index): text for text, index in model["vocab"].items()}
     pieces = bool(model.get("byte_fallback"))
@@ -192,7 +192,7 @@ def _pre_tokenizer(data: dict[str, Any], folder: Path) -> str:
         raise ModelError(
             f"llama.cpp is not known to have this tokenizer's split expression: {'; '.join(found)}",
             where=str(folder / "tokenizer.json"),
-            hint="another one would load without a word and read text differently; name llama.cpp's own script as "
+            hint="another one would load silently and read text differently; name llama.cpp's own script as "
             "`converter`, whose file is checked, or serve the model from the exporter `hf`",
         )
     return name

@@ -111,7 +111,7 @@ class Source:
         for pattern in overrides:
             if not any(re.search(pattern, name) for name in names):
                 raise ModelError(
-                    f"`overrides` has {pattern!r}, which is found in the name of no tensor that is quantized",
+                    f"`overrides` has {pattern!r}, which matches no tensor that is quantized",
                     hint=f"names are like {', '.join(name for name in names[:8] if name.startswith('blk.'))}",
                 )
 
@@ -212,7 +212,7 @@ class Source:
         return found[place] if found.ndim == 2 else found
 
     def _name(self, key: str) -> str:
-        """What the model is called in the file. llama.cpp looks at it: a name with "phi-3" makes it strip spaces behind
+        """What the model is called in the file. llama.cpp reads it: a name with "phi-3" makes it strip spaces after
         some tokens, and fail where these do not exist.
         """
         strips = {"<unk>", "<s>", "<|endoftext|>"} <= set(self.tokenizer.tokens)

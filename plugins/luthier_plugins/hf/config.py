@@ -20,7 +20,7 @@ class HfConfig(Config):
     quantize: QuantizerUse | None = None
     """How to store the layers with fewer bits, such as ``awq`` or ``gptq``."""
     calibration: DatasetInput | None = None
-    """What the quantizer looks at; by default the data that the model was tuned on."""
+    """The quantizer's calibration data; by default the data that the model was tuned on."""
     shard_size: int | None = Field(default=None, gt=0)
     """The largest size of one file, in bytes; by default 2 GB."""
     max_kl: float | None = Field(default=None, gt=0)
@@ -35,9 +35,9 @@ class HfConfig(Config):
         if self.quantize is not None and self.dtype is not None:
             raise ValueError("`quantize` says what the weights are stored as: leave `dtype` out")
         if self.quantize is None and self.calibration is not None:
-            raise ValueError("nothing looks at `calibration` without `quantize`: leave it out")
+            raise ValueError("`calibration` is unused without `quantize`: leave it out")
         if self.quantize is not None and self.shard_size is not None:
-            raise ValueError("quantizers write files of their own size: leave `shard_size` out")
+            raise ValueError("quantizers choose their own file sizes: leave `shard_size` out")
         return self
 
     @model_validator(mode="after")

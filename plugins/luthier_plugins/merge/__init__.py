@@ -10,7 +10,7 @@ STAGES = (
      f"{PACKAGE}.adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
      f"{PACKAGE}.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
-    ("moe", "A mixture of experts out of dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 1),
+    ("moe", "A mixture of experts made from dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
      f"{PACKAGE}.search.config:SearchConfig", "search.stage:Search", 1),
     ("diff", "Compare models parameter by parameter", f"{PACKAGE}.diff.config:DiffConfig", "diff.stage:Diff", 1),

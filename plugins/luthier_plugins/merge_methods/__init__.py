@@ -42,7 +42,7 @@ METHODS = (
     ),
     (
         "model_stock",
-        "Towards the models' mean, as far as their task vectors agree in direction",
+        "Toward the models' mean, as far as their task vectors agree in direction",
         "ModelStockConfig",
         "model_stock:ModelStock",
         1,
@@ -56,7 +56,7 @@ METHODS = (
     ),
     (
         "nearswap",
-        "From the base towards one model, by a fixed distance at most",
+        "From the base toward one model, by a fixed distance at most",
         "NearswapConfig",
         "nearswap:Nearswap",
         1,

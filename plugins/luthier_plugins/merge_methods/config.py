@@ -212,7 +212,7 @@ class SceConfig(MergeMethodConfig):
 
 
 class NearswapConfig(MergeMethodConfig):
-    """Goes from the base towards one model by a fixed distance at most."""
+    """Moves from the base toward one model by a fixed distance at most."""
 
     base: ClassVar[BaseUse] = "required"
     models: ClassVar[tuple[int, int | None]] = (1, 1)

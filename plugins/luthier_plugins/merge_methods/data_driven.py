@@ -31,7 +31,7 @@ def _rows(config: DataMethodConfig, model: Artifact, context: Context) -> Iterat
         elif talks := conversations(row):
             encoded = encode_conversation(tokenizer, talks[0], model.facts["stop_token_ids"])
         else:
-            raise DataError("this method looks at conversations or texts", hint="give `method.data` one of these")
+            raise DataError("this method needs conversations or texts", hint="give `method.data` one of these")
         ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
         if len(ids) > 1 and any(label >= 0 for label in labels[1:]):
             yield torch.tensor([ids]), torch.tensor([labels])

@@ -112,7 +112,7 @@ def _setting(value: Any) -> Any:
     try:
         return TypeAdapter(ModelSetting).validate_python(value)
     except ValidationError as error:
-        raise ModelError(f"{value!r} is no number, no list of numbers and no list of filters") from error
+        raise ModelError(f"{value!r} is not a number, a list of numbers or a list of filters") from error
 
 
 def _method(library: Any, name: str) -> Any:

@@ -37,7 +37,7 @@ MARGIN = 0.02
 HELD = 1 << 24
 """... unless more than half of so many values would be held: more of them never are, however large the parameter."""
 EVERYTHING = 1 << 62
-"""A place behind every part."""
+"""A place after every part."""
 Values = Callable[[MergePart], Sequence[Tensor]]
 
 
@@ -61,7 +61,7 @@ class Cut:
         return float(np.nextafter(np.float32(self.value), np.float32(-math.inf)))
 
     def whole(self, start: int) -> bool:
-        """Whether all values of the part that begins at `start` belong to it that equal `value`, if that is no zero."""
+        """Whether all values equal to `value` in the part that begins at `start` belong to it, unless it is zero."""
         return start < self.start and self.value > 0
 
     def holds(self, values: Tensor, start: int) -> Tensor:
@@ -133,7 +133,7 @@ def largest(scan: Scan, values: Values, counts: Sequence[Sequence[int]]) -> list
 
 
 def _by_histograms(scan: Scan, values: Values, wanted: Sequence[tuple[int, int]]) -> list[Cut]:
-    """The cuts, whatever the values are like; looks at everything two or three times."""
+    """The cuts, for any values; reads everything two or three times."""
     upper = scan(lambda part: torch.stack([_histogram(_keys(value) >> HALF, BINS) for value in values(part)]))
     bins: list[int] = []
     left: list[int] = []

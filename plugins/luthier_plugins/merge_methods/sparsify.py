@@ -31,7 +31,7 @@ def magnitudes(part: MergePart) -> list[Tensor]:
 
 
 def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[float]) -> list[tuple[Cut, Cut]]:
-    """For each model: the entries too large to keep (a share gamma), and those with what is kept behind them."""
+    """For each model: the entries too large to keep (a share gamma), and those with what is kept after them."""
     entries = 1
     for size in scan.parameter.shape:
         entries *= size
@@ -45,7 +45,7 @@ def magnitude_cuts(scan: Scan, densities: Sequence[float], gammas: Sequence[floa
 
 
 def by_magnitude(delta: Tensor, cuts: tuple[Cut, Cut], start: int) -> Tensor:
-    """The entries behind the first cut and inside the second; the others become 0."""
+    """The entries after the first cut and before the second; the others become 0."""
     top, both = cuts
     drops = bool(top.start or top.more)
     if both.whole(start) and not drops:

@@ -138,7 +138,7 @@ class Ties(MergeMethod[Any]):
 
 class Breadcrumbs(Ties):
     """base + scale * sum_i w_i m_i (theta_i - base), where m_i leaves out a task vector's largest share gamma of
-    entries and all behind the next share density (Davari et al. 2023, arXiv:2312.06795, section 3).
+    entries and all after the next share density (Davari et al. 2023, arXiv:2312.06795, section 3).
     """
 
     config: BreadcrumbsConfig

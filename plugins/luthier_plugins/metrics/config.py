@@ -13,7 +13,7 @@ class ExactMatchConfig(MetricConfig):
     ignore_case: bool = False
     """Ignore upper and lower case."""
     max_new_tokens: int | None = Field(default=None, gt=0)
-    """The most tokens of an answer; by default what the stage says."""
+    """The maximum number of tokens in an answer; by default what the stage says."""
 
 
 class PerplexityConfig(MetricConfig):

@@ -18,7 +18,7 @@ from luthier.api.artifact import ArtifactKind
 
 
 class QuantizeConfig(StageConfig):
-    """Makes a model with fewer bits a weight, which is measured, chatted with, served and exported like any other."""
+    """Makes a model with fewer bits per weight, which is measured, chatted with, served and exported like any other."""
 
     kind_made: ClassVar[ArtifactKind] = "model"
     seeded: ClassVar[bool] = False

@@ -26,9 +26,9 @@ class GroupedConfig(QuantizerConfig):
     group_size: Literal[32, 64, 128] = 128
     """How many inputs of a layer share a scale and a zero point."""
     rounding: Rounding = "gptq"
-    """``gptq`` rounds column by column and lets the columns behind make up for the error, on the calibration data
+    """``gptq`` rounds column by column and lets the later columns make up for the error, on the calibration data
     (Frantar et al. 2022, arXiv:2210.17323), experts to nearest; ``nearest`` needs no data; ``auto-round`` learns
-    which way to round (Cheng et al. 2023, arXiv:2309.05516), slowly, in an environment of its own that
+    which way to round (Cheng et al. 2023, arXiv:2309.05516), slowly, in its own environment that
     ``luthier doctor --install auto-round`` makes."""
     iterations: int = Field(default=200, gt=0)
     """Steps that ``auto-round`` takes for each layer."""
@@ -46,7 +46,7 @@ class AwqConfig(GroupedConfig):
     bits: Literal[4] = 4
     """Bits of a weight."""
     symmetric: bool = False
-    """Whether the zero point is in the middle; with one of its own, a group uses all of its steps."""
+    """Whether the zero point is in the middle; if not, a group uses all of its steps."""
 
 
 class GptqConfig(GroupedConfig):
@@ -69,7 +69,7 @@ class Fp8Config(QuantizerConfig):
 class TorchaoConfig(QuantizerConfig):
     """8 bits in torchao's tensors: a scale for each output.
 
-    It runs in an environment of its own that ``luthier doctor --install torchao`` makes.
+    It runs in its own environment, which ``luthier doctor --install torchao`` makes.
     """
 
     type: TorchaoType = "int8"

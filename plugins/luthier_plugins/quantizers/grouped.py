@@ -115,7 +115,7 @@ class _Grouped(Quantizer[Any], ABC):
         for path in files:
             with safe_open(path, framework="pt") as opened:
                 file: Any = opened
-                for name in file.keys():  # noqa: SIM118 - it is no mapping
+                for name in file.keys():  # noqa: SIM118 - it is not a mapping
                     tensor: Tensor = file.get_tensor(name)
                     writer.add(name, in_half(tensor, name))
         writer.close()
@@ -127,7 +127,7 @@ class _Grouped(Quantizer[Any], ABC):
             return blocks_of(iter(calibration), load_tokenizer(model), TOKENS, BLOCK)
         except DataError as error:
             raise DataError(
-                f"{error.message}, and rounding as GPTQ does looks at data",
+                f"{error.message}, and GPTQ rounding needs data",
                 hint="name a dataset as `calibration`, or set `rounding: nearest`",
             ) from error
 

@@ -16,7 +16,7 @@ EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[str]:
-    """The weights of all linear layers inside of the model's layers, without those to skip.
+    """The weights of all linear layers inside the model's layers, without those to skip.
 
     Raises:
         ModelError: a pattern to skip is found in no name, or nothing is left.
@@ -33,7 +33,7 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
     for pattern in skip:
         if not any(re.search(pattern, name) for name in linear):
             raise ModelError(
-                f"`skip` has {pattern!r}, which is found in the name of no linear layer",
+                f"`skip` has {pattern!r}, which matches no linear layer",
                 hint=f"names are like {', '.join(linear[:3])}",
             )
     chosen = [name for name in linear if not any(re.search(pattern, name) for pattern in skip)]
@@ -45,7 +45,7 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
 
 
 def kept_of(headers: Mapping[str, TensorHeader], chosen: Sequence[str]) -> list[str]:
-    """The matrices inside of the model's layers that stay as they are, routers among them: names of modules."""
+    """The matrices inside the model's layers that stay unchanged, routers among them: names of modules."""
     quantized = set(chosen)
     return [
         name.removesuffix(".weight")
@@ -70,7 +70,7 @@ def _check_fused(linear: Sequence[str], chosen: set[str]) -> None:
             mine = {f"{stem}.{other}.weight" for other in group} & set(linear) if last in group else set()
             if mine and mine & chosen and not mine <= chosen:
                 raise ModelError(
-                    f"`skip` names some of {', '.join(group)} in {stem} only, of which servers make one matrix",
+                    f"`skip` names some of {', '.join(group)} in {stem} only, which servers fuse into one matrix",
                     hint="skip all of them, or none",
                 )
 
@@ -88,7 +88,7 @@ def check_divisible(headers: Mapping[str, TensorHeader], chosen: Sequence[str], 
     ]
     if odd:
         raise ModelError(
-            f"{len(odd)} layers cannot be quantized: their inputs are no multiple of {columns}, or their outputs of "
+            f"{len(odd)} layers cannot be quantized: their inputs are not a multiple of {columns}, or their outputs of "
             f"{rows}: {', '.join(odd[:4])}",
             hint="choose a smaller `group_size`, or `skip` these layers",
         )

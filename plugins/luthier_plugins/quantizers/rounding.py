@@ -1,4 +1,4 @@
-"""From floats to whole numbers with scales: to nearest, or with the error made up for by the columns behind."""
+"""From floats to whole numbers with scales: to nearest, or with the error made up for by the later columns."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def to_nearest(weight: Tensor, grid: Grid) -> Grouped:
 
 
 def with_feedback(weight: Tensor, hessian: Tensor, grid: Grid) -> Grouped:
-    """Round column by column; what a column loses is made up for by those behind it, as far as the inputs go together
+    """Round column by column; what a column loses is made up for by the later ones, as far as the inputs go together
     (GPTQ: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, one block for each group).
 
     Args:

@@ -1,4 +1,4 @@
-"""The tools with environments of their own that quantizers run."""
+"""The tools with their own environments that quantizers run."""
 
 from __future__ import annotations
 

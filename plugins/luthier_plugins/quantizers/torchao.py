@@ -25,7 +25,7 @@ CLASSES: Mapping[TorchaoType, str] = {
 
 
 class Torchao(Quantizer[TorchaoConfig]):
-    """torchao's tensors as transformers writes them, made in an environment of their own.
+    """torchao's tensors as transformers writes them, made in their own environment.
 
     Where torchao is installed beside them, peft and trl import it, which makes every start a second slower.
     """
@@ -52,7 +52,7 @@ class Torchao(Quantizer[TorchaoConfig]):
                 raise Interrupted("stopped on request")
         for path in made.glob("*.safetensors*"):
             shutil.move(path, out / path.name)
-        # Experts in one tensor are no linear layers to torchao: this is where it shows.
+        # Experts in one tensor are not linear layers to torchao: this is where it shows.
         check_done(out, chosen, tensor_headers(out), ("_weight_qdata", "_weight_scale"))
         found: dict[str, Any] = read_json(made / "config.json")
         return {

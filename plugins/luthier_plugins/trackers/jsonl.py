@@ -13,7 +13,7 @@ from luthier_plugins.trackers.config import JsonlConfig
 
 
 class Jsonl(Tracker[JsonlConfig]):
-    """One JSON object a step, with the step and its metrics; a resumed stage goes on in its file."""
+    """One JSON object per step, with the step and its metrics; a resumed stage appends to its file."""
 
     def __init__(self, config: JsonlConfig, context: Context) -> None:
         super().__init__(config, context)

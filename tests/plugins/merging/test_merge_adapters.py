@@ -358,7 +358,7 @@ def test_diff_shows_what_is_alike(store: Path, base: Artifact) -> None:
     assert content["models"] == ["init", "init 2"]
 
 
-def test_layers_of_several_stacks_are_told_apart() -> None:
+def test_layers_of_several_stacks_are_distinguished() -> None:
     sums = {
         f"{stack}.layers.{layer}.w": torch.full((3, 2, 3), float(layer + 1))
         for stack in ("vision", "text")
@@ -428,7 +428,7 @@ def test_the_whole_numbers_of_a_dense_model_are_carried(store: Path, base: Artif
     odd = Artifact.load(folder)
     config = {"router": "uniform", "experts": [{}, {}], "experts_per_token": 1, "dtype": "bfloat16"}
     inputs = {"base": odd, "experts.0.model": odd, "experts.1.model": odd}
-    # transformers has no place for it, which is told; but it was written as it is.
+    # transformers has no place for it, which is reported; but it was written as it is.
     with pytest.raises(ModelError, match=r"unexpected keys: .'model.steps'") as told:
         run_stage(store, "moe", config, inputs=inputs)
     assert torch.equal(load_file(Path(str(told.value.where)) / "model.safetensors")["model.steps"], steps)

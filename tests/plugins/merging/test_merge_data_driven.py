@@ -1,4 +1,4 @@
-"""Merge methods that look at data, on real models."""
+"""Merge methods that use data, on real models."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_regmean_solves_layers_that_keep_their_weights_transposed(tmp_path: Path
         seen.append(torch.cat(inputs).double())
         weights.append(module.weight.detach().double())
     found = load_file(merged.path / "model.safetensors")[f"{name}.weight"].double()
-    assert not torch.allclose(found, (weights[0] + weights[1]) / 2, atol=1e-4), "it is no average"
+    assert not torch.allclose(found, (weights[0] + weights[1]) / 2, atol=1e-4), "it is not an average"
 
     def miss(weight: torch.Tensor) -> float:
         return sum(float((rows @ weight - rows @ own).square().sum()) for rows, own in zip(seen, weights, strict=True))

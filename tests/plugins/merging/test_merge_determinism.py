@@ -64,7 +64,7 @@ def test_the_same_bits_for_any_number_of_workers_and_any_chunk(
     same()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads have a priority of their own on Linux only")
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have their own priority on Linux only")
 def test_workers_lower_their_own_priority_and_no_other_threads(
     tmp_path: Path, models: list[Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:

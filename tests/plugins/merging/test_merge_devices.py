@@ -1,4 +1,4 @@
-"""Merging on a GPU, with the CPU behind it."""
+"""Merging on a GPU, with the CPU as a fallback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check of a written model by a process of its own that loads it with transformers."""
+"""The check of a written model by a separate process that loads it with transformers."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_random_masks_come_from_the_recipe_alone() -> None:
     [
         ({"name": "tiess"}, "did you mean 'ties'"),
         ({"name": "ties", "parameters": {"densty": 1}}, "density"),
-        ({"name": "ties", "parameters": {"density": {"a": 1}}}, "no list of numbers"),
+        ({"name": "ties", "parameters": {"density": {"a": 1}}}, "a list of numbers"),
     ],
 )
 def test_what_mergekit_does_not_have_is_named(values: dict, message: str) -> None:

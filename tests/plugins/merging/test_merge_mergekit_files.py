@@ -335,16 +335,16 @@ def test_a_file_runs_on_luthiers_own_method_where_there_is_one(models: Path, tmp
             "are text, vision: Luthier merges models of one module",
         ),
         ({"modules": ["default"], "models": None}, "of the mergekit file are \\['default'\\]"),
-        ({"modules": {"default": 3}, "models": None}, "is not as mergekit wants it"),
+        ({"modules": {"default": 3}, "models": None}, "is not valid for mergekit"),
         ({"modules": {"default": {}}}, "has `modules`, and `models` or `slices` beside them"),
         ({"modules": {"default": {}}, "models": None}, "has neither `models` nor `slices`"),
         ({"colour": "red"}, "has 'colour', which is not supported"),
-        ({"models": [{"foo": 1}]}, "no list of entries that have `model`"),
-        ({"models": ["./a"]}, "no list of entries that have `model`"),
+        ({"models": [{"foo": 1}]}, "not a list of entries that have `model`"),
+        ({"models": ["./a"]}, "not a list of entries that have `model`"),
         ({"dtype": "float64"}, "the dtype float64"),
         ({"tokenizer": {"source": "union", "colour": {}}}, "'colour', which is not supported"),
-        ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "to be forced, but not to what"),
-        ({"tokenizer": "union"}, "`tokenizer` of the mergekit file is no mapping"),
+        ({"tokenizer": {"tokens": {"x": {"force": True}}}}, "is forced, but not to any value"),
+        ({"tokenizer": "union"}, "`tokenizer` of the mergekit file is not a mapping"),
         ({"models": [{"model": "a"}, {"model": "b", "parameters": {"weight": 1}}]}, "needs a weight for every model"),
     ],
 )
@@ -356,7 +356,7 @@ def test_what_cannot_be_done_is_said(models: Path, tmp_path: Path, change: dict,
         Recipe.from_mapping(recipe, folder=models)
 
 
-def test_what_mergekit_does_not_look_at_is_left_out_and_told(models: Path, tmp_path: Path, cli) -> None:
+def test_what_mergekit_does_not_use_is_left_out_and_reported(models: Path, tmp_path: Path, cli) -> None:
     file = tmp_path / "odd.yml"
     file.write_text(
         f"models: [{{model: {models}/a}}, {{model: {models}/b}}]\nmerge_method: slerp\nbase_model: {models}/a\n"
@@ -373,7 +373,7 @@ def test_what_mergekit_does_not_look_at_is_left_out_and_told(models: Path, tmp_p
         assert torch.allclose(tensor, expected[key], rtol=1e-4, atol=1e-5), key
 
 
-def test_a_weight_of_residuals_that_mergekit_does_not_look_at_is_told(models: Path) -> None:
+def test_a_weight_of_residuals_that_mergekit_does_not_use_is_reported(models: Path) -> None:
     (models / "residual.yml").write_text(FILES["each slice its own base"])
     assert as_config({"config": str(models / "residual.yml")}, None)["unused"] == ["residual_weight"]
 
@@ -389,7 +389,7 @@ def test_the_parameters_of_mergekits_methods_are_known() -> None:
         assert (set(parameters) | MORE.get(name, set())) <= theirs[name], name
 
 
-def test_parameters_are_looked_for_where_mergekit_looks_for_them(models: Path) -> None:
+def test_parameters_are_searched_where_mergekit_searches_them(models: Path) -> None:
     scopes = {method.spec.name: {item.name: item for item in method.spec.parameters} for method in registered_methods()}
     for name, parameters in OURS_THERE.items():
         for theirs, ours in parameters.items():
@@ -434,9 +434,9 @@ def test_the_words_of_mergekit_files_mean_what_they_mean_there(models: Path) -> 
     [
         ("models: [{model: ./gone, parameters: {weight: 1}}]\nmerge_method: linear\n", "there is no folder './gone'"),
         ("models: [{model: /a/b/c, parameters: {weight: 1}}]\nmerge_method: linear\n", "there is no folder '/a/b/c'"),
-        ("slices: []\nmerge_method: linear\n", "is not as mergekit wants it"),
-        ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not as mergekit wants it|dictionary"),
-        ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not as mergekit wants it"),
+        ("slices: []\nmerge_method: linear\n", "is not valid for mergekit"),
+        ("models: [{model: ./a, parameters: [1]}]\nmerge_method: linear\n", "is not valid for mergekit|dictionary"),
+        ("models: [{model: ./a}]\nmerge_method: linear\nparameters: 3\n", "is not valid for mergekit"),
     ],
 )
 def test_odd_mergekit_files_are_messages(models: Path, text: str, message: str) -> None:

@@ -106,7 +106,7 @@ def checked_by_a_process(folder: Path, meanwhile: str) -> subprocess.CompletedPr
     return subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
 
 
-def test_the_other_process_tells_what_it_finds(tmp_path: Path, models: list[Artifact]) -> None:
+def test_the_other_process_reports_what_it_finds(tmp_path: Path, models: list[Artifact]) -> None:
     light = "assert 'transformers' not in sys.modules"
     good = checked_by_a_process(models[0].path, light)
     assert "'forward': 'finite'" in good.stdout, good.stderr

@@ -121,7 +121,7 @@ def test_a_rotary_embedding_is_the_same_in_both_spellings(four: dict, five: dict
 
 
 @pytest.mark.parametrize("key", ["partial_rotary_factor", "original_max_position_embeddings"])
-def test_rotary_settings_that_both_tell_have_to_be_the_same(
+def test_rotary_settings_that_both_state_have_to_be_the_same(
     store: Path, models: list[Artifact], tmp_path: Path, key: str
 ) -> None:
     def told(value: float) -> Callable[[dict, dict], None]:
@@ -148,11 +148,11 @@ def test_methods_that_look_at_data_merge_whole_models_of_one_tokenizer() -> None
     part = [{"sources": [{"model": "a", "layers": [0, 1]}, {"model": "b", "layers": [0, 1]}]}]
     with pytest.raises(ValueError, match="cannot merge slices"):
         MergeConfig.model_validate({"slices": part, "method": method}, context=context)
-    with pytest.raises(ValueError, match="models of one tokenizer"):
+    with pytest.raises(ValueError, match="models with the same tokenizer"):
         MergeConfig.model_validate({"models": ["a", "b"], "method": method, "tokenizer": "union"}, context=context)
 
 
-def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_path: Path) -> None:
+def test_all_problems_are_reported_at_once(store: Path, models: list[Artifact], tmp_path: Path) -> None:
     def several(tensors: dict, config: dict) -> None:
         without_one(tensors, config)
         with_other_rope(tensors, config)
@@ -164,7 +164,7 @@ def test_all_problems_are_told_at_once(store: Path, models: list[Artifact], tmp_
     assert all(text in str(caught.value) for text in (NAME, "rope_theta", "num_hidden_layers"))
 
 
-def test_weights_disk_and_vocabularies_are_told_with_the_problems_of_headers(
+def test_weights_disk_and_vocabularies_are_reported_with_the_problems_of_headers(
     store: Path, models: list[Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoiled = changed(models[1], tmp_path / models[1].key, with_other_rope)
@@ -198,7 +198,7 @@ def test_a_plan_names_models_without_a_tokenizer() -> None:
     assert "1 of 3 have no tokenizer" in problem
 
 
-def test_filters_that_no_parameter_has_are_told(store: Path, models: list[Artifact]) -> None:
+def test_filters_that_no_parameter_has_are_reported(store: Path, models: list[Artifact]) -> None:
     density = [{"filter": "mlpp", "value": 0.2}, {"filter": "self_attn", "value": 0.3}, {"value": 0.5}]
     config = {
         "weights": [[{"filter": "lm_hed", "value": 2.0}, {"value": 1.0}], 1.0],
@@ -292,7 +292,7 @@ def test_models_of_another_architecture_are_refused(
         run_stage(store, "merge", inputs={"models": [models[0], odd]})
 
 
-def test_tokenizers_are_told_apart_by_their_tokens_and_not_by_their_bytes(
+def test_tokenizers_are_compared_by_their_tokens_and_not_by_their_bytes(
     store: Path, models: list[Artifact], tmp_path: Path
 ) -> None:
     again = tmp_path / "again"
@@ -321,7 +321,7 @@ def test_tokenizers_are_told_apart_by_their_tokens_and_not_by_their_bytes(
         run_stage(store, "merge", inputs={"models": [models[0], other]})
 
 
-def test_a_base_and_its_chat_model_may_differ_in_what_tells_nothing(
+def test_a_base_and_its_chat_model_may_differ_in_what_means_nothing(
     store: Path, models: list[Artifact], tmp_path: Path
 ) -> None:
     def written(**values: object) -> Callable:

@@ -148,7 +148,7 @@ def test_experts_are_refused_before_anything_is_tried(tmp_path: Path) -> None:
     mixed = run_stage(store, "base", {"source": str(make_model(tmp_path / "m", "mixtral"))})
     rows = [{"messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "no"}]}] * 4
     inputs = {"models": [mixed, mixed], "data": tiny_dataset(store, rows, split="validation")}
-    with pytest.raises(ModelError, match="in another form than the file does"):
+    with pytest.raises(ModelError, match="in a different form than the file"):
         run_stage(store, "search", {"trials": 50}, inputs=inputs)
 
 
@@ -163,7 +163,7 @@ def test_a_merge_that_does_not_compute_is_no_best_merge(folder: Path, monkeypatc
     assert found["best"]["score"] == 5.0
 
 
-def test_scales_beyond_numbers_are_told_and_no_crash(folder: Path) -> None:
+def test_scales_beyond_numbers_are_reported_and_no_crash(folder: Path) -> None:
     result = run(folder / "searched.yaml", store=folder / "s")
     inputs = {
         "models": [result.artifact("bad"), result.artifact("good")],
@@ -171,7 +171,7 @@ def test_scales_beyond_numbers_are_told_and_no_crash(folder: Path) -> None:
         "base": result.artifact("blank"),
     }
     method = {"method": "task_arithmetic", "weights": None, "trials": 3}
-    # Losses so large that their exponential is no number any more.
+    # Losses so large that their exponential is no longer a number.
     large = run_stage(folder / "l", "search", {**method, "over": {"scale": [1e5, 1e6]}}, inputs=inputs).facts["search"]
     assert all(score is not None and math.isfinite(score) for score in large["curve"])
     assert not any(item["beyond_noise"] for item in large["against"])
@@ -233,7 +233,7 @@ def test_the_order_of_the_ranges_is_no_matter_of_the_result() -> None:
         ({"method": "ties", "base": "c", "over": {"density": [0.5, 2]}}, "2 is not between 0 and 1"),
         ({"weights": [1, 0]}, "the smaller number comes first"),
         ({"weights": [-1, 1]}, "begin at 0"),
-        ({"method": "karcher", "over": {"steps": [1, 20]}}, "no number that could be searched for"),
+        ({"method": "karcher", "over": {"steps": [1, 20]}}, "not a number that can be searched"),
     ],
 )
 def test_searches_that_cannot_be_are_refused_before_anything_runs(values: dict, message: str) -> None:

@@ -74,7 +74,7 @@ def test_an_adapter_is_merged_on_its_own_model_whatever_else_is(
     assert not merged.manifest["warnings"]
 
 
-def test_an_adapter_that_does_not_sit_on_the_base_is_told(
+def test_an_adapter_that_does_not_sit_on_the_base_is_reported(
     store: Path, models: list[Artifact], adapter: Artifact
 ) -> None:
     config = {"method": "task_arithmetic", "dtype": "float32"}

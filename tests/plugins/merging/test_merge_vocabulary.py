@@ -186,7 +186,7 @@ def test_rows_that_there_are_not_are_refused(store: Path, pair: list[Artifact], 
     ("entry", "message"),
     [
         ({"like": "b"}, "names a token of a `model`"),
-        ({"force": True}, "needs to know what with"),
+        ({"force": True}, "`force` needs a source"),
         ({"zero": True, "model": "m"}, "come from no model"),
         ({"token": ""}, "at least 1 character"),
     ],
@@ -199,7 +199,7 @@ def test_rows_that_come_from_nowhere_are_refused(entry: dict, message: str) -> N
 
 
 def chatty(store: Path, folder: Path, seed: int) -> Artifact:
-    """A model that stops at a token of its own, too."""
+    """A model that also stops at its own token."""
     model = tiny_model(store, seed=seed, dtype="float32", texts=OTHER_TEXTS)
     shutil.copytree(model.path, folder, ignore=shutil.ignore_patterns("manifest.json"))
     row = len(load_file(folder / "model.safetensors")["model.embed_tokens.weight"]) - 1
@@ -273,7 +273,7 @@ def test_the_chat_template_is_the_one_that_was_chosen(store: Path, tmp_path: Pat
 
 
 def test_padding_rows_stay_what_they_are(store: Path, pair: list[Artifact]) -> None:
-    """The rows behind the last token are the same in models of one family: nothing may differ there."""
+    """The rows after the last token are the same in models of one family: nothing may differ there."""
     import shutil
 
     from safetensors.torch import save_file

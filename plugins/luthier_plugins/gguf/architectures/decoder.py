@@ -47,7 +47,7 @@ class Decoder:
         return {"rope_theta": self.config.get("rope_theta", 10000.0), **rope}
 
     def refuse(self, **wanted: Any) -> None:
-        """Refuse a model whose config says something else than llama.cpp does.
+        """Refuse a model whose config says something other than llama.cpp does.
 
         Args:
             wanted: What llama.cpp does, by the name of the setting; a setting that is not there is what it should be.
@@ -83,7 +83,7 @@ class Decoder:
         return found | self.scaling()
 
     def scaling(self) -> Metadata:
-        """The keys of a rotary scaling that is no tensor."""
+        """The keys of a rotary scaling that is not a tensor."""
         if self.rope_type not in ("linear", "yarn"):
             return {}
         found: Metadata = {"rope.scaling.type": self.rope_type, "rope.scaling.factor": float(self.rope["factor"])}

@@ -66,7 +66,7 @@ class Gemma2(Gemma):
 
 
 class Gemma3(Gemma2):
-    """Gemma3ForCausalLM: five layers with a window for one without, each kind with rotary settings of its own."""
+    """Gemma3ForCausalLM: five layers with a window for one without, each kind with its own rotary settings."""
 
     name: ClassVar[str] = "gemma3"
     model: ClassVar[gguf.MODEL_ARCH] = gguf.MODEL_ARCH.GEMMA3

@@ -1,1 +1,1 @@
-"""Adapters out of adapters, and adapters out of models."""
+"""Adapters from adapters, and adapters from models."""

@@ -43,7 +43,7 @@ class MergeAdaptersConfig(RankConfig):
     def _fits(self) -> MergeAdaptersConfig:
         method, name, count = self.method.config, self.method.name, len(self.models)
         if not isinstance(method, MergeMethodConfig):
-            raise ValueError(f"the config of {name} is no MergeMethodConfig")
+            raise ValueError(f"the config of {name} is not a MergeMethodConfig")
         problems: list[str] = []
         if self.weights is not None and len(self.weights) != count:
             problems.append(f"{len(self.weights)} weights for {count} adapters")
@@ -67,7 +67,7 @@ class MergeAdaptersConfig(RankConfig):
         facts = inputs.get("models", [])
         other = [str(item["adapter"]) for item in facts if item["adapter"] != "lora"]
         found = [
-            f"the update of a {name} adapter is no low-rank matrix: merge it as a model, in the stage `merge`"
+            f"the update of a {name} adapter is not a low-rank matrix: merge it as a model, in the stage `merge`"
             for name in other
         ]
         if len({item["base"] for item in facts}) > 1:
@@ -85,7 +85,7 @@ class ExtractLoraConfig(RankConfig):
     base: Annotated[str, Input(("model",))]
     """The model it was tuned from; the adapter will sit on it."""
     head: bool = False
-    """Also the output head, where it is a layer of its own; else what differs in it is left out with a warning."""
+    """Also the output head, where it is a separate layer; else what differs in it is left out with a warning."""
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         return full_precision_problems(inputs, ("model", "base"), "take the models before they were quantized")

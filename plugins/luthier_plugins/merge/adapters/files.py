@@ -73,7 +73,7 @@ def write_adapter(
         lora_alpha=largest,
         target_modules=sorted(factors),
         fan_in_fan_out=transposed,
-        # B A is the update as it is: every module's scale is 1.
+        # B A is the whole update: every module's scale is 1.
         rank_pattern={module: rank for module, rank in ranks.items() if rank != largest},
         alpha_pattern={module: rank for module, rank in ranks.items() if rank != largest},
         task_type="CAUSAL_LM",

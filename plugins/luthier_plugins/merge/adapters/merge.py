@@ -64,7 +64,7 @@ class MergeAdapters(Stage[MergeAdaptersConfig]):
             facts["load_options"] = loads[0]
         elif any(loads):
             context.warn(
-                "the adapters' bases were loaded in several ways: say `dtype` where the merge is trained further"
+                "the adapters' bases were loaded in different ways: set `dtype` if the merge is trained further"
             )
         return {**facts, "method": self.config.method.name, "space": self.config.space, "kept": min(kept, default=1.0)}
 

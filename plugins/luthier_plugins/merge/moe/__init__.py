@@ -1,1 +1,1 @@
-"""Mixture of experts out of dense models."""
+"""Mixture of experts from dense models."""

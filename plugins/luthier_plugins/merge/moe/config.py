@@ -35,7 +35,7 @@ class MoeConfig(StageConfig):
     experts_per_token: int = Field(default=2, gt=0)
     """How many experts work on a token."""
     router: Literal["prompts", "random", "uniform"] = "prompts"
-    """How the routers begin: towards the experts' prompts, at random, or with no preference (of equals the first are
+    """How routers begin: aligned with the experts' prompts, at random, or with no preference (of equals the first are
     chosen: train such routers)."""
     dtype: ModelDtype | None = None
     """What the weights are stored in; by default what the base is stored in."""

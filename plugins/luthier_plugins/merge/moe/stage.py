@@ -30,7 +30,7 @@ SPREAD = 0.02
 
 
 class Moe(Stage[MoeConfig]):
-    """Experts side by side behind a new router in each layer (Jiang et al. 2024, arXiv:2401.04088); the idea of making
+    """Experts side by side after a new router in each layer (Jiang et al. 2024, arXiv:2401.04088); the idea of making
     them from dense models is that of sparse upcycling (Komatsuzaki et al. 2022, arXiv:2212.05055).
     """
 
@@ -133,7 +133,7 @@ def _write_shared(output: Output, base: Source, name: str, block: str, noise: to
     if which == "down_proj":
         output.write(target, 0, torch.zeros(output.tensors[target].shape), scratch)
         gate = f"{block}.shared_expert_gate.weight"
-        # At random, because llama.cpp divides by what comes out of the gate.
+        # At random, because llama.cpp divides by the gate's output.
         output.write(gate, 0, torch.randn(output.tensors[gate].shape, generator=noise) * SPREAD, scratch)
     else:
         output.write(target, 0, whole(base, name)[: output.tensors[target].shape[0]].reshape(-1), scratch)
@@ -158,6 +158,6 @@ def _check(inputs: Inputs, family: Family) -> None:
                 f"{odd[0]} is {theirs.get(odd[0])} in {expert.label} and {layers.get(odd[0])} in {base.label}"
             )
         if expert.config.get("hidden_act") != base.config.get("hidden_act"):
-            problems.append(f"{expert.label} has another activation than {base.label}")
+            problems.append(f"{expert.label} has a different activation from {base.label}")
     if problems:
-        raise ModelError("; ".join(problems), hint="experts and base have to be tuned from one model")
+        raise ModelError("; ".join(problems), hint="experts and base must be tuned from the same model")

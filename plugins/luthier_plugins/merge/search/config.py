@@ -27,7 +27,7 @@ NEARLY_ZERO = 1e-8
 
 def _range(value: tuple[float, float]) -> tuple[float, float]:
     if value[0] >= value[1]:
-        raise ValueError(f"[{value[0]:g}, {value[1]:g}] is no range: the smaller number comes first")
+        raise ValueError(f"[{value[0]:g}, {value[1]:g}] is not a range: the smaller number comes first")
     return value
 
 
@@ -58,7 +58,7 @@ class SearchConfig(StageConfig):
     population: int | None = Field(default=None, gt=1)
     """How many trials CMA-ES draws before it learns from them; by default 4 + 3 ln(parameters)."""
     max_new_tokens: int = Field(default=128, gt=0)
-    """The most tokens of an answer."""
+    """The maximum number of tokens in an answer."""
     dtype: ModelDtype | None = None
     """What the merged weights are stored in; by default what the base, else the first model, is stored in."""
 
@@ -67,7 +67,7 @@ class SearchConfig(StageConfig):
         method = self.method.config
         if isinstance(method, MergeMethodConfig) and not method.weighted and self.weights is not None:
             if self.model_fields_set & {"weights"}:
-                raise ValueError(f"{self.method.name} does not use weights: write `weights: null`")
+                raise ValueError(f"{self.method.name} does not use weights: set `weights: null`")
             object.__setattr__(self, "weights", None)
         odd = [name for name in self.over if name not in type(method).model_fields]
         if odd:
@@ -77,7 +77,7 @@ class SearchConfig(StageConfig):
             raise ValueError("there is nothing to search for: give a range of `weights`, or parameters in `over`")
         whole = [name for name in self.over if type(method).model_fields[name].annotation in (int, bool)]
         if whole:
-            raise ValueError(f"'{whole[0]}' is no number that could be searched for step by step")
+            raise ValueError(f"'{whole[0]}' is not a number that can be searched step by step")
         if self.weights is not None and self.weights[0] < 0:
             raise ValueError("the weights of a search begin at 0: their sum must not become zero")
         # The ends of every range, and a point inside, have to make a config.

@@ -56,9 +56,9 @@ class IntoModel:
         missing = [name for name in tensors if name not in state]
         if missing:
             raise ModelError(
-                f"transformers holds {missing[0]} in another form than the file does",
+                f"transformers stores {missing[0]} in a different form than the file",
                 where=type(model).__name__,
-                hint="the search works on models whose parameters are those of their files: no experts",
+                hint="the search needs models whose parameters match their files: no experts",
             )
         self.tensors = dict(tensors)
         self._state = state

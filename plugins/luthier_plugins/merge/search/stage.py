@@ -33,14 +33,14 @@ from pydantic import ValidationError
 from scipy.stats import t as student
 
 CHANCE = 0.025
-"""How likely a merge that is no better may be called better."""
+"""The probability that a merge that is no better is called better."""
 Trial = dict[str, Any]
 Rows = Sequence[tuple[float, float]]
 """For each row how good it is, larger is better, and what it counts: summed losses and tokens, or a score and 1."""
 
 
 class Search(Stage[SearchConfig]):
-    """CMA-ES (Hansen and Ostermeier 2001) on the metric; every trial is kept, so that a stopped search goes on."""
+    """CMA-ES (Hansen and Ostermeier 2001) on the metric; every trial is kept, so that a stopped search can continue."""
 
     def run(self) -> Facts:
         context = self.context
@@ -62,7 +62,7 @@ class Search(Stage[SearchConfig]):
         path = context.scratch / "trials.jsonl"
         known = _known(path)
         if known:
-            context.log(f"going on after {len(known)} trials")
+            context.log(f"continuing after {len(known)} trials")
         trials: list[Trial] = []
         with path.open("a", encoding="utf-8") as file:
             for point in self._points(trials, context.seed):
@@ -138,8 +138,8 @@ def _known(path: Path) -> list[Trial]:
 
 
 def _tried(judge: _Judge, values: dict[str, float]) -> Trial:
-    """One trial; what cannot be merged or computed with has no score, and the search goes on."""
-    score, problem = math.nan, "the metric is no finite number"
+    """One trial; what cannot be merged or computed has no score, and the search continues."""
+    score, problem = math.nan, "the metric is not a finite number"
     try:
         judge.merge(values)
         score = judge.score()
@@ -164,7 +164,7 @@ def _best(trials: Sequence[Trial]) -> Trial:
     if best["merit"] is None:
         raise ModelError(
             f"none of {len(trials)} merges has a score: {best['problem']}",
-            hint="do the models themselves compute? try other ranges",
+            hint="do the models themselves run? try other ranges",
         )
     return best
 
@@ -194,7 +194,7 @@ def compared(best: Rows, other: Rows, trials: int) -> Facts:
     spread = float(np.square(differences - mean * weights).sum()) * count / (count - 1)
     error = math.sqrt(spread) / total
     level = CHANCE / max(1, trials)
-    # Where all rows differ by the same there is no spread to judge by: each could as well be better as worse.
+    # Where all rows differ by the same there is no spread to judge by: each could be better or worse.
     alike = error == 0 and mean > 0 and 0.5**count <= level
     beyond = alike or (error > 0 and mean > float(student.ppf(1 - level, count - 1)) * error)
     return {"difference": mean, "standard_error": error, "beyond_noise": beyond}

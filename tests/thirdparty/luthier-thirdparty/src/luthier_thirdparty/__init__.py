@@ -1,4 +1,4 @@
-"""One plugin of every kind that somebody else might write; each part is one small file."""
+"""One plugin of every kind that a third party might write; each part is one small file."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""A regularizer that looks at the batch."""
+"""A regularizer that reads the batch."""
 
 from luthier.api import CompletionBatch, Regularizer, TokenBatch
 from torch import Tensor, nn

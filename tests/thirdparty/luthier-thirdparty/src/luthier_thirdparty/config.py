@@ -71,7 +71,7 @@ class AskedConfig(Config):
     generator: GeneratorUse
     """Who answers."""
     max_new_tokens: int = Field(default=8, gt=0)
-    """The most tokens of an answer."""
+    """The maximum number of tokens in an answer."""
 
 
 class NiceConfig(Config):
