@@ -72,7 +72,7 @@ def timed(command: list[str], **environment: str) -> float:
 
 def ours(folder: Path, out: Path, kind: str) -> dict[str, float]:
     """Seconds of a whole process, of the export in it, and its memory in MiB."""
-    from luthier.running.lanes import ALLOCATOR
+    from luthier.running.slots import ALLOCATOR
 
     started = time.perf_counter()
     done = subprocess.run(

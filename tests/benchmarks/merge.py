@@ -153,7 +153,7 @@ def by_luthier(folder: Path, layers: int, name: str) -> float:
 
 def by_engine(folder: Path, name: str) -> dict[str, float]:
     """Merging alone, and its anonymous memory above that of the imports, in MiB."""
-    from luthier.running.lanes import ALLOCATOR
+    from luthier.running.slots import ALLOCATOR
 
     ours, _, count, has_base = METHODS[name]
     out = folder / "engine"

@@ -18,7 +18,7 @@ import click
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.artifacts.store import Store
-from luthier.running.lanes import QUIET
+from luthier.running.slots import QUIET
 from luthier.serving.golden import ServerError, model_of, streamed
 
 Turns = list[dict[str, str]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from luthier.artifacts.store import Store
-from luthier.running.lanes import QUIET
+from luthier.running.slots import QUIET
 
 EXAMPLE = "Example: luthier serve quickstart/gguf --variant Q4_K_M --port 8080"
 

@@ -21,10 +21,10 @@ from luthier.artifacts.store import Store
 from luthier.planning import Node, Plan
 from luthier.running.commit import adopt, commit
 from luthier.running.events import Events, Listener
-from luthier.running.lanes import Lane, Lanes
 from luthier.running.lock import Lock
 from luthier.running.results import RunResult, StageResult
 from luthier.running.signals import Signals
+from luthier.running.slots import OpenSlot, OpenSlots
 from luthier.worker.environment import environment
 from luthier.worker.job import Job
 
@@ -57,8 +57,8 @@ class Scheduler:
                 hint="choose another place with --store",
             ) from error
         self.results: dict[str, StageResult] = {}
-        self.lanes = Lanes.of(the_plan.recipe.executor, the_plan.recipe.registry, self.folder)
-        self._running: dict[Lane, _Running] = {}
+        self.slots = OpenSlots.of(the_plan.recipe.executor, the_plan.recipe.registry, self.folder)
+        self._running: dict[OpenSlot, _Running] = {}
         self._locks: dict[str, Lock] = {}
         self.interrupts = 0
 
@@ -76,7 +76,7 @@ class Scheduler:
                         self._handle_event()
             finally:
                 # In this order: what a worker still writes is its own as long as the lock is held.
-                self.lanes.close()
+                self.slots.close()
                 for running in self._running.values():
                     running.lock.release()
                 result = RunResult(self.id, self.plan, self.results, self.interrupts > 0)
@@ -95,7 +95,7 @@ class Scheduler:
                 hint="give the executor more, or ask for fewer under `resources`",
             )
             for name, node in self.plan.nodes.items()
-            if name in wanted and self.store.find(node.key) is None and not self.lanes.possible(node.config.resources)
+            if name in wanted and self.store.find(node.key) is None and not self.slots.possible(node.config.resources)
         ]
         if problems:
             raise RecipeError(problems)
@@ -133,8 +133,8 @@ class Scheduler:
         if any(running.node.key == node.key for running in self._running.values()):
             # The same stage under another name: it will be in the store.
             return False
-        lane = self.lanes.free(node.config.resources)
-        if lane is None:
+        slot = self.slots.free(node.config.resources)
+        if slot is None:
             return False
         lock = self._locks.setdefault(
             node.key, Lock(self.store.locks, node.key, lambda text: self.events("log", stage=node.id, message=text))
@@ -152,12 +152,12 @@ class Scheduler:
             self.events("stage_started", stage=node.id, key=node.key, status=node.status, reason=node.reason)
             self.plan.recipe.registry.notify("luthier_stage_started", stage=node.id, key=node.key)
             job = self._job(node)
-            self.lanes.send(lane, job, node.config.resources)
+            self.slots.send(slot, job, node.config.resources)
         except BaseException:
             lock.release()
             self._give_up_lock(node)
             raise
-        self._running[lane] = _Running(node, job, lock, started)
+        self._running[slot] = _Running(node, job, lock, started)
         return True
 
     def _give_up_lock(self, node: Node) -> None:
@@ -274,25 +274,25 @@ class Scheduler:
 
     def _handle_event(self) -> None:
         """Take the next event of any worker."""
-        for lane, running in self._running.items():
-            if self.interrupts and not running.asked_to_stop and lane.session is not None:
+        for slot, running in self._running.items():
+            if self.interrupts and not running.asked_to_stop and slot.session is not None:
                 running.asked_to_stop = True
-                self.lanes.stop(lane)
-        received = self.lanes.next_event()
+                self.slots.stop(slot)
+        received = self.slots.next_event()
         if received is None:
             return
-        lane, event = received
-        running = self._running.get(lane)
+        slot, event = received
+        running = self._running.get(slot)
         kind = event.pop("event")
         if kind == "died":
-            lane.session = None
+            slot.session = None
         if running is None:
             return
         if kind in ("result", "interrupted", "failed", "died"):
-            del self._running[lane]
-            lane.busy = False
+            del self._running[slot]
+            slot.busy = False
             try:
-                result = self._ended(kind, event, running, lane)
+                result = self._ended(kind, event, running, slot)
             except LuthierError as error:
                 result = self._failed(running.node, error)
             finally:
@@ -306,7 +306,7 @@ class Scheduler:
             )
         self.events(kind, **event)
 
-    def _ended(self, kind: str, event: Event, running: _Running, lane: Lane) -> StageResult:
+    def _ended(self, kind: str, event: Event, running: _Running, slot: OpenSlot) -> StageResult:
         """How a stage ended, its artifact in the store.
 
         Raises:
@@ -320,7 +320,7 @@ class Scheduler:
                 raise Interrupted("stopped at once", hint="run again to continue from the last checkpoint")
             raise StageError(event["message"], where=node.id, hint=event["hint"])
         if kind == "failed":
-            log = self.lanes.log_of(lane)
+            log = self.slots.log_of(slot)
             with log.open("a", encoding="utf-8") as file:
                 file.write(event["traceback"])
             hint = event["hint"] or (None if event["known"] else f"the log has the traceback: {log}")
@@ -360,7 +360,7 @@ class Scheduler:
         if self.interrupts == 1:
             self.events("log", message="stopping after a checkpoint; press Ctrl-C again to stop at once")
         else:
-            self.lanes.kill()
+            self.slots.kill()
 
     def _remember(self) -> None:
         """Keep each stage's key payload, so that the next plan can say what changed."""

@@ -207,6 +207,6 @@ def check_format(impl: Any, config: Any) -> None:
 
 def check_executor(impl: Any, config: Any) -> None:
     """Its slots are sound ones."""
-    from luthier.running.lanes import check_slots
+    from luthier.running.slots import check_slots
 
     check_slots(list(impl.slots()), type(impl).__name__)

@@ -45,31 +45,34 @@ def worker_launch() -> WorkerLaunch:
 
 
 @dataclass(slots=True, eq=False)
-class Lane:
+class OpenSlot:
     """A slot, and the session on it while there is one.
 
     Attributes:
+        share: The slot as its executor gave it.
         on: The slot as the session sees it: without its GPUs where a stage wants none.
     """
 
-    slot: Slot
+    share: Slot
     session: Session | None = None
     busy: bool = False
     on: Slot | None = None
 
 
 @dataclass(slots=True)
-class Lanes:
+class OpenSlots:
     """All slots of a run, and the events of their sessions."""
 
     executor: Executor[Any]
     name: str
     folder: Path
-    lanes: list[Lane]
-    _events: queue.Queue[tuple[Lane, Session, Event]] = field(default_factory=queue.Queue[tuple[Lane, Session, Event]])
+    slots: list[OpenSlot]
+    _events: queue.Queue[tuple[OpenSlot, Session, Event]] = field(
+        default_factory=queue.Queue[tuple[OpenSlot, Session, Event]]
+    )
 
     @classmethod
-    def of(cls, use: Use, registry: Registry, folder: Path) -> Lanes:
+    def of(cls, use: Use, registry: Registry, folder: Path) -> OpenSlots:
         """The slots of a recipe's executor.
 
         Raises:
@@ -85,103 +88,103 @@ class Lanes:
         except Exception as error:
             raise PluginError(f"{name} cannot list its slots: {type(error).__name__}: {error}") from error
         check_slots(slots, name)
-        return cls(executor, name, folder, [Lane(slot) for slot in slots])
+        return cls(executor, name, folder, [OpenSlot(slot) for slot in slots])
 
-    def free(self, resources: Resources) -> Lane | None:
+    def free(self, resources: Resources) -> OpenSlot | None:
         """A free slot with the resources that a stage asks for."""
-        return next((lane for lane in self.lanes if not lane.busy and fits(lane.slot, resources)), None)
+        return next((slot for slot in self.slots if not slot.busy and fits(slot.share, resources)), None)
 
     def possible(self, resources: Resources) -> bool:
         """Whether any slot has the resources that a stage asks for."""
-        return any(fits(lane.slot, resources) for lane in self.lanes)
+        return any(fits(slot.share, resources) for slot in self.slots)
 
-    def send(self, lane: Lane, job: Job, resources: Resources) -> None:
+    def send(self, slot: OpenSlot, job: Job, resources: Resources) -> None:
         """Start a job on a free slot.
 
         Raises:
             PluginError: the executor cannot start a worker, or cannot reach it.
         """
-        on = Slot(lane.slot.name) if resources.gpus == 0 else lane.slot
-        if lane.session is not None and lane.on != on:
+        on = Slot(slot.share.name) if resources.gpus == 0 else slot.share
+        if slot.session is not None and slot.on != on:
             # Which GPUs a process sees is settled when it starts.
-            self._closed(lane)
-        if lane.session is None:
+            self._closed(slot)
+        if slot.session is None:
             try:
-                lane.session, lane.on = self.executor.open(on, self.log_of(lane)), on
+                slot.session, slot.on = self.executor.open(on, self.log_of(slot)), on
             except LuthierError:
                 raise
             # See `of`.
             except Exception as error:
                 raise PluginError(
-                    f"{self.name} cannot start a worker on {lane.slot.name}: {type(error).__name__}: {error}"
+                    f"{self.name} cannot start a worker on {slot.share.name}: {type(error).__name__}: {error}"
                 ) from error
-            threading.Thread(target=self._listen, args=(lane, lane.session), daemon=True).start()
+            threading.Thread(target=self._listen, args=(slot, slot.session), daemon=True).start()
         try:
-            lane.session.send(job.to_json())
+            slot.session.send(job.to_json())
         # See `of`.
         except Exception as error:
             raise PluginError(
-                f"{self.name} cannot reach its worker on {lane.slot.name}: {type(error).__name__}: {error}"
+                f"{self.name} cannot reach its worker on {slot.share.name}: {type(error).__name__}: {error}"
             ) from error
-        lane.busy = True
+        slot.busy = True
 
-    def stop(self, lane: Lane) -> None:
+    def stop(self, slot: OpenSlot) -> None:
         """Ask a slot's worker for a checkpoint and to end its stage; one that cannot be asked is ended."""
-        if lane.session is not None:
+        if slot.session is not None:
             try:
-                lane.session.stop()
+                slot.session.stop()
             # See `of`.
             except Exception as error:  # noqa: BLE001
-                self._lost(lane, lane.session, f"cannot stop its worker: {type(error).__name__}: {error}")
+                self._lost(slot, slot.session, f"cannot stop its worker: {type(error).__name__}: {error}")
 
-    def log_of(self, lane: Lane) -> Path:
-        """Where a lane's worker writes its output."""
-        return self.folder / ("worker.log" if len(self.lanes) == 1 else f"worker-{lane.slot.name}.log")
+    def log_of(self, slot: OpenSlot) -> Path:
+        """Where a slot's worker writes its output."""
+        return self.folder / ("worker.log" if len(self.slots) == 1 else f"worker-{slot.share.name}.log")
 
-    def _listen(self, lane: Lane, session: Session) -> None:
+    def _listen(self, slot: OpenSlot, session: Session) -> None:
         try:
             for event in session.events():
-                self._events.put((lane, session, {**event, "event": event["event"]}))
+                self._events.put((slot, session, {**event, "event": event["event"]}))
                 if event["event"] == "died":
                     return
             problem = "ended its events without saying how the worker died"
         # See `of`. Whatever it is, the stage has to end: nothing more will be heard of it.
         except Exception as error:  # noqa: BLE001
             problem = f"cannot read its worker's events: {type(error).__name__}: {error}"
-        self._lost(lane, session, problem)
+        self._lost(slot, session, problem)
 
-    def _lost(self, lane: Lane, session: Session, problem: str) -> None:
+    def _lost(self, slot: OpenSlot, session: Session, problem: str) -> None:
         """End a worker that cannot be followed any more."""
         with suppress(Exception):
             session.kill()
         message = f"{self.name} {problem}"
-        hint = f"report this to its author; the worker's log: {self.log_of(lane)}"
-        self._events.put((lane, session, {"event": "died", "message": message, "hint": hint}))
+        hint = f"report this to its author; the worker's log: {self.log_of(slot)}"
+        self._events.put((slot, session, {"event": "died", "message": message, "hint": hint}))
 
-    def next_event(self) -> tuple[Lane, Event] | None:
+    def next_event(self) -> tuple[OpenSlot, Event] | None:
         """The next event of any open session, or None after a moment without one."""
         try:
-            lane, session, event = self._events.get(timeout=PATIENCE)
+            slot, session, event = self._events.get(timeout=PATIENCE)
         except queue.Empty:
             return None
         # What a session says after its end, such as that it ended, is of no interest.
-        return (lane, event) if session is lane.session else None
+        return (slot, event) if session is slot.session else None
 
     def kill(self) -> None:
         """End every worker now."""
-        for lane in self.lanes:
-            if lane.session is not None:
+        for slot in self.slots:
+            if slot.session is not None:
                 with suppress(Exception):
-                    lane.session.kill()
+                    slot.session.kill()
 
     def close(self) -> None:
         """No more jobs."""
-        for lane in self.lanes:
-            self._closed(lane)
+        for slot in self.slots:
+            self._closed(slot)
 
     @staticmethod
-    def _closed(lane: Lane) -> None:
-        session, lane.session = lane.session, None
+    def _closed(slot: OpenSlot) -> None:
+        session, slot.session = slot.session, None
         if session is not None:
             try:
                 session.close()
