@@ -275,7 +275,7 @@ def test_one_mixture_is_made_of_one_family() -> None:
     config = MoeConfig.model_validate({"base": "a", "router": "uniform", "experts": [{"model": "a"}, {"model": "b"}]})
 
     def told(*architectures: str) -> list[str]:
-        return config.problems({"models": [{"architecture": name} for name in architectures]})
+        return config.input_problems({"models": [{"architecture": name} for name in architectures]})
 
     assert told("LlamaForCausalLM", "MistralForCausalLM") == []
     assert told("Qwen3ForCausalLM", "Qwen3ForCausalLM") == []

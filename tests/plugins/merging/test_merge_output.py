@@ -138,7 +138,7 @@ def test_an_output_head_that_repeats_its_embedding_is_no_other_tensor(
     for name in ("tensors", "parameters"):
         assert taken.facts[name] == models[0].facts[name]
     config = MergeConfig.model_validate({"models": ["a", "b"]}, context={"components": default_registry()})
-    assert config.problems({"models": [taken.facts, models[1].facts]}) == []
+    assert config.input_problems({"models": [taken.facts, models[1].facts]}) == []
     merged = run_stage(store, "merge", inputs={"models": [taken, models[1]]})
     plain = run_stage(store, "merge", inputs={"models": models[:2]})
     found, expected = weights(merged), weights(plain)
