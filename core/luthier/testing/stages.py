@@ -6,21 +6,19 @@ import copy
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
 from luthier.api.artifact import Artifact, ArtifactKind
 from luthier.api.config import Input, Source, StageConfig, Use, references
 from luthier.api.data import Row, Schema
-from luthier.api.serving import Generator
 from luthier.artifacts.datasets import Split, dataset_facts, write_split
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.rows import COLUMNS, SCHEMAS
 from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
 from luthier.running.commit import commit
-from luthier.serving.generators import open_generator
+from luthier.serving.access import PluginAccess
 from luthier.worker.context import JobContext
 from luthier.worker.execute import check_facts, seed_everything
 from luthier.worker.job import Job
@@ -125,7 +123,7 @@ def run_stage(
     return commit(store, key, made.produces(kinds), work / "out", about)
 
 
-class TestContext:
+class TestContext(PluginAccess):
     """The context of a component in its author's tests: artifacts and files by the values that configs name them with.
 
     Args:
@@ -150,6 +148,7 @@ class TestContext:
         seed: int = 0,
         registry: Registry | None = None,
     ) -> None:
+        super().__init__(registry or default_registry())
         self.seed = seed
         self._folder = None if scratch else tempfile.TemporaryDirectory()
         self.scratch = scratch or Path(cast("Any", self._folder).name)
@@ -158,31 +157,14 @@ class TestContext:
         self.warnings: list[str] = []
         self._artifacts = dict(artifacts or {})
         self._paths = dict(paths or {})
-        self._registry = registry or default_registry()
 
     def artifact(self, value: str | None) -> Artifact:
         """The artifact that was given for a value."""
         return self._artifacts[str(value)]
 
-    def artifacts(self, values: Sequence[str] | None) -> list[Artifact]:
-        """The artifacts that were given for values."""
-        return [self.artifact(value) for value in values or []]
-
     def path(self, value: str) -> Path:
         """The file that was given for a value."""
         return self._paths[value]
-
-    def build(self, use: Use) -> Any:
-        """An instance of a chosen component, with this context."""
-        return self._registry.build(use, self)
-
-    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator[Any]]:
-        """What answers for an artifact."""
-        return open_generator(artifact, self._registry, self, variant)
-
-    def collected(self, hook: str) -> Mapping[str, Any]:
-        """What plugins provide by name."""
-        return cast("Mapping[str, Any]", getattr(self._registry, hook)())
 
     def progress(self, done: int, total: int | None = None, unit: str = "") -> None:
         """Nothing is shown."""

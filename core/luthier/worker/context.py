@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from luthier.api.artifact import Artifact
-from luthier.api.config import Use
 from luthier.api.errors import Interrupted, ModelError, PluginError, StageError
-from luthier.api.serving import Generator
 from luthier.artifacts.models import LICENCES
 from luthier.artifacts.store import Store
 from luthier.registry import Registry
+from luthier.serving.access import PluginAccess
 from luthier.worker.job import Job
 from luthier.worker.tracking import Trackers
 
@@ -35,17 +33,17 @@ class Listener(Protocol):
         ...
 
 
-class JobContext:
+class JobContext(PluginAccess):
     """The `luthier.api.StageContext` of one job."""
 
     def __init__(self, job: Job, registry: Registry, listener: Listener, *, rank: int = 0, world: int = 1) -> None:
+        super().__init__(registry)
         self.stage = job.stage
         self.seed = job.seed
         self.scratch = Path(job.scratch)
         self.rank = rank
         self.world = world
         self._job = job
-        self._registry = registry
         self._listener = listener
         self._last_progress = 0.0
         self.warnings: list[str] = []
@@ -70,9 +68,6 @@ class JobContext:
             raise self._unknown("artifact", value, "Input")
         return Artifact.load(Path(folder))
 
-    def artifacts(self, values: Sequence[str] | None) -> list[Artifact]:
-        return [self.artifact(value) for value in values or []]
-
     def path(self, value: str) -> Path:
         place = self._job.sources.get(value)
         if place is None:
@@ -87,18 +82,6 @@ class JobContext:
             f"'{self.stage}' names",
             hint=f"mark the field with {marker}(...), and ask with its value: context.{method}(self.config.FIELD)",
         )
-
-    def build(self, use: Use) -> Any:
-        return self._registry.build(use, self)
-
-    def generator(self, artifact: Artifact, variant: str | None = None) -> AbstractContextManager[Generator[Any]]:
-        from luthier.serving.generators import open_generator
-
-        return open_generator(artifact, self._registry, self, variant)
-
-    def collected(self, hook: str) -> Mapping[str, Any]:
-        """What plugins provide by name: ``gguf_architectures`` or ``tool_environments``."""
-        return cast("Mapping[str, Any]", getattr(self._registry, hook)())
 
     def finished(self, path: Path) -> None:
         Store(Path(self._job.store)).digest_source(path)
