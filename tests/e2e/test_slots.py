@@ -434,6 +434,7 @@ def test_ranks_end_with_the_run_that_started_them(tmp_path: Path, monkeypatch: p
     runner.kill()
     runner.wait()
     wait_for(lambda: not ranks())
+    assert not ranks()
 
 
 def test_more_gpus_than_any_slot_has_are_refused_at_once(tmp_path: Path, chats: Path, cli) -> None:

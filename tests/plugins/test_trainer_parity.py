@@ -32,7 +32,7 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare(mine: Artifact, trainer: Any) -> None:
+def assert_trained_alike(mine: Artifact, trainer: Any) -> None:
     """The same first and last loss, and the same weights after ten steps: so the gradients agree."""
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -71,7 +71,7 @@ def test_supervised_fine_tuning_is_trl_s(tmp_path: Path, micro: int | None) -> N
         ),
         processing_class=tokenizer,
     )
-    compare(mine, trainer)
+    assert_trained_alike(mine, trainer)
 
 
 class Tokens(DPOTrainer):
@@ -116,7 +116,7 @@ def test_preference_optimization_is_trl_s(tmp_path: Path) -> None:
         train_dataset=datasets.Dataset.from_dict(columns),
         processing_class=tokenizer,
     )  # fmt: skip
-    compare(mine, trainer)
+    assert_trained_alike(mine, trainer)
 
 
 def test_an_adapters_reference_is_the_adapter_it_was(tmp_path: Path) -> None:
