@@ -16,7 +16,7 @@ from luthier.artifacts.datasets import dataset_facts
 from luthier.artifacts.rows import COLUMNS, SCHEMAS, schema_of
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
-from luthier.testing import TestContext
+from luthier.testing import TestContext, run_stage
 from luthier.worker.tracking import Trackers
 from luthier_plugins.data.recognise import recognised
 from luthier_plugins.trackers.config import JsonlConfig
@@ -173,3 +173,13 @@ def test_the_last_step_is_that_of_the_newest_whole_checkpoint(tmp_path: Path) ->
     for step in (9, 20):
         mark_whole(tmp_path / f"checkpoint-{step}")
     assert last_step(tmp_path) == 20
+
+
+def test_keys_inside_the_messages_of_pairs_are_not_lost_unseen(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "because"}
+    pair = {"prompt": "why?", "chosen": [answer], "rejected": [{"role": "assistant", "content": "no", "weight": 0}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
+    made = run_stage(tmp_path / "s", "data", {"source": str(tmp_path / "pairs.jsonl"), "format": "preference"})
+    (warning,) = made.manifest["warnings"]
+    assert "chosen.reasoning_content (in 1 rows)" in warning
+    assert "rejected.weight (in 1 rows)" in warning

@@ -21,3 +21,7 @@ class Preference(Format[PreferenceConfig]):
     def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
         keys = {"prompt": self.config.prompt, "chosen": self.config.chosen, "rejected": self.config.rejected}
         yield checked("preference", {name: raw.get(key) for name, key in keys.items()})
+
+    def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
+        keys = (self.config.prompt, self.config.chosen, self.config.rejected)
+        return {name for key in keys for name in (key, f"{key}.role", f"{key}.content")}
