@@ -12,6 +12,7 @@ from inline_plugins import OnePlugin
 from luthier import run
 from luthier.api import Config, Regularizer
 from luthier.artifacts.datasets import read_split
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.text import IGNORED
 from luthier.registry import Provider, Registry
@@ -58,10 +59,10 @@ def test_the_reference_is_the_tuned_model_adapter_included(pairs: Path, tmp_path
     tuned = result.artifact("light")
     tokenizer, model = load_tokenizer(tuned), load_model(tuned)
     rows = read_split(result.artifact("pairs"), "train")
-    stops = tuned.facts["stop_token_ids"]
+    encoder = ChatEncoder(tokenizer, tuned.facts["stop_token_ids"])
     by_hand = []
     for row in rows:
-        chosen = encode_row(tokenizer, row, stops).completions[0]
+        chosen = encode_row(encoder, row).completions[0]
         answer = [label for label in chosen.labels if label != IGNORED]
         assert tokenizer.decode(answer) == row["chosen"][0]["content"] + "<|im_end|>"
         with torch.no_grad():

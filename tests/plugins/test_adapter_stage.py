@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from gguf_models import make_gpt2, make_model
 from luthier import Recipe, plan, run
 from luthier.api import Artifact, ModelError, RecipeError
 from luthier.merging.mergekit_yaml import as_config
-from luthier.modeling.loading import fold, load_model
+from luthier.modeling.chat import ChatEncoder
+from luthier.modeling.generate import target_log_probabilities
+from luthier.modeling.loading import fold, load_model, load_tokenizer
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -325,22 +328,36 @@ def test_an_adapter_on_the_output_head_is_not_trained_past(place: Path, tmp_path
     adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})
     chats = [{"messages": [*row["prompt"], *row["chosen"]]} for row in PAIRS]
     data = tiny_dataset(tmp_path / "s", chats if stage == "sft" else PAIRS)
-    with pytest.raises(ModelError, match="the adapter changes the output head") as told:
-        run_stage(
-            tmp_path / "s", stage, {"steps": 1}, inputs={"model": adapter, "data": data if stage == "dpo" else [data]}
+    config = {"steps": 2, "learning_rate": 1e-2, "log_every": 1}
+    made = run_stage(tmp_path / "s", stage, config, inputs={"model": adapter, "data": [data]})
+    before, after = (load_file(item.path / "adapter_model.safetensors") for item in (adapter, made))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "lm_head.lora" in name} <= moved
+    assert made.facts["training"]["loss_last"] < made.facts["training"]["loss_first"]
+    if stage == "sft":
+        model, encoder = (
+            load_model(adapter).eval(),
+            ChatEncoder(load_tokenizer(adapter), adapter.facts["stop_token_ids"]),
         )
-    assert "`method: passthrough`" in str(told.value)
+        losses = [
+            -target_log_probabilities(model, item)[0].gather(1, target_log_probabilities(model, item)[1][:, None])
+            for row in chats
+            for item in encoder.conversation(row["messages"])
+        ]
+        assert made.facts["training"]["loss_first"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+    else:
+        assert made.facts["training"]["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_a_recipe_does_not_put_an_adapter_on_the_output_head(place: Path) -> None:
-    tune = {
-        "uses": "sft",
-        "model": "base",
-        "data": "d",
-        "adapter": {"uses": "lora", "target_modules": ["q_proj", "lm_head"]},
-    }
-    with pytest.raises(RecipeError, match="an adapter on 'lm_head' would not be trained"):
-        Recipe.from_mapping({"luthier": 1, "stages": {"base": {"uses": "base"}, "x": tune}}, folder=place)
+def test_a_recipe_may_put_an_adapter_on_the_output_head(place: Path, tmp_path: Path) -> None:
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    chats = [{"messages": [*row["prompt"], *row["chosen"]]} for row in PAIRS]
+    config = {"steps": 2, "learning_rate": 1e-2, "adapter": {"uses": "lora", "target_modules": ["q_proj", "lm_head"]}}
+    made = run_stage(
+        tmp_path / "s", "sft", config, inputs={"model": base, "data": [tiny_dataset(tmp_path / "s", chats)]}
+    )
+    weights = load_file(made.path / "adapter_model.safetensors")
+    assert any("lm_head.lora_B" in name and bool(tensor.any()) for name, tensor in weights.items())
 
 
 def test_a_whole_tensor_that_an_adapter_changes_is_not_merged_with_others(tmp_path: Path) -> None:

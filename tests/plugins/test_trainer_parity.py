@@ -10,6 +10,7 @@ import pytest
 import torch
 from luthier.api import Artifact
 from luthier.artifacts.datasets import read_split
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.text import IGNORED
 from luthier.testing import run_stage, tiny_dataset, tiny_model
@@ -54,8 +55,9 @@ def test_supervised_fine_tuning_is_trl_s(tmp_path: Path, micro: int | None) -> N
     data = tiny_dataset(tmp_path, rows)
     config = {**STEPS, "batch_size": 4, "micro_batch_size": micro}
     mine = run_stage(tmp_path, "sft", config, inputs={"model": model, "data": [data]})
-    tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
-    encoded = [encode_row(tokenizer, row, stops).completions[0] for row in read_split(data, "train")]
+    tokenizer = load_tokenizer(model)
+    chat = ChatEncoder(tokenizer, model.facts["stop_token_ids"])
+    encoded = [encode_row(chat, row).completions[0] for row in read_split(data, "train")]
     torch.manual_seed(0)
     batch = {"per_device_train_batch_size": micro or 4, "gradient_accumulation_steps": 4 // (micro or 4)}
     trainer = SFTTrainer(
@@ -94,10 +96,11 @@ def test_preference_optimization_is_trl_s(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path, rows)
     config = {**STEPS, "batch_size": 4, "beta": 0.3, "objective": "dpo"}
     mine = run_stage(tmp_path, "dpo", config, inputs={"model": model, "data": [data]})
-    tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
+    tokenizer = load_tokenizer(model)
+    chat = ChatEncoder(tokenizer, model.facts["stop_token_ids"])
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for row in read_split(data, "train"):
-        chosen, rejected = encode_row(tokenizer, row, stops).completions
+        chosen, rejected = encode_row(chat, row).completions
         first = chosen.labels.count(IGNORED)
         for name, ids in (
             ("prompt_ids", chosen.input_ids[:first]),

@@ -30,13 +30,13 @@ stages:
     uses: sft
     model: base
     data: talks
-    steps: 6
+    steps: 20
     learning_rate: 0.05
     log_every: 1
     objective: {uses: focal, gamma: 1.0}
     regularizers: [{uses: confidence, strength: 0.1}]
     optimizer: momentum
-  plain: {uses: sft, model: base, data: talks, steps: 6, learning_rate: 0.05, log_every: 1, optimizer: momentum}
+  plain: {uses: sft, model: base, data: talks, steps: 20, learning_rate: 0.05, log_every: 1, optimizer: momentum}
   liked: {uses: sft, model: tuned, data: votes, steps: 4, learning_rate: 1e-3, log_every: 1, objective: kto}
   more:
     uses: augment

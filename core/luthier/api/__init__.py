@@ -127,7 +127,7 @@ if TYPE_CHECKING:
         TokenBatch,
         Unit,
     )
-    from luthier.api.tuning import ObjectiveConfig, PreferenceTuningConfig, TrainingConfig, TuningConfig
+    from luthier.api.tuning import BadRows, ObjectiveConfig, PreferenceTuningConfig, TrainingConfig, TuningConfig
 
 _HOME = {
     "artifact": ("ARTIFACT_KINDS", "Artifact", "ArtifactKind"),
@@ -153,7 +153,7 @@ _HOME = {
         "Adapter", "CompletionBatch", "LossResult", "Objective", "Optimizer", "Regularizer", "Reward", "Schedule",
         "TokenBatch", "Unit",
     ),
-    "tuning": ("ObjectiveConfig", "PreferenceTuningConfig", "TrainingConfig", "TuningConfig"),
+    "tuning": ("BadRows", "ObjectiveConfig", "PreferenceTuningConfig", "TrainingConfig", "TuningConfig"),
 }  # fmt: skip
 """Where each name is: imported when it is asked for."""
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -165,6 +165,7 @@ __all__ = [
     "Artifact",
     "ArtifactKind",
     "Augmenter",
+    "BadRows",
     "Completion",
     "CompletionBatch",
     "Component",

@@ -106,6 +106,8 @@ class StageConfig(Config):
     """The kind of artifact the stage makes, unless `produces` says otherwise."""
     seeded: ClassVar[bool] = True
     """Whether the recipe's seed changes the result."""
+    dated: ClassVar[bool] = False
+    """Whether the recipe's date does: chat templates that ask for the day are told it."""
     several_ranks: ClassVar[bool] = False
     """Whether several processes can compute the stage together: rank 0 alone writes, in `context.out` and in
     `context.scratch`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,6 +26,7 @@ class Context(Protocol):
     Attributes:
         stage: The stage's id in the recipe.
         seed: The seed for everything random.
+        date: The day that the recipe names, for chat templates that ask for it; None where it names none.
         scratch: A folder that survives a crash; checkpoints go here.
         rank: Which of the processes that compute the stage together this is, from 0.
         world: How many there are.
@@ -32,6 +34,7 @@ class Context(Protocol):
 
     stage: str
     seed: int
+    date: datetime.date | None
     scratch: Path
     rank: int
     world: int

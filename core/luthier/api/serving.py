@@ -49,11 +49,13 @@ class Completion:
         text: What was said, without the stop token.
         tokens: How many tokens it was, the stop token included; None where the program does not say.
         finish_reason: Whether it ended on its own, or at the limit; None where the program does not say.
+        thinking: What was thought before the answer, where somebody has split it off `text`.
     """
 
     text: str
     tokens: int | None = None
     finish_reason: FinishReason | None = None
+    thinking: str = ""
 
 
 Request = Sequence[Message]

@@ -46,6 +46,7 @@ class TokenBatch:
         labels: The token's id where it is trained on, -100 elsewhere, of the same shape.
         pairs: See `CompletionBatch`.
         desirable: See `CompletionBatch`.
+        position_ids: Where documents are packed into one row: each token's place in its document, of the same shape.
     """
 
     input_ids: Tensor
@@ -53,6 +54,14 @@ class TokenBatch:
     labels: Tensor
     pairs: Tensor | None = None
     desirable: Tensor | None = None
+    position_ids: Tensor | None = None
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """What the model is called with; packed documents do not see each other."""
+        if self.position_ids is None:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        # Positions that begin anew are how transformers tells documents apart, if no mask says otherwise.
+        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,8 +34,17 @@ class ObjectiveConfig(Config):
     """The schemas of the rows that it can be trained on."""
 
 
+class BadRows(Config):
+    """What to do with rows that cannot be used as they are."""
+
+    drop_up_to: float = Field(default=0.01, ge=0, le=1)
+    """The share of a split's rows that may be left out, each reported; with more of them the stage stops."""
+
+
 class TrainingConfig(StageConfig):
     """What every training stage has: what is trained, on what, how long, how fast and in which batches."""
+
+    dated: ClassVar[bool] = True
 
     model: ModelInput
     """The model to train; an adapter is trained further, on its base, loaded as it was."""
@@ -68,12 +77,20 @@ class TrainingConfig(StageConfig):
     else but rounding."""
     max_length: int = Field(default=1024, gt=1)
     """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
+    bad_rows: BadRows = BadRows()
+    """Rows that the chat template refuses, renders without a part of them, or leaves without a stop token; pairs whose
+    sides become the same tokens."""
     gradient_checkpointing: Annotated[bool, NotIdentity()] = False
     """Trade time for memory."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """The precision of forward and backward passes; trained weights and optimizer states stay in fp32."""
     regularizers: list[RegularizerUse] = []
     """Terms added to the loss."""
+    save_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What trained weights are stored in. `auto`: a full model in the dtype it came in, or in fp32 where rounding to
+    that would undo more than a twentieth of what was trained; an adapter in fp32."""
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    """How weights are rounded to fewer bits; `stochastic` keeps small changes on average, drawn with the seed."""
     save_every: Annotated[int, NotIdentity()] = Field(default=200, gt=0)
     """Steps between checkpoints, from which a killed stage resumes."""
     log_every: Annotated[int, NotIdentity()] = Field(default=10, gt=0)
@@ -92,6 +109,16 @@ class TrainingConfig(StageConfig):
                 f"`micro_batch_size` {self.micro_batch_size} does not divide `batch_size` {self.batch_size}"
             )
         return self
+
+    @property
+    def fails_on_long(self) -> bool:
+        """Whether a row that is too long stops the stage."""
+        return False
+
+    @property
+    def trained_answers(self) -> Literal["all", "apart", "last"]:
+        """Which answers of a conversation are trained."""
+        return "all"
 
     @property
     def schemas(self) -> tuple[Schema, ...]:
@@ -150,7 +177,12 @@ class TuningConfig(TrainingConfig):
     """What stages have that train on answers."""
 
     on_long: Literal["drop", "fail"] = "drop"
-    """What to do with rows longer than `max_length`: leave them out and say how many, or stop."""
+    """What to do with rows longer than `max_length`, or than the model's context: leave them out and say which, or
+    stop."""
+
+    @property
+    def fails_on_long(self) -> bool:
+        return self.on_long == "fail"
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = super().early_problems(inputs)

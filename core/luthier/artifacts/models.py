@@ -35,6 +35,8 @@ PREFIXES = {"gpt2": "transformer.", "bloom": "transformer.", "falcon": "transfor
 """What some old files leave out in front of all names but the head's."""
 PIECE = 1 << 22
 """Bytes that are compared at a time."""
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
+"""What configs call the most tokens that a model is made for."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -194,6 +196,23 @@ def stop_tokens(folder: Path) -> list[str]:
         return []
     added = {entry["id"]: entry["content"] for entry in read_json(path).get("added_tokens", [])}
     return [added[item] for item in stop_token_ids(folder) if item in added]
+
+
+def positions_of(folder: Path) -> int | None:
+    """How many tokens a model was made for at once, see `positions_in`."""
+    return positions_in(read_json(folder / "config.json"))
+
+
+def positions_in(config: dict[str, Any]) -> int | None:
+    """How many tokens a model was made for at once, by its config; None where it says nothing, as of recurrent ones."""
+    config = config.get("text_config") or config
+    known = next((config[name] for name in POSITIONS if isinstance(config.get(name), int)), None)
+    rope: dict[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if known is not None and original and factor:
+        # Stretched positions are written in either of the two.
+        return max(known, int(original * factor))
+    return known
 
 
 def chat_template(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -18,6 +19,7 @@ __all__ = [
     "prompt_of",
     "reference_of",
     "schema_of",
+    "taught_by",
     "texts_of",
     "trainable_text",
 ]
@@ -71,8 +73,9 @@ def _message(item: Any, index: int) -> Message:
     if not isinstance(item, Mapping):
         raise DataError(f"message {index} is not an object with 'role' and 'content'")
     message = cast("Mapping[str, Any]", item)
-    if message.get("tool_calls"):
-        raise DataError(f"message {index} has tool calls, which would be lost", hint="write them into its content")
+    for key, calls in (("tool_calls", "tool calls"), ("function_call", "a function_call")):
+        if message.get(key):
+            raise DataError(f"message {index} has {calls}, which would be lost", hint="write them into its content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"message {index} has the unknown role {role!r}", hint=f"roles are {', '.join(ROLES)}")
@@ -150,6 +153,27 @@ def reference_of(row: Row) -> str | None:
     """The text of the row's own (good) answer; None where it has none."""
     found = conversations(row)
     return found[0][-1]["content"] if found else None
+
+
+def taught_by(row: Row) -> str:
+    """What a row teaches, as one text: two rows with the same are twins, whatever else they hold.
+
+    Of a conversation these are its messages, of a preference or a labelled answer the prompt (several answers to one
+    prompt belong together), of a text the text. White space and upper case do not count.
+    """
+    schema = schema_of(row)
+    column = {"text": "text", "messages": "messages"}.get(schema, "prompt")
+    return json.dumps(_normal(row[column]), sort_keys=True, ensure_ascii=False)
+
+
+def _normal(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split()).casefold()
+    if isinstance(value, Mapping):
+        return {key: _normal(item) for key, item in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, Sequence):
+        return [_normal(item) for item in cast("Sequence[Any]", value)]
+    return value
 
 
 def texts_of(row: Row) -> Iterator[str]:

@@ -121,11 +121,11 @@ def _silence(folder: Path) -> str | None:
     """Why a conversation cannot be written with a model's template and stop tokens; None if it can."""
     from transformers import AutoTokenizer
 
-    from luthier.modeling.text import encode_conversation
+    from luthier.modeling.chat import ChatEncoder
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        encode_conversation(tokenizer, SAMPLE, stop_token_ids(folder))
+        ChatEncoder(tokenizer, stop_token_ids(folder)).conversation(SAMPLE)
     # transformers may raise anything; the merged model is complete, whatever its tokenizer is like.
     except Exception as error:  # noqa: BLE001
         return str(error)

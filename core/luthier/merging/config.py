@@ -113,6 +113,7 @@ class MergeConfig(StageConfig):
     model_config = ConfigDict(json_schema_extra=_with_file)
 
     kind_made: ClassVar[ArtifactKind] = "model"
+    dated: ClassVar[bool] = True
 
     models: list[ModelInput] = []
     """The models; an adapter counts as its base with the adapter added. Config, chat template and generation config

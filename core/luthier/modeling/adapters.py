@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -91,3 +94,91 @@ def _mismatches(error: Exception) -> list[tuple[str, str, str]]:
 def _mismatch(folder: Path, wrong: list[str]) -> ModelError:
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
     return ModelError(f"the adapter does not belong on this model: {'; '.join(wrong[:SHOWN])}{more}", where=str(folder))
+
+
+def check_selectors(model: Any) -> None:
+    """Refuse a fresh adapter whose config names something that the model does not have; PEFT is content with one match.
+
+    Args:
+        model: The model with its adapter.
+
+    Raises:
+        ModelError: names each selector that matches nothing.
+    """
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    names = {_plain(name) for name, _ in model.named_modules()}
+    adapted = {_plain(name) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    kept = {_plain(name) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    parameters = {_plain(name) for name, _ in model.named_parameters()}
+    for config in model.peft_config.values():
+        places = {
+            "target_modules": adapted,
+            "modules_to_save": kept,
+            "target_parameters": parameters,
+            "exclude_modules": names,
+            "trainable_token_indices": kept,
+        }
+        for field, known in places.items():
+            wanted = getattr(config, field, None)
+            if wanted is None or isinstance(wanted, str) or (isinstance(wanted, (list, tuple)) and not wanted):
+                continue
+            if field == "trainable_token_indices" and not isinstance(wanted, dict):
+                continue
+            unmatched = sorted(str(item) for item in wanted if not _matched(str(item), known))
+            if unmatched:
+                last = sorted({name.rpartition(".")[2] for name in names})
+                close = [near[0] for item in unmatched if (near := get_close_matches(item, last, 1))]
+                raise ModelError(
+                    f"`{field}` names what the model does not have: {', '.join(unmatched)}",
+                    hint=f"did you mean {', '.join(dict.fromkeys(close))}?"
+                    if close
+                    else "its layers are called " + ", ".join(sorted({name.rpartition(".")[2] for name in adapted})),
+                )
+
+
+def _plain(name: str) -> str:
+    """A module's or parameter's name in the model, without what PEFT puts around it."""
+    name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+|token_adapter)\b", "", name)
+
+
+def _matched(wanted: str, known: set[str]) -> bool:
+    return any(name == wanted or name.endswith(f".{wanted}") for name in known)
+
+
+def without_adapter(model: Any) -> str | None:
+    """What a fresh adapter on all linear layers leaves out, in words: experts that are one parameter together, and so
+    no linear layers; None where nothing is, or where some linear layers were left out on purpose.
+
+    Args:
+        model: The model with its adapter.
+    """
+    inside = model.get_base_model()
+    head = inside.get_output_embeddings()
+    kinds = (torch.nn.Linear, Conv1D)
+    adapted = {name: module for name, module in inside.named_modules() if isinstance(module, BaseTunerLayer)}
+    left = [
+        name
+        for name, module in inside.named_modules()
+        if isinstance(module, kinds) and module is not head and not _inside_any(name, adapted)
+    ]
+    fused = {
+        name: parameter.numel()
+        for name, parameter in inside.named_parameters()
+        if parameter.ndim >= 3 and not parameter.requires_grad and not _inside_any(name, adapted)
+    }
+    if left or not fused or any("conv" in name for name in fused):
+        return None
+    bases: list[Any] = [cast("Any", module).get_base_layer() for module in adapted.values()]
+    linear = sum(base.weight.numel() for base in bases)
+    share = sum(fused.values()) / (sum(fused.values()) + linear)
+    kinds_of = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in fused})
+    return (
+        f"{share:.0%} of the weights in the model's layers get no adapter and stay as they are: the experts are "
+        f"parameters of their own, not linear layers ({', '.join(kinds_of)})"
+    )
+
+
+def _inside_any(name: str, modules: Mapping[str, Any]) -> bool:
+    return any(name == outer or name.startswith(f"{outer}.") for outer in modules)

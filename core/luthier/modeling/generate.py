@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor
 
 from luthier.api.artifact import Artifact
+from luthier.api.errors import DataError
 from luthier.api.serving import Completion, Generator, Request, Sampling
-from luthier.modeling.loading import load_client, load_tokenizer
-from luthier.modeling.text import IGNORED, Encoded, encode_prompt
+from luthier.modeling.chat import ChatEncoder
+from luthier.modeling.loading import load_client, load_tokenizer, positions_of_model
+from luthier.modeling.text import IGNORED, Encoded
 
 BATCH = 32
 """Prompts in one batch."""
@@ -61,6 +64,11 @@ def _generate(
 ) -> list[list[int]]:
     """Token ids after each prompt, `sampling.n` rows per prompt, padded after their ends."""
     width = max(map(len, prompts))
+    room = positions_of_model(model)
+    if room is not None and width >= room:
+        raise DataError(
+            f"a prompt has {width} tokens, the model's context is {room}", hint="shorten the prompt, or leave it out"
+        )
     ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     drawn = sampling.temperature > 0
@@ -68,7 +76,7 @@ def _generate(
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            max_new_tokens=sampling.max_new_tokens,
+            max_new_tokens=sampling.max_new_tokens if room is None else min(sampling.max_new_tokens, room - width),
             do_sample=drawn,
             # The model's own sampling settings are for chatting, not for measuring.
             temperature=sampling.temperature if drawn else None,
@@ -97,6 +105,7 @@ class ModelGenerator(Generator[Any]):
         stop_ids: The tokens on which generation stops.
         progress: Called with the requests answered and their number.
         special: Whether special tokens show; servers leave them out.
+        date: The day that a chat template is told which asks for it.
     """
 
     def __init__(
@@ -107,15 +116,17 @@ class ModelGenerator(Generator[Any]):
         progress: Callable[[int, int], None] = lambda done, total: None,
         *,
         special: bool = True,
+        date: datetime.date | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self.encoder = ChatEncoder(tokenizer, stop_ids, date)
         self._stops = stop_ids
         self._progress = progress
         self._special = special
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
-        ids = [encode_prompt(self.tokenizer, messages) for messages in requests]
+        ids = [self.encoder.prompt(messages) for messages in requests]
         yield from completions(
             self.model, self.tokenizer, ids, self._stops, sampling, self._progress, special=self._special
         )
@@ -132,6 +143,7 @@ class TransformersGenerator(ModelGenerator):
         scratch: A folder for weights in float32, where they are quantized.
         progress: See `ModelGenerator`.
         special: See `ModelGenerator`.
+        date: See `ModelGenerator`.
     """
 
     def __init__(
@@ -141,9 +153,10 @@ class TransformersGenerator(ModelGenerator):
         progress: Callable[[int, int], None] = lambda done, total: None,
         *,
         special: bool = True,
+        date: datetime.date | None = None,
     ) -> None:
         model, tokenizer = load_client(artifact, scratch), load_tokenizer(artifact)
-        super().__init__(model, tokenizer, artifact.facts["stop_token_ids"], progress, special=special)
+        super().__init__(model, tokenizer, artifact.facts["stop_token_ids"], progress, special=special, date=date)
 
 
 def target_log_probabilities(model: Any, row: Encoded) -> tuple[Tensor, Tensor]:

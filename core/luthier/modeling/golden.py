@@ -10,7 +10,8 @@ from luthier.api.data import Message, Row
 from luthier.api.serving import Generator, Sampling
 from luthier.artifacts.datasets import read_split
 from luthier.artifacts.rows import prompt_of
-from luthier.modeling.text import encode_prompt, render
+from luthier.modeling.chat import ChatEncoder
+from luthier.modeling.text import render
 
 ENTRIES = 16
 LIMIT = 48
@@ -45,7 +46,10 @@ def entries_of(
     """
     if tokenizer.chat_template is None:
         return []
-    ids = [encode_prompt(tokenizer, messages) for messages in conversations]
+    encoder = ChatEncoder(tokenizer)
+    # Servers obey the names of control tokens in a message, which a model of ours has never seen there.
+    conversations = [messages for messages in conversations if encoder.holds_control(messages) is None]
+    ids = [encoder.prompt(messages) for messages in conversations]
     short = [place for place, prompt in enumerate(ids) if len(prompt) + LIMIT <= room]
     chosen = [conversations[place] for place in short]
     answers = generator.generate(chosen, Sampling(max_new_tokens=LIMIT))

@@ -16,7 +16,7 @@ from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.artifacts.adapters import adapter_facts
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import carry_text_files, model_facts, read_json
+from luthier.artifacts.models import carry_text_files, model_facts, positions_in, read_json
 
 SHARD = 5_000_000_000
 PROBED = 16
@@ -86,6 +86,11 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
         found["quantization_config"] = BitsAndBytesConfig(**options["quantization"], bnb_4bit_compute_dtype=computed)
         found["device_map"] = {"": 0 if on_gpu else "cpu"}
     return found
+
+
+def positions_of_model(model: Any) -> int | None:
+    """How many tokens a loaded model was made for at once; None where it does not say."""
+    return positions_in(model.config.to_dict())
 
 
 def fold(model: Any) -> PreTrainedModel:
@@ -183,19 +188,28 @@ def load_client(artifact: Artifact, scratch: Path) -> Any:
     return model
 
 
-def save_model(model: Any, source: Artifact, out: Path) -> Facts:
-    """Write a full model in the dtype of the one it came from, and its text files; return its facts."""
-    dtype = getattr(torch, str(_dtype_name(source)))
-    finite = all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
-    if not finite:
-        raise ModelError("the trained weights have NaN or infinite values", hint="lower the learning rate")
-    model.config.use_cache = True
+def save_model(model: Any, source: Artifact, out: Path, dtype: torch.dtype) -> Facts:
+    """Write a full model and the text files of the one it came from, its config included; return its facts."""
     model.to(dtype).save_pretrained(out)
+    config = read_json(source.path / "config.json")
+    if dtype != stored_dtype(source):
+        config = _with_dtype(config, str(dtype).removeprefix("torch."))
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     carry_text_files(source.path, out)
     return model_facts(out)
 
 
-def save_adapter(model: Any, source: Artifact, out: Path, load_options: Mapping[str, Any]) -> Facts:
+def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A config that says another dtype, under the names that it uses, for its parts as well."""
+    inner = {key: _with_dtype(value, name) for key, value in config.items() if key.endswith("_config") and value}
+    known = [key for key in ("dtype", "torch_dtype") if key in config]
+    top = known or (["dtype"] if "model_type" in config and "architectures" in config else [])
+    return {**config, **inner, **dict.fromkeys(top, name)}
+
+
+def save_adapter(
+    model: Any, source: Artifact, out: Path, load_options: Mapping[str, Any], dtype: torch.dtype = torch.float32
+) -> Facts:
     """Write the adapter named ``default`` and the text files; return its facts.
 
     Args:
@@ -203,7 +217,11 @@ def save_adapter(model: Any, source: Artifact, out: Path, load_options: Mapping[
         source: The model or adapter that it was made from.
         out: The folder.
         load_options: How its base was loaded.
+        dtype: What its weights are stored in.
     """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.to(dtype)
     model.save_pretrained(out, selected_adapters=["default"])
     (out / "README.md").unlink(missing_ok=True)
     carry_text_files(source.path, out)
@@ -212,6 +230,7 @@ def save_adapter(model: Any, source: Artifact, out: Path, load_options: Mapping[
     return {**facts, "load_options": dict(load_options)} if load_options else facts
 
 
-def _dtype_name(source: Artifact) -> str:
-    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    return names.get(source.facts["dtype"], "float32")
+def stored_dtype(source: Artifact) -> torch.dtype:
+    """The dtype that most of a model's weights are stored in; float32 where it is none of a plain model's."""
+    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return names.get(source.facts["dtype"], torch.float32)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from luthier.api.data import Row
+from luthier.api.errors import DataError
 from luthier.api.evaluation import Answers, Needs, Sample
 from luthier.api.serving import Completion, Generator
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.rows import conversations, prompt_of, reference_of
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.generate import target_log_probabilities
-from luthier.modeling.text import encode_conversation
+from luthier.modeling.thinking import Thinking
 
 Asked = dict[Answers, Sequence[Sequence[Completion]]]
 """The answers to all rows, by how they were asked for."""
@@ -39,16 +43,15 @@ def asked(
 
 
 def measured(
-    model: Any, tokenizer: Any, rows: Sequence[Row], stop_ids: Sequence[int], needs: Sequence[Needs], folder: Path
+    model: Any, encoder: ChatEncoder, rows: Sequence[Row], needs: Sequence[Needs], folder: Path
 ) -> tuple[list[tuple[float, ...]], list[Callable[[], Any]]]:
     """log p of the trained tokens of each row (the assistant's turns), and readers of the whole distributions; empty
     where none is needed.
 
     Args:
         model: The model.
-        tokenizer: Its tokenizer.
+        encoder: Makes its tokens.
         rows: Rows that have an answer.
-        stop_ids: Its stop tokens.
         needs: What the metrics need.
         folder: Where distributions are kept, which may not fit into memory.
     """
@@ -60,7 +63,8 @@ def measured(
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
     for place, row in enumerate(rows):
-        log_p, ids = target_log_probabilities(model, encode_conversation(tokenizer, conversations(row)[0], stop_ids))
+        found = [target_log_probabilities(model, item) for item in encoder.conversation(conversations(row)[0])]
+        log_p, ids = torch.cat([part for part, _ in found]), torch.cat([part for _, part in found])
         logps.append(tuple(log_p.gather(1, ids[:, None])[:, 0].tolist()))
         if keep and not readers:
             # Rows differ in length; the first says about how much all will take.
@@ -78,17 +82,57 @@ def samples_of(
     answers: Asked,
     logps: Sequence[tuple[float, ...]] = (),
     readers: Sequence[Callable[[], Any]] = (),
+    thinking: Thinking | None = None,
 ) -> list[Sample]:
-    """What one metric sees."""
+    """What one metric sees.
+
+    Args:
+        rows: The rows.
+        need: What it needs.
+        answers: All answers.
+        logps: See `measured`.
+        readers: See `measured`.
+        thinking: The marks at which thinking is split off answers and references; None: it stays in them.
+    """
     given = answers[need.answers] if need.answers is not None else ()
     return [
         Sample(
             row,
             prompt_of(row)[-1]["content"],
-            reference_of(row) or "",
-            tuple(given[place]) if given else (),
+            _answer_of(reference_of(row) or "", thinking),
+            tuple(_split(item, thinking) for item in given[place]) if given else (),
             logps[place] if logps and (need.token_logps or need.distributions) else (),
             readers[place] if readers and need.distributions else None,
         )
         for place, row in enumerate(rows)
     ]
+
+
+def _answer_of(text: str, thinking: Thinking | None) -> str:
+    return text if thinking is None else thinking.split(text)[1]
+
+
+def _split(completion: Completion, thinking: Thinking | None) -> Completion:
+    if thinking is None:
+        return completion
+    thought, answer = thinking.split(completion.text)
+    return replace(completion, text=answer, thinking=thought)
+
+
+def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool) -> str | None:
+    """Why a model cannot be asked a row, or its answers cannot be scored; None where they can.
+
+    Args:
+        encoder: Makes tokens for the model.
+        row: The row.
+        room: The most tokens that the model can see; None: any number.
+        scored: Whether log-probabilities of the row's own answers are wanted.
+    """
+    try:
+        lengths = [len(encoder.prompt(prompt_of(row))) + 1]
+        if scored:
+            lengths += [len(item.input_ids) for item in encoder.conversation(conversations(row)[0])]
+    except DataError as error:
+        return error.message
+    longest = max(lengths)
+    return None if room is None or longest <= room else f"it has {longest} tokens, the context is {room}"

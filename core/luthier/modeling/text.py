@@ -1,10 +1,12 @@
-"""From rows to token ids and labels: what is trained, and what is only read."""
+"""Texts in a chat template, and as tokens."""
 
 from __future__ import annotations
 
+import datetime
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,110 +15,82 @@ from luthier.api.errors import DataError
 
 IGNORED = -100
 """The label of a token that is not trained on."""
+UNDATED = datetime.date(2024, 7, 26)
+"""The day that a template is told which asks for it, where a recipe names none: the one that Llama 3's has built in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A row as tokens: `labels` repeats the ids that are trained on, and is -100 elsewhere."""
+    """Tokens in the order in which a model sees them.
+
+    Attributes:
+        input_ids: The tokens.
+        labels: The ids that are trained on, and -100 elsewhere.
+        lengths: The tokens of each document, where several are packed together.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    lengths: tuple[int, ...] = ()
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The chat template of a tokenizer: its only one, or of several the one for conversations without tools."""
+    return None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+
+
+def uses_clock(template: str | None) -> bool:
+    """Whether a chat template asks for the day."""
+    return template is not None and "strftime_now" in template
+
+
+CLOCK = (
+    "{%- macro strftime_now(format) -%}{{ days[format] if format in days else "
+    "raise_exception('the day is asked for in a form that the template does not spell out') }}{%- endmacro %}{{ '' }}"
+)
+"""Takes the place of transformers' own clock; functions cannot be handed to a template."""
+FORMAT = re.compile(r"'([^'\n]*%[^'\n]*)'|\"([^\"\n]*%[^\"\n]*)\"")
+"""A text in a template that may be a form of the day."""
+
+
+def _dated(template: str, date: datetime.date) -> dict[str, Any]:
+    """What has a template write a day instead of asking the clock."""
+    formats = {one or other for one, other in FORMAT.findall(template)}
+    return {"chat_template": CLOCK + template, "days": {text: date.strftime(text) for text in sorted(formats)}}
 
 
 def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, open_turn: bool = False, **variables: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    open_turn: bool = False,
+    date: datetime.date | None = None,
+    **variables: str,
 ) -> str:
     """The text of a conversation in the model's chat template.
 
     Args:
         open_turn: End with the opening of an assistant turn, for the model to go on from.
+        date: The day that a template is told which asks for it; by default the same day always.
         **variables: What the template may use beside the messages, such as `date_string`.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses these messages.
     """
-    template: Any = tokenizer
-    if template.chat_template is None:
+    template = template_of(tokenizer)
+    if template is None:
         raise DataError("the model has no chat template", hint="tune a model that has one, or train on `text`")
+    clock = _dated(template, date or UNDATED) if uses_clock(template) else {}
     try:
-        return template.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=open_turn, **variables
+        return cast("Any", tokenizer).apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=open_turn, **clock, **variables
         )
     # Templates may raise anything: jinja2.TemplateError, TypeError, ValueError.
     except Exception as error:
         raise DataError(f"the chat template refuses the messages: {error}") from error
 
 
-def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], stop_ids: Sequence[int]
-) -> Encoded:
-    """Tokens of a conversation in which each assistant turn is trained, stop token included.
-
-    A turn's span is found by rendering the conversation up to the turn, open and whole: templates need no
-    marks for it. What follows the stop token (often a line break) is not trained.
-
-    Raises:
-        DataError: the template renders a prefix of a conversation differently, or writes no stop token
-            after an assistant turn.
-    """
-    text = render(tokenizer, messages)
-    spans = [
-        _turn_span(tokenizer, messages, index, text)
-        for index, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    encoding: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoding["input_ids"]
-    labels = [IGNORED] * len(ids)
-    stops = set(stop_ids)
-    for start, end in spans:
-        inside = [place for place, (first, _) in enumerate(encoding["offset_mapping"]) if start <= first < end]
-        stop = next((place for place in inside if ids[place] in stops), None)
-        if stop is None:
-            raise DataError(
-                "the chat template writes no stop token after the assistant's turn: the model would never stop",
-                hint="set eos_token_id in the generation config to the token that ends a turn",
-            )
-        for place in inside:
-            if place <= stop:
-                labels[place] = ids[place]
-    return Encoded(ids, labels)
-
-
-def _turn_span(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, text: str
-) -> tuple[int, int]:
-    opened = render(tokenizer, messages[:index], open_turn=True)
-    closed = render(tokenizer, messages[: index + 1])
-    if not text.startswith(opened):
-        raise DataError(f"the chat template renders the turns before message {index} differently on their own")
-    # Templates that treat the last turn differently still agree up to where the next turn begins.
-    return len(opened), len(closed) if text.startswith(closed) else len(text)
-
-
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
     """Tokens of a plain text, all of them trained on."""
     encoding: Any = tokenizer(text, add_special_tokens=False)
     return Encoded(encoding["input_ids"], list(encoding["input_ids"]))
-
-
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-    """Tokens of a conversation that waits for the assistant."""
-    encoding: Any = tokenizer(render(tokenizer, messages, open_turn=True), add_special_tokens=False)
-    return encoding["input_ids"]
-
-
-def encode_answer(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], stop_ids: Sequence[int]) -> Encoded:
-    """Tokens of a conversation of which the last answer alone is trained, also where the prompt holds earlier turns of
-    the assistant; what follows its stop token is left out.
-
-    Raises:
-        DataError: see `encode_conversation`.
-    """
-    encoded = encode_conversation(tokenizer, messages, stop_ids)
-    last = max(place for place, label in enumerate(encoded.labels) if label != IGNORED)
-    first = last
-    while first > 0 and encoded.labels[first - 1] != IGNORED:
-        first -= 1
-    ids = encoded.input_ids[: last + 1]
-    return Encoded(ids, [IGNORED] * first + ids[first:])

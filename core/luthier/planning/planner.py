@@ -324,6 +324,8 @@ class _Planner:
             "sources": {path: [item.digest for item in items] for path, items in node.sources.items() if items},
             "seed": self.seed_of(node),
         }
+        if self.recipe.date is not None and node.config.dated:
+            node.payload["date"] = self.recipe.date.isoformat()
         node.key = digest_value(node.payload)
         node.code = self._code_of(node)
         cached = self.store.find(node.key)

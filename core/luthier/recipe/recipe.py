@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from luthier.recipe.problems import from_validation, near
 from luthier.registry import Registry, default_registry
 
 FORMAT = 1
-TOP_KEYS = ("luthier", "name", "seed", "requires", "stages", "trackers", "executor")
+TOP_KEYS = ("luthier", "name", "seed", "date", "requires", "stages", "trackers", "executor")
 STAGE_ID = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -39,6 +40,7 @@ class Recipe:
     Attributes:
         name: What its runs are called.
         seed: The seed of every stage.
+        date: The day that chat templates are told which ask for it; None where the recipe does not say.
         stages: The stages by id, in the file's order.
         trackers: Where metrics go, beside the run's own events.
         executor: Where workers run.
@@ -48,6 +50,7 @@ class Recipe:
 
     name: str
     seed: int
+    date: datetime.date | None
     stages: dict[str, ConfiguredStage]
     trackers: tuple[Use, ...]
     executor: Use
@@ -156,9 +159,10 @@ class _Reader:
         seed = value.get("seed", 0)
         if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32:
             self._fail(("seed",), "the seed has to be a whole number from 0 to 2^32 - 1")
+        date = self._date(value.get("date"))
         name = str(value.get("name") or self.name)
         if not self.problems and executor is not None:
-            return Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
+            return Recipe(name, seed, date, stages, trackers, executor, self.folder, self.document, self.registry)
         raw = value["stages"]
         left_out = (
             frozenset(str(key) for key in cast("dict[Any, Any]", raw) if key not in stages)
@@ -167,8 +171,18 @@ class _Reader:
         )
         partial = None
         if executor is not None and isinstance(seed, int):
-            partial = Recipe(name, seed, stages, trackers, executor, self.folder, self.document, self.registry)
+            partial = Recipe(name, seed, date, stages, trackers, executor, self.folder, self.document, self.registry)
         raise RecipeError(self.problems, partial=partial, left_out=left_out)
+
+    def _date(self, raw: Any) -> datetime.date | None:
+        # YAML makes a date of it, unless it is quoted.
+        if raw is None or (isinstance(raw, datetime.date) and not isinstance(raw, datetime.datetime)):
+            return raw
+        try:
+            return datetime.date.fromisoformat(raw if isinstance(raw, str) else "")
+        except ValueError:
+            self._fail(("date",), f"the date {str(raw)!r} is no day", "write it as 2026-05-31")
+            return None
 
     def _trackers(self, raw: Any) -> tuple[Use, ...]:
         if not isinstance(raw, list):

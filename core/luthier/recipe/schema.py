@@ -36,6 +36,7 @@ def recipe_schema(registry: Registry) -> dict[str, Any]:
             "luthier": {"const": 1, "description": "The recipe format."},
             "name": {"type": "string", "description": "What runs of this recipe are called."},
             "seed": {"type": "integer", "minimum": 0, "description": "The seed of every stage."},
+            "date": {"type": "string", "format": "date", "description": "The day that chat templates are told."},
             "requires": {"type": "array", "items": {"type": "string"}, "description": "Plugins this recipe needs."},
             "trackers": {"type": "array", "items": {"$ref": "#/$defs/kind-tracker"}},
             "executor": {"$ref": "#/$defs/kind-executor"},

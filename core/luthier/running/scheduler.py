@@ -268,6 +268,7 @@ class Scheduler:
             trackers=[dump_use(use) for use in recipe.trackers],
             step=last_step(work),
             ranks=node.config.ranks,
+            date=None if recipe.date is None else recipe.date.isoformat(),
         )
 
     # -- what workers say --------------------------------------------------------------------------

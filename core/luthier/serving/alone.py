@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,8 @@ class AloneContext(PluginAccess):
 
     def __init__(self, registry: Registry) -> None:
         super().__init__(registry)
+        # Who chats today is told today's date, as by other servers.
+        self.date: datetime.date | None = datetime.date.today()
         self._folder = tempfile.TemporaryDirectory()
         self.scratch = Path(self._folder.name)
 

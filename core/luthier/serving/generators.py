@@ -40,7 +40,9 @@ def open_generator(
             def progress(done: int, total: int) -> None:
                 context.progress(done, total, "answers")
 
-            with generate.TransformersGenerator(artifact, Path(scratch) / "floats", progress) as program:
+            with generate.TransformersGenerator(
+                artifact, Path(scratch) / "floats", progress, date=context.date
+            ) as program:
                 yield program
     else:
         raise ModelError(f"a {artifact.kind} cannot be used for chat", hint="name a model, an adapter or an export")

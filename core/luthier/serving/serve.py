@@ -6,6 +6,7 @@ transformers, one answer at a time.
 
 from __future__ import annotations
 
+import datetime
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from typing import Any, Literal, cast
 from luthier.api.artifact import Artifact
 from luthier.api.errors import LuthierError, ModelError, StoreError
 from luthier.api.serving import Exporter
+from luthier.artifacts.rows import messages as checked_messages
 from luthier.registry import default_registry
 from luthier.serving.alone import AloneContext
 from luthier.serving.chat_server import HOST, ChatServer
@@ -33,13 +35,15 @@ class TransformersBackend:
         # Only this child process loads torch.
         self._torch: Any = import_module("torch")
         self._transformers: Any = import_module("transformers")
-        self._text: Any = import_module("luthier.modeling.text")
+        chat: Any = import_module("luthier.modeling.chat")
         loading: Any = import_module("luthier.modeling.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
         self._scratch = tempfile.TemporaryDirectory()
         self._model: Any = loading.load_client(artifact, Path(self._scratch.name) / "floats")
         self._model.eval()
         self._stops: list[int] = artifact.facts["stop_token_ids"]
+        # Who chats today is told today's date, as by other servers.
+        self._encoder: Any = chat.ChatEncoder(self._tokenizer, self._stops, datetime.date.today())
         self._length: int = getattr(self._model.config, "max_position_embeddings", None) or UNBOUNDED
         # The model answers one at a time.
         self._lock = threading.Lock()
@@ -51,7 +55,7 @@ class TransformersBackend:
             DataError: the chat template refuses it.
             ModelError: it is longer than the model's context.
         """
-        ids: list[int] = self._text.encode_prompt(self._tokenizer, messages)
+        ids: list[int] = self._encoder.prompt(checked_messages(messages, "messages"))
         if len(ids) >= self._length:
             raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
         return ids

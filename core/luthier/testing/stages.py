@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -50,6 +51,7 @@ def run_stage(
     *,
     inputs: Mapping[str, Artifact | Sequence[Artifact]] | None = None,
     seed: int = 0,
+    date: datetime.date | None = None,
     registry: Registry | None = None,
 ) -> Artifact:
     """Run one stage in this process, without a recipe, a plan or a worker.
@@ -60,6 +62,7 @@ def run_stage(
         config: Its config but for the inputs.
         inputs: Artifacts by field.
         seed: The seed.
+        date: The recipe's date.
         registry: Where components are looked up; by default the installed plugins.
 
     Returns:
@@ -85,6 +88,7 @@ def run_stage(
             "stage": uses,
             "config": made.model_dump(mode="json"),
             "seed": seed,
+            "date": str(date),
             "inputs": {name: [item.key for item in items] for name, items in given.items()},
         }
     )
@@ -108,6 +112,7 @@ def run_stage(
         tracking=str(store.tracking("alone", uses, key)),
         store=str(store.root),
         trackers=[],
+        date=None if date is None else date.isoformat(),
     )
     context = JobContext(job, registry, _Listener())
     stage = registry.build(Use(use.component, made), context)
@@ -135,6 +140,7 @@ class TestContext(PluginAccess):
 
     __test__ = False
     stage = "test"
+    date: datetime.date | None = None
     rank = 0
     world = 1
     device = "cpu"

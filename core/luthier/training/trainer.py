@@ -6,14 +6,15 @@ import itertools
 import math
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from trl.trainer.utils import add_fused_lm_head
@@ -24,10 +25,11 @@ from luthier.api.stages import Facts
 from luthier.api.training import Objective, Optimizer, Regularizer, Schedule, TokenBatch
 from luthier.api.tuning import TrainingConfig
 from luthier.artifacts.checkpoints import checkpoints, mark_whole
-from luthier.training.batches import Reference, collate, log_probabilities, units_in
+from luthier.training.batches import Outputs, Reference, collate, draws, log_probabilities, units_in
 from luthier.training.encoding import EncodedRow
+from luthier.training.proof import Proof, can_fuse
 
-TENSORS = ("input_ids", "attention_mask", "labels", "pairs", "desirable")
+TENSORS = ("input_ids", "attention_mask", "labels", "pairs", "desirable", "position_ids")
 
 
 def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bool) -> TrainingArguments:
@@ -55,6 +57,8 @@ def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bo
         gradient_accumulation_steps=config.batch_size // micro,
         logging_steps=config.log_every,
         logging_first_step=True,
+        # A loss that is not a number is an error, not a number to leave out.
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=1,
@@ -67,6 +71,19 @@ def arguments_of(config: TrainingConfig, context: StageContext, *, evaluates: bo
         disable_tqdm=True,
         **(evaluation if evaluates else {}),
     )
+
+
+def check_finite(name: str, value: float, step: int) -> None:
+    """Stop where numbers have left the finite ones: nothing that is computed from here on means anything.
+
+    Raises:
+        ModelError: the value is NaN or infinite.
+    """
+    if not math.isfinite(value):
+        raise ModelError(
+            f"{name} is {value} at step {step}: training has diverged",
+            hint="lower `learning_rate`, add `warmup`, or look for weights of the model that are far too large",
+        )
 
 
 class Reporter(TrainerCallback):
@@ -90,6 +107,8 @@ class Reporter(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            check_finite(name, value, state.global_step)
         self.context.metrics(numbers, state.global_step)
 
 
@@ -97,7 +116,8 @@ class ObjectiveTrainer(transformers.Trainer):
     """Trains a model on an objective.
 
     The loss of a step is the mean over all of its units (tokens, completions or pairs), however it is cut into forward
-    passes; penalties are added once a step.
+    passes; penalties, and what the model adds itself, are added once a step. The loss that is logged is the
+    objective's: the others are logged under their own names.
     """
 
     # The loss is divided by the units of the whole step.
@@ -117,6 +137,9 @@ class ObjectiveTrainer(transformers.Trainer):
         self._objective = objective
         self._optimizer_component = optimizer
         self._regularizers = regularizers
+        self._padding = padding
+        self._packed = True
+        self._fused = can_fuse(model)
         self._logged: dict[str, dict[str, list[tuple[float, int]]]] = {
             "train": defaultdict(list),
             "eval": defaultdict(list),
@@ -124,15 +147,46 @@ class ObjectiveTrainer(transformers.Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda rows: _as_mapping(collate(rows, padding)),
+            data_collator=lambda rows: _as_mapping(collate(rows, padding, packed=self._packed)),
             train_dataset=cast("Any", train),
             eval_dataset=cast("Any", validation) or None,
         )
         inside: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        add_fused_lm_head(inside, outputs=("log_probs", "is_top1"))
+        if self._fused:
+            add_fused_lm_head(inside, outputs=("log_probs", "is_top1"))
         self._reference = Reference(model) if "reference" in objective.needs else None
         if isinstance(model, PeftModel) and args.activation_checkpointing:
             model.enable_input_require_grads()
+
+    def prove(self, rows: Sequence[EncodedRow], context: StageContext) -> None:
+        """Before the first step: give up the shortcuts that do not compute what the model does, and say so.
+
+        Raises:
+            ModelError: the model's log-probabilities are not finite, or the reference is another model.
+        """
+        precision = "bf16" if self.args.bf16 else "fp32"
+        around: Callable[[], Any] = (
+            (lambda: torch.autocast(self.args.device.type, torch.bfloat16)) if self.args.bf16 else nullcontext
+        )
+        proof = Proof(self.model, rows, self._padding, precision, around)
+        if self._fused and (distance := proof.apart(fused=True, packed=False)):
+            self._fused = False
+            context.warn(
+                "the output head on trained positions alone gives log-probabilities that differ from the model's own "
+                f"by {distance:.3g}: all its logits are computed instead, which takes more memory"
+            )
+        if not self._fused and (distance := proof.apart(fused=False, packed=False)):
+            raise ModelError(f"padded rows change the model's log-probabilities, by {distance:.3g}")
+        if any(item.lengths for row in rows for item in row.completions) and (
+            distance := proof.apart(fused=self._fused, packed=True)
+        ):
+            self._packed = False
+            context.warn(
+                f"this model lets packed documents see each other: log-probabilities differ by {distance:.3g}; each "
+                "document is a row of its own instead, which takes longer"
+            )
+        if self._reference is not None:
+            proof.check_reference(self._reference, fused=self._fused, packed=self._packed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Have the recipe's optimizer make both."""
@@ -151,14 +205,20 @@ class ObjectiveTrainer(transformers.Trainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         return batches, sum(units_in(_as_batch(batch), self._objective.unit) for batch in batches)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stop at a loss that is not finite."""
+        loss = super().training_step(*args, **kwargs)
+        check_finite("the loss", float(loss), self.state.global_step + 1)
+        return loss
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The sum of the batch's losses over the units of the whole step."""
         batch = _as_batch(inputs)
-        outputs, likeliest = log_probabilities(model, batch, self._reference)
-        result = self._objective.loss(outputs)
-        units = outputs.count(self._objective.unit)
+        outputs = log_probabilities(model, batch, self._reference, fused=self._fused)
+        result = self._objective.loss(outputs.completions)
+        units = outputs.completions.count(self._objective.unit)
         if tuple(result.losses.shape) != (units,):
             raise ModelError(
                 f"the objective '{type(self._objective).__name__}' of {type(self._objective).__module__} gave losses "
@@ -167,15 +227,28 @@ class ObjectiveTrainer(transformers.Trainer):
             )
         loss = result.losses.sum() / max(1, units if num_items_in_batch is None else num_items_in_batch)
         logged = self._logged["train" if model.training else "eval"]
+        likeliest = outputs.likeliest
+        logged["loss"].append((float(result.losses.detach().float().mean()) if units else 0.0, units))
         logged["token_accuracy"].append((float(likeliest.float().mean()) if len(likeliest) else 0.0, len(likeliest)))
         for name, value in result.logs.items():
             logged[name].append((float(value.detach().float().mean()), units))
-        if self._regularizers and model.training:
-            penalty = sum(
-                (item.penalty(model, batch, outputs) for item in self._regularizers), start=torch.zeros(()).to(loss)
-            )
-            loss = loss + penalty / self.current_gradient_accumulation_steps
+        if model.training:
+            loss = loss + self._added(model, batch, outputs, logged) / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
+
+    def _added(
+        self, model: Any, batch: TokenBatch, outputs: Outputs, logged: dict[str, list[tuple[float, int]]]
+    ) -> Tensor | float:
+        """What is added to the objective's loss: penalties, and what the model asks for itself."""
+        total: Tensor | float = 0.0
+        if outputs.auxiliary is not None:
+            logged["auxiliary_loss"].append((float(outputs.auxiliary.detach()), 1))
+            total = total + outputs.auxiliary
+        for item in self._regularizers:
+            penalty = item.penalty(model, batch, outputs.completions)
+            logged["penalty"].append((float(penalty.detach()), 1))
+            total = total + penalty
+        return total
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -184,13 +257,10 @@ class ObjectiveTrainer(transformers.Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
-        units = units_in(_as_batch(inputs), self._objective.unit)
-        self._logged["eval"]["loss"].append((float(loss), units))
         return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what the objective logged: means over units, also of the held-out loss, which transformers weighs by
-        rows."""
+        """Add what was logged: means over units, also of the loss, which transformers weighs by steps and rows."""
         mode = "train" if self.model is not None and self.model.training else "eval"
         prefix = "eval_" if mode == "eval" else ""
         for name, values in self._logged[mode].items():
@@ -210,19 +280,18 @@ def _as_batch(inputs: dict[str, Tensor]) -> TokenBatch:
     return TokenBatch(*(cast("Any", inputs.get(name)) for name in TENSORS))
 
 
-def check_head(model: Any) -> None:
-    """Refuse to train an adapter on the output head: the fused head reads its weight and goes past its adapter.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """How training went.
 
-    Raises:
-        ModelError: the model has one.
+    Attributes:
+        facts: ``steps``, ``loss_first`` and ``loss_last``; and ``eval_loss`` where there are held-out rows.
+        held_out: Computes the loss of the held-out rows once more, for weights that were changed since; None where
+            there are none.
     """
-    inside: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    if inside is not None and isinstance(inside.get_output_embeddings(), BaseTunerLayer):
-        raise ModelError(
-            "the adapter changes the output head, and training would bypass it",
-            hint="make the adapter without `lm_head` among its `target_modules`, or fold it into its model first, with "
-            "the stage `merge` and `method: passthrough`",
-        )
+
+    facts: Facts
+    held_out: Callable[[], float] | None
 
 
 def train(
@@ -232,30 +301,19 @@ def train(
     validation: Sequence[EncodedRow],
     config: TrainingConfig,
     context: StageContext,
-) -> Facts:
+) -> Trained:
     """Train a model on encoded rows, from the last checkpoint when there is one.
-
-    Returns:
-        The facts ``steps``, ``loss_first`` and ``loss_last`` (and ``eval_loss`` where there are held-out rows).
 
     Raises:
         Interrupted: the user asked to stop; a checkpoint is written.
-        ModelError: the model has an adapter on its output head.
+        ModelError: a loss is not finite, or the reference is not the model.
     """
-    check_head(model)
     # No progress bars of other libraries: events report the progress.
     transformers.utils.logging.disable_progress_bar()
     objective: Objective[Any] = context.build(config.objective)
     if "reference" in objective.needs:
         _without_dropout(model, context)
     regularizers: list[Regularizer[Any]] = [context.build(use) for use in config.regularizers]
-
-    def batches() -> Iterator[TokenBatch]:
-        for first in range(0, len(rows), config.batch_size):
-            yield collate(rows[first : first + config.batch_size], padding)
-
-    for regularizer in regularizers:
-        regularizer.start(model, batches)
     trainer = ObjectiveTrainer(
         model,
         arguments_of(config, context, evaluates=bool(validation)),
@@ -266,19 +324,28 @@ def train(
         context.build(config.optimizer),
         regularizers,
     )
+    trainer.prove(rows, context)
+
+    def batches() -> Iterator[TokenBatch]:
+        for first in range(0, len(rows), config.batch_size):
+            yield collate(rows[first : first + config.batch_size], padding)
+
+    for regularizer in regularizers:
+        regularizer.start(model, batches)
     return _run(trainer, context)
 
 
 def _without_dropout(model: torch.nn.Module, context: StageContext) -> None:
     """Turn dropout off: the reference has none, and the first step's loss has to be that of two equal models."""
-    dropped = [module for module in model.modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    for module in dropped:
-        module.p = 0.0
-    if dropped:
-        context.warn(f"dropout is off in {len(dropped)} modules: training against a reference uses none")
+    found = draws(model)
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    if found:
+        modules = len({id(module) for module, _, _ in found})
+        context.warn(f"dropout is off in {modules} modules: training against a reference uses none")
 
 
-def _run(trainer: ObjectiveTrainer, context: StageContext) -> Facts:
+def _run(trainer: ObjectiveTrainer, context: StageContext) -> Trained:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Reporter(context))
     whole, cut_short = checkpoints(Path(str(trainer.args.output_dir)))
@@ -294,4 +361,6 @@ def _run(trainer: ObjectiveTrainer, context: StageContext) -> Facts:
     evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert losses, "the first and the last step are always logged"
     facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
-    return facts | ({"eval_loss": evaluations[-1]} if evaluations else {})
+    if not evaluations:
+        return Trained(facts, None)
+    return Trained(facts | {"eval_loss": evaluations[-1]}, lambda: trainer.evaluate()["eval_loss"])

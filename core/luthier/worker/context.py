@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -40,6 +42,7 @@ class JobContext(PluginAccess):
         super().__init__(registry)
         self.stage = job.stage
         self.seed = job.seed
+        self.date = None if job.date is None else datetime.date.fromisoformat(job.date)
         self.scratch = Path(job.scratch)
         self.rank = rank
         self.world = world
@@ -95,6 +98,11 @@ class JobContext(PluginAccess):
             self._send("progress", done=done, total=total, unit=unit)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise StageError(
+                    f"{name} is {value} at step {step}", hint="nothing that is computed from it would mean anything"
+                )
         self._send("metrics", values=dict(values), step=step)
         if self.trackers is not None and not self.rank:
             self.trackers.log(values, step)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import random
 import shutil
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from typing import Any, cast
 
 from luthier.api.artifact import REQUIRED_FACTS, ArtifactKind
@@ -93,21 +95,36 @@ def check_facts(facts: Any, kind: ArtifactKind, provider: str) -> None:
     """Refuse facts that a manifest cannot hold, or that lack what every artifact of the kind states.
 
     Raises:
-        StageError: names what is missing, and whose stage it was.
+        StageError: names what is missing, and whose stage it was; or the number that is NaN or infinite.
     """
     problem = ""
+    odd = next(_not_finite(facts), None)
+    if odd is not None:
+        raise StageError(f"the result is not finite: {odd[0]} is {odd[1]}", hint="nothing is stored of it")
     if not isinstance(facts, dict):
         problem = f"it returned {type(facts).__name__} instead of its facts"
     else:
         missing = [name for name in REQUIRED_FACTS[kind] if name not in facts]
         try:
-            json.dumps(facts)
+            json.dumps(facts, allow_nan=False)
         except (TypeError, ValueError) as error:
             problem = f"its facts are not plain values: {error}"
         if missing:
             problem = f"its facts lack {', '.join(missing)}, which every {kind} states"
     if problem:
         raise StageError(f"the stage of {provider} is at fault: {problem}", hint="report this to its author")
+
+
+def _not_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers among plain values that JSON has no word for, and where they are."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, item in cast("dict[Any, Any]", value).items():
+            yield from _not_finite(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(cast("list[Any]", value)):
+            yield from _not_finite(item, f"{path}[{place}]")
 
 
 def seed_everything(seed: int) -> None:

@@ -30,6 +30,7 @@ class Job:
         trackers: The recipe's trackers, as a recipe would write them.
         step: The step of the checkpoint to go on from; None where there is none.
         ranks: How many processes compute it together.
+        date: The recipe's date, as ``YYYY-MM-DD``; None where it has none.
     """
 
     stage: str
@@ -49,6 +50,7 @@ class Job:
     trackers: list[dict[str, Any]]
     step: int | None = None
     ranks: int = 1
+    date: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which it can be made again."""

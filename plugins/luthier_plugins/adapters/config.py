@@ -5,10 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from luthier.api import Config, Field
-from pydantic import field_validator
-
-HEADS = ("lm_head", "embed_out")
-"""What the output head is called in the architectures that there are."""
 
 
 class LoraConfig(Config):
@@ -22,14 +18,6 @@ class LoraConfig(Config):
     """Dropout before the adapter."""
     target_modules: Literal["all-linear"] | list[str] = "all-linear"
     """The layers that get an adapter; all linear ones but the output head by default."""
-
-    @field_validator("target_modules")
-    @classmethod
-    def _no_head(cls, value: list[str] | str) -> list[str] | str:
-        odd = [name for name in value if name.rpartition(".")[2] in HEADS] if isinstance(value, list) else []
-        if odd:
-            raise ValueError(f"an adapter on '{odd[0]}' would not be trained: the losses read the output head's weight")
-        return value
 
 
 class QloraConfig(LoraConfig):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from luthier.api import AugmenterUse, DatasetInput, Schema, StageConfig
 from pydantic import model_validator
 
 
 class AugmentConfig(StageConfig):
     """Makes new training rows; validation and test rows pass through untouched."""
+
+    dated: ClassVar[bool] = True
 
     data: DatasetInput | None = None
     """The dataset to start from; some augmenters make rows from nothing."""

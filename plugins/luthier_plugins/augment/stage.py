@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier.api import Augmenter, DataError, Facts, Row, Schema, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
-from luthier.artifacts.rows import COLUMNS, checked
+from luthier.artifacts.rows import COLUMNS, checked, taught_by
 from luthier_plugins.augment.config import AugmentConfig
 
 
@@ -22,7 +22,7 @@ class Augment(Stage[AugmentConfig]):
         }
         schema: Any = dataset.facts["schema"] if dataset else self.config.row_schema
         augmenter: Augmenter[Any] = context.build(self.config.method)
-        held_out = {_text(row, schema) for split in ("validation", "test") for row in splits[split]}
+        held_out = {taught_by(row) for split in ("validation", "test") for row in splits[split]}
         known = splits["train"]
         train = list(known) if self.config.keep_original else []
         seen = {_text(row, schema) for row in train}
@@ -35,8 +35,9 @@ class Augment(Stage[AugmentConfig]):
                 name = self.config.method.name
                 raise DataError(f"the augmenter '{name}' made a row that {error.message}", hint=error.hint) from error
             text = _text(row, schema)
-            if text in held_out or text in seen:
-                dropped["is held out" if text in held_out else "repeats another row"] += 1
+            is_held_out = taught_by(row) in held_out
+            if is_held_out or text in seen:
+                dropped["is held out" if is_held_out else "repeats another row"] += 1
                 continue
             seen.add(text)
             train.append(row)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any, cast
 
 from luthier.api import DataError, Facts, Format, Row, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, write_split
-from luthier.artifacts.rows import RESERVED, checked
+from luthier.artifacts.rows import RESERVED, checked, taught_by
 from luthier_plugins.data.config import DataConfig, SplitConfig
 from luthier_plugins.data.reading import raw_rows
 
@@ -97,24 +96,24 @@ def _all_of(errors: list[DataError]) -> DataError:
 
 
 def split_rows(rows: list[Row], split: SplitConfig | Split, seed: int) -> dict[Split, list[Row]]:
-    """Deal rows out to splits at random; rows that are equal always land in the same split."""
+    """Deal rows out to splits at random, and keep their order in each; rows that teach the same, whatever is kept
+    beside it, always land in the same split."""
     if not isinstance(split, SplitConfig):
         return {split: rows}
     if split.validation + split.test >= 1:
         raise DataError("the shares of validation and test leave nothing to train on")
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps(row, sort_keys=True), []).append(row)
-    order = sorted(groups)
+    taught = [taught_by(row) for row in rows]
+    order = sorted(set(taught))
     random.Random(seed).shuffle(order)
     total = len(order)
     # A share that was asked for is never rounded away to nothing.
     test = max(1, round(split.test * total)) if split.test else 0
     validation = max(1, round(split.validation * total)) if split.validation else 0
-    bounds = {"test": (0, test), "validation": (test, test + validation), "train": (test + validation, total)}
-    dealt: dict[Split, list[Row]] = {
-        name: [row for key in order[slice(*bounds[name])] for row in groups[key]] for name in SPLITS
-    }
+    held_out: dict[str, Split] = dict.fromkeys(order[:test], "test")
+    held_out |= dict.fromkeys(order[test : test + validation], "validation")
+    dealt: dict[Split, list[Row]] = {name: [] for name in SPLITS}
+    for row, key in zip(rows, taught, strict=True):
+        dealt[held_out.get(key, "train")].append(row)
     if not dealt["train"]:
         raise DataError(f"{total} different rows are too few for these shares: none is left to train on")
     return {name: part for name, part in dealt.items() if part}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import (
+    BadRows,
+    Config,
     DatasetInput,
     Field,
     Gate,
@@ -32,10 +34,20 @@ REQUIREMENT = re.compile(
 Measured = Annotated[str, Input(("model", "adapter", "export"))]
 
 
+class Marks(Config):
+    """The marks around thinking."""
+
+    opens: str = Field(min_length=1)
+    """The mark before it, such as ``<think>``."""
+    closes: str = Field(min_length=1)
+    """The mark behind it, such as ``</think>``."""
+
+
 class EvaluateConfig(StageConfig):
     """Measures on the split `test`, which no training stage can reach."""
 
     kind_made: ClassVar[ArtifactKind] = "report"
+    dated: ClassVar[bool] = True
 
     model: Measured
     """The model or adapter to measure; or an export, asked in the program it is made for."""
@@ -47,8 +59,13 @@ class EvaluateConfig(StageConfig):
     """Conversations with the split `test`; the last assistant turn is the reference."""
     metrics: Annotated[list[MetricUse], OneOrMany()] = Field(default=["exact_match"], min_length=1)  # type: ignore[assignment]
     """What to measure; one metric, or a list. One metric may appear twice, with other settings and a `name`."""
+    bad_rows: BadRows = BadRows()
+    """Rows that a model's chat template refuses, or that are longer than its context: no model is asked them."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
+    thinking: Literal["auto", "keep"] | Marks = "auto"
+    """Where thinking ends and the answer begins, which metrics compare: where the model's chat template has it, or
+    ``</think>`` (``auto``); nowhere (``keep``); or at marks that you name."""
     max_new_tokens: int = Field(default=128, gt=0)
     """The maximum number of tokens in an answer."""
     require: Annotated[dict[str, str], NotIdentity()] = {}

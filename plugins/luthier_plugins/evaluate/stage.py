@@ -7,12 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage
+from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage, StoreError
 from luthier.artifacts.datasets import require_split
+from luthier.artifacts.models import positions_of
 from luthier.artifacts.rows import prompt_of
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.generate import TransformersGenerator
-from luthier.modeling.samples import asked, measured, samples_of
-from luthier_plugins.evaluate.config import EvaluateConfig
+from luthier.modeling.loading import load_tokenizer, model_folder
+from luthier.modeling.samples import asked, measured, problem_of, samples_of
+from luthier.modeling.thinking import USUAL, Thinking
+from luthier_plugins.evaluate.config import EvaluateConfig, Marks
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +31,17 @@ class Evaluate(Stage[EvaluateConfig]):
     """The stage ``evaluate``."""
 
     def run(self) -> Facts:
-        rows = self._rows()
         metrics: dict[str, Metric[Any]] = {}
         for use, name in zip(self.config.metrics, self.config.names, strict=True):
             metrics[name] = self.context.build(use)
         lonely = [name for name, metric in metrics.items() if metric.needs.baseline and not self.config.against]
         if lonely:
             raise DataError(f"the metric '{lonely[0]}' compares with another model", hint="name one under `against`")
+        needs = [metric.needs for metric in metrics.values()]
         artifacts = [self.context.artifact(self.config.model), *self.context.artifacts(self.config.against)]
+        rows = self._usable(
+            self._rows(), artifacts, scored=any(need.token_logps or need.distributions for need in needs)
+        )
         roles = ["model", *(f"against-{place}" for place in range(1, len(artifacts)))]
         models = [self._measured(role, item, rows, metrics) for role, item in zip(roles, artifacts, strict=True)]
         baseline = models[1] if len(models) > 1 else None
@@ -74,14 +81,61 @@ class Evaluate(Stage[EvaluateConfig]):
             answers = asked(generator, rows, needs.values(), self.config.max_new_tokens, self.context.seed)
             logps, readers = [], []
             if isinstance(generator, TransformersGenerator):
-                stops: list[int] = artifact.facts["stop_token_ids"]
                 folder = self.context.scratch / "distributions" / role
-                logps, readers = measured(
-                    generator.model, generator.tokenizer, rows, stops, list(needs.values()), folder
-                )
-        return _Measured(
-            artifact, {name: samples_of(rows, need, answers, logps, readers) for name, need in needs.items()}
+                logps, readers = measured(generator.model, generator.encoder, rows, list(needs.values()), folder)
+        thinking = self._thinking(artifact)
+        unended = (
+            sum(thinking.unended(answer.text) for kind in answers.values() for row in kind for answer in row)
+            if thinking
+            else 0
         )
+        if unended:
+            self.context.warn(
+                f"{unended} answers of {artifact.manifest['stage']} end before their thinking does and count as empty: "
+                "raise `max_new_tokens`"
+            )
+        return _Measured(
+            artifact, {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
+        )
+
+    def _thinking(self, artifact: Artifact) -> Thinking | None:
+        """The marks at which a model's thinking is split off."""
+        chosen = self.config.thinking
+        if isinstance(chosen, Marks):
+            return Thinking(chosen.opens, chosen.closes)
+        if chosen == "keep":
+            return None
+        while artifact.kind == "export":
+            try:
+                artifact = artifact.sibling(artifact.manifest["inputs"]["model"][0])
+            except (StoreError, LookupError):
+                return USUAL
+        return ChatEncoder(load_tokenizer(artifact)).thinking
+
+    def _usable(self, rows: list[Row], artifacts: Sequence[Artifact], *, scored: bool) -> list[Row]:
+        """The rows that every model can be asked.
+
+        Raises:
+            DataError: more than `bad_rows` allows cannot.
+        """
+        bad: dict[int, str] = {}
+        for artifact in artifacts:
+            if artifact.kind == "export":
+                continue
+            encoder = ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"], self.context.date)
+            room = positions_of(model_folder(artifact))
+            for place, row in enumerate(rows):
+                problem = None if place in bad else problem_of(encoder, row, room, scored=scored)
+                if problem is not None:
+                    bad[place] = f"{artifact.manifest['stage']}: {problem}"
+        if not bad:
+            return rows
+        place, problem = min(bad.items())
+        text = f"{len(bad)} of {len(rows)} rows of the split 'test' cannot be asked: row {place + 1}, {problem}"
+        if len(bad) > self.config.bad_rows.drop_up_to * len(rows) or len(bad) == len(rows):
+            raise DataError(text, hint="shorten or remove them, or allow for it: `bad_rows: {drop_up_to: ...}`")
+        self.context.warn(f"{text}; they were left out, for all models")
+        return [row for place, row in enumerate(rows) if place not in bad]
 
     def _facts(
         self,

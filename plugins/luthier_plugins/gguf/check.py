@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
@@ -88,8 +88,11 @@ def expected_of(
     conversations = CONVERSATIONS if tokenizer.chat_template is not None else ()
     prompts = [render(tokenizer, messages, open_turn=True) for messages in conversations]
     # llama.cpp gives templates such as Llama 3's today's date, where transformers leaves their fixed one.
-    today = time.strftime("%d %b %Y")
-    dated = [render(tokenizer, messages, open_turn=True, date_string=today) for messages in conversations]
+    today = datetime.date.today()
+    dated = [
+        render(tokenizer, messages, open_turn=True, date=today, date_string=today.strftime("%d %b %Y"))
+        for messages in conversations
+    ]
     prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own] if spaced or not text[0].isspace()}
     mine = [ids_of(tokenizer, text)[:OWN_TOKENS] for text in own[:OWN]]
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values()) + mine

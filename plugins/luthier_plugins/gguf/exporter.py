@@ -14,10 +14,10 @@ from luthier.api import Artifact, Exporter, Facts, ModelError, StageContext
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.models import carry_licences, read_json
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
 from luthier.modeling.loading import fold, full_weights, load_model, load_tokenizer, to_best_device
 from luthier.modeling.quantizing import refuse_quantized
-from luthier.modeling.text import encode_prompt
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
@@ -251,7 +251,8 @@ def _asked(data: Sequence[Artifact], tokenizer: Any) -> list[list[int]]:
     """Some prompts of the recipe's own that are short, as tokens."""
     if tokenizer.chat_template is None:
         return []
-    prompts = (encode_prompt(tokenizer, messages) for messages in conversations_of(data)[1:])
+    encoder = ChatEncoder(tokenizer)
+    prompts = (encoder.prompt(messages) for messages in conversations_of(data)[1:])
     return list(islice((prompt for prompt in prompts if len(prompt) <= BLOCK), ASKED))
 
 

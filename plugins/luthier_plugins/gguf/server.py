@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Generator as Yields
@@ -16,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import xllamacpp
-from luthier.api import Completion, Generator, Message, ModelError, Request, Sampling
+from luthier.api import Completion, DataError, Generator, Message, ModelError, Request, Sampling
 
 SECONDS = 600
+NAMES = re.compile(r"[<\[|]")
+"""What the names of control tokens have in them."""
 # The wheel has no type stubs.
 llama: Any = xllamacpp
 
@@ -128,7 +131,27 @@ class LlamaServer(Generator[Any]):
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
         """Answers to conversations, through ``/v1/chat/completions``, as a client would ask."""
         for messages in requests:
+            self._refuse_control_tokens(messages)
             yield [self._completion(messages, sampling, number) for number in range(sampling.n)]
+
+    def _refuse_control_tokens(self, messages: Request) -> None:
+        """llama.cpp's server obeys the names of control tokens wherever they stand.
+
+        Raises:
+            DataError: a message has one.
+        """
+        for message in messages:
+            if not NAMES.search(message["content"]):
+                continue
+            body = {"content": message["content"], "add_special": False}
+            obeyed, plain = (
+                self._post("/tokenize", {**body, "parse_special": special})["tokens"] for special in (True, False)
+            )
+            if obeyed != plain:
+                raise DataError(
+                    f"a message of the {message['role']} holds the name of a control token, which llama.cpp would obey",
+                    hint="write the name in another way, or ask the model before its export",
+                )
 
     def _completion(self, messages: Request, sampling: Sampling, number: int) -> Completion:
         body = {

@@ -21,20 +21,23 @@ Prepared = list[Mapping[str, Path]]
 
 def _rows(config: DataMethodConfig, model: Artifact, context: Context) -> Iterator[tuple[Tensor, Tensor]]:
     """Token ids and labels, each of shape (1, tokens), of the first rows of the data."""
+    from luthier.modeling.chat import ChatEncoder
     from luthier.modeling.loading import load_tokenizer
-    from luthier.modeling.text import encode_conversation, encode_text
+    from luthier.modeling.text import Encoded
 
-    tokenizer = load_tokenizer(model)
+    encoder = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"], context.date)
     for row in require_split(context.artifact(config.data), "train")[: config.rows]:
         if "text" in row:
-            encoded = encode_text(tokenizer, row["text"])
+            ids = encoder.document(row)
+            made = [Encoded(ids, ids)]
         elif talks := conversations(row):
-            encoded = encode_conversation(tokenizer, talks[0], model.facts["stop_token_ids"])
+            made = encoder.conversation(talks[0])
         else:
             raise DataError("this method needs conversations or texts", hint="give `method.data` one of these")
-        ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
-        if len(ids) > 1 and any(label >= 0 for label in labels[1:]):
-            yield torch.tensor([ids]), torch.tensor([labels])
+        for encoded in made:
+            ids, labels = encoded.input_ids[: config.max_length], encoded.labels[: config.max_length]
+            if len(ids) > 1 and any(label >= 0 for label in labels[1:]):
+                yield torch.tensor([ids]), torch.tensor([labels])
 
 
 def _full(model: Artifact) -> Any:

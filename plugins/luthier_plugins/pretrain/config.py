@@ -10,7 +10,10 @@ class PretrainConfig(TrainingConfig):
     """Trains every token of texts, and of conversations in the model's chat template, shuffled together."""
 
     max_length: int = Field(default=512, gt=1)
-    """The length of a packed block in tokens; nothing is cut off."""
+    """The length of a packed block in tokens, which the model's context has to hold; nothing is cut off."""
+    across_documents: bool = False
+    """Whether tokens see the documents before theirs in a block; by default each document stands alone, with positions
+    of its own."""
 
     @model_validator(mode="after")
     def _objective_fits(self) -> PretrainConfig:

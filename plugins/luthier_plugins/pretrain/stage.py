@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain
 
-from luthier.api import Facts, Row, Stage
-from luthier.modeling.calibration import text_of
-from luthier.modeling.text import encode_text
-from luthier.training.encoding import EncodedRow, packed_rows
+from luthier.api import Artifact, Facts, Stage
+from luthier.artifacts.datasets import Split, read_split
+from luthier.training.encoding import EncodedRow, RowEncoder, packed_rows
 from luthier.training.tuning import run_training
 from luthier_plugins.pretrain.config import PretrainConfig
 
@@ -20,12 +19,10 @@ class Pretrain(Stage[PretrainConfig]):
     def run(self) -> Facts:
         return run_training(self.config, self.context, self._blocks)
 
-    def _blocks(self, tokenizer: Any, rows: Sequence[Row]) -> list[EncodedRow]:
-        shuffled = list(rows)
-        random.Random(self.context.seed).shuffle(shuffled)
-        return list(packed_rows(_documents(shuffled, tokenizer), self.config.max_length, tokenizer.eos_token_id))
-
-
-def _documents(rows: Sequence[Row], tokenizer: Any) -> Iterator[list[int]]:
-    for row in rows:
-        yield encode_text(tokenizer, text_of(row, tokenizer)).input_ids
+    def _blocks(self, encoder: RowEncoder, datasets: Sequence[Artifact], split: Split) -> list[EncodedRow]:
+        found = chain.from_iterable(encoder.documents(item, split, read_split(item, split)) for item in datasets)
+        documents = [row.completions[0].input_ids for row in found]
+        random.Random(self.context.seed).shuffle(documents)
+        if self.config.across_documents:
+            documents = [list(chain.from_iterable(documents))]
+        return list(packed_rows(documents, encoder.block_length()))

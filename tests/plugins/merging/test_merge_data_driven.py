@@ -8,8 +8,8 @@ import pytest
 import torch
 from gguf_models import make_gpt2, make_model
 from luthier.api import Artifact
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.modeling.text import encode_conversation
 from luthier.testing import run_stage, tiny_dataset
 from safetensors.torch import load_file
 
@@ -21,8 +21,8 @@ CHATS = [
 
 def batches(model: Artifact) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Token ids and labels of every row."""
-    tokenizer = load_tokenizer(model)
-    encoded = [encode_conversation(tokenizer, row["messages"], model.facts["stop_token_ids"]) for row in CHATS]
+    encoder = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"])
+    encoded = [item for row in CHATS for item in encoder.conversation(row["messages"])]
     return [(torch.tensor([row.input_ids]), torch.tensor([row.labels])) for row in encoded]
 
 

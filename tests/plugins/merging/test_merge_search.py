@@ -13,6 +13,7 @@ from luthier import Recipe, run
 from luthier.api import Interrupted, ModelError, RecipeError
 from luthier.artifacts.datasets import read_split
 from luthier.merging.files import Files
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.samples import measured, samples_of
 from luthier.testing import run_stage, tiny_dataset
@@ -65,7 +66,7 @@ def test_the_search_finds_the_better_model_and_stores_what_it_measured(folder: P
     rows = read_split(result.artifact("chats"), "validation")
     metric = Perplexity(PerplexityConfig(), None)
     stops = best.facts["stop_token_ids"]
-    logps, _ = measured(load_model(best), load_tokenizer(best), rows, stops, [metric.needs], folder)
+    logps, _ = measured(load_model(best), ChatEncoder(load_tokenizer(best), stops), rows, [metric.needs], folder)
     score = metric.score(samples_of(rows, metric.needs, {}, logps), None)
     assert score.value == pytest.approx(found["best"]["score"], rel=1e-4)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from luthier.api import Artifact, Needs
 from luthier.artifacts.datasets import read_split
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import fold, load_model, load_tokenizer
 from luthier.modeling.samples import measured
-from luthier.modeling.text import encode_text
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from merged_models import NAME, changed, merged_by, weights
 
@@ -116,7 +116,7 @@ def test_what_fisher_and_regmean_learn_is_what_the_models_do(store: Path) -> Non
             lambda module, given, seen=seen: seen.append(given[0].detach()[0])
         )
         for row in texts:
-            ids = torch.tensor([encode_text(tokenizer, row["text"]).input_ids])
+            ids = torch.tensor([ChatEncoder(tokenizer).document(row)])
             logits = model(input_ids=ids).logits
             loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
             squares = squares + torch.autograd.grad(loss, model.get_parameter(name))[0].square()
@@ -147,9 +147,8 @@ def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
     rows = read_split(data, "train")
 
     def loss(artifact: Artifact) -> float:
-        stops = artifact.facts["stop_token_ids"]
-        needs = [Needs(token_logps=True)]
-        logps, _ = measured(load_model(artifact), load_tokenizer(artifact), rows, stops, needs, store)
+        encoder = ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"])
+        logps, _ = measured(load_model(artifact), encoder, rows, [Needs(token_logps=True)], store)
         return -sum(map(sum, logps)) / sum(map(len, logps))
 
     for method in ("fisher", "regmean"):

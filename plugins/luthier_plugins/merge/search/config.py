@@ -38,6 +38,7 @@ class SearchConfig(StageConfig):
     """Finds the weights, and parameters of the method, with which a merge is best on the split `validation`."""
 
     kind_made: ClassVar[ArtifactKind] = "model"
+    dated: ClassVar[bool] = True
 
     models: list[ModelInput] = Field(min_length=2)
     """The models."""

@@ -262,11 +262,13 @@ class _Judge:
 
     def _scored(self, model: Any) -> Score:
         need, stops = self.metric.needs, self._lead.facts["stop_token_ids"]
-        generator = ModelGenerator(model, self._tokenizer, stops)
+        generator = ModelGenerator(model, self._tokenizer, stops, date=self._context.date)
         answers = asked(generator, self._data, [need], self.config.max_new_tokens, self._context.seed)
         folder = self._context.scratch / "distributions"
-        logps, readers = measured(model, self._tokenizer, self._data, stops, [need], folder)
-        return self.metric.score(samples_of(self._data, need, answers, logps, readers), None)
+        logps, readers = measured(model, generator.encoder, self._data, [need], folder)
+        return self.metric.score(
+            samples_of(self._data, need, answers, logps, readers, generator.encoder.thinking), None
+        )
 
     def _by_row(self, score: Score) -> Rows:
         """Larger is better: what counts less is turned round."""

@@ -1,0 +1,340 @@
+"""From rows to token ids and labels: what is trained, and what is only read."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from luthier.api.data import Message, Row
+from luthier.api.errors import DataError
+from luthier.modeling.control import ControlTokens
+from luthier.modeling.text import IGNORED, Encoded, render, template_of
+from luthier.modeling.thinking import USUAL, Thinking, thinking_of
+
+Answers = Literal["all", "apart", "last"]
+"""Which answers of a conversation are trained."""
+PROBE = "zq0 probe"
+"""An answer that no template treats in a way of its own."""
+
+CONTROL = "the names of control tokens in contents are encoded as text"
+TRIMMED = "the chat template changes white space of an answer"
+CUT = "the chat template leaves out a part of an answer, such as its thinking: it is trained as the row has it"
+UNOPENED = "the chat template opens thinking that the answer lacks: it is closed at once"
+EMPTY = "an empty turn of the assistant is read, not trained"
+
+
+class ChatEncoder:
+    """Makes tokens of rows: prompts as a server makes them, and behind each the answer as the model has to say it.
+
+    Nothing in a message becomes a control token: only the chat template sets those.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop_ids: The tokens on which its generation stops.
+        date: See `render`.
+
+    Attributes:
+        notes: What was found in the rows that were encoded so far, and how often; whoever asks may clear it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_ids: Sequence[int] = (),
+        date: datetime.date | None = None,
+    ) -> None:
+        self.tokenizer: Any = tokenizer
+        self.stop_ids = tuple(stop_ids)
+        self.date = date
+        self.notes: Counter[str] = Counter()
+
+    @cached_property
+    def controls(self) -> ControlTokens:
+        """The tokens that only the template sets: special ones, those that stop, and those around a user's turn."""
+        marks = list(self.stop_ids)
+        if self.tokenizer.chat_template is not None:
+            try:
+                text = self._render([Message(role="user", content=PROBE)], open_turn=True)
+                marks += self.tokenizer(text, add_special_tokens=False)["input_ids"]
+            except DataError:
+                # It refuses a plain question: rows will be refused one by one.
+                return ControlTokens(self.tokenizer, marks)
+        return ControlTokens(self.tokenizer, marks)
+
+    @cached_property
+    def thinking(self) -> Thinking:
+        """The template's marks of thinking, or those that most models use."""
+        return thinking_of(template_of(self.tokenizer), self._render) or USUAL
+
+    def _render(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
+        return render(self.tokenizer, messages, open_turn=open_turn, date=self.date)
+
+    def _shielded(self, messages: Sequence[Message]) -> list[Message]:
+        found = [cast("Message", {**item, "content": self.controls.shielded(item["content"])}) for item in messages]
+        if any(one["content"] != other["content"] for one, other in zip(found, messages, strict=True)):
+            self.notes[CONTROL] += 1
+        return found
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokens of a conversation that waits for the assistant.
+
+        Raises:
+            DataError: the chat template refuses it.
+        """
+        return self.controls.encode(self._render(self._shielded(messages), open_turn=True))
+
+    def holds_control(self, messages: Sequence[Message]) -> str | None:
+        """The name of a control token that a message holds; None if none does."""
+        found = (self.controls.first_in(message["content"]) for message in messages)
+        return next((match[0] for match in found if match), None)
+
+    # -- answers -----------------------------------------------------------------------------------
+
+    def conversation(self, messages: Sequence[Message], answers: Answers = "all") -> list[Encoded]:
+        """Tokens of a conversation in which each answer is trained, stop token included.
+
+        Each stands behind the prompt that a server would have made for it. Where a template writes earlier turns in
+        another way than when they were the last (without their thinking, say), no one sequence shows every prompt:
+        there are several then.
+
+        Args:
+            messages: The conversation.
+            answers: Which answers are trained: ``all``, all of them ``apart``, each in its own sequence, or the
+                ``last``.
+
+        Raises:
+            DataError: the template refuses it, loses a message, or writes no stop token of its own after an answer.
+        """
+        turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = turns[-1:] if answers == "last" else turns
+        if len(turns) > 1 and answers == "all":
+            self._check_ends()
+        shielded = self._shielded(messages)
+        made: list[Encoded] = []
+        ids: list[int] = []
+        labels: list[int] = []
+        for place in turns:
+            if not shielded[place]["content"].strip():
+                self.notes[EMPTY] += 1
+                continue
+            before, said = self._answer(shielded[: place + 1])
+            if answers == "apart" or before[: len(ids)] != ids:
+                made += [Encoded(ids, labels)] if ids else []
+                ids, labels = [], []
+            labels = [*labels, *[IGNORED] * (len(before) - len(ids)), *said]
+            ids = [*before, *said]
+        return [*made, Encoded(ids, labels)] if ids else made
+
+    def answer(self, messages: Sequence[Message]) -> Encoded:
+        """Tokens of a conversation of which the last answer alone is trained.
+
+        Raises:
+            DataError: see `conversation`.
+        """
+        before, said = self._answer(self._shielded(messages))
+        return Encoded([*before, *said], [*[IGNORED] * len(before), *said])
+
+    def _answer(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+        """Tokens of the prompt of the last message, and of the message with its stop token."""
+        prompt, said = self._turn(messages)
+        return self._joined(prompt, said)
+
+    def _turn(self, messages: list[Message]) -> tuple[str, str]:
+        """What a server sends to the model for the last message, and what the model has to say."""
+        content = messages[-1]["content"]
+        whole = self._render(messages)
+        prompt = self._prompt_text(messages, whole)
+        self._check_contents(messages[:-1], prompt)
+        said = self._as_rendered(messages, prompt, whole)
+        if said is not None:
+            return prompt, said
+        opens = self.thinking.opens
+        if prompt.rstrip().endswith(opens):
+            if content.lstrip().startswith(opens):
+                content = content.lstrip().removeprefix(opens)
+                content = content.removeprefix("\n") if prompt.endswith("\n") else content
+            elif self.thinking.closes not in content:
+                content = f"\n{self.thinking.closes}\n\n{content}"
+                self.notes[UNOPENED] += 1
+        return prompt, content + self._closing(messages[:-1])
+
+    def _as_rendered(self, messages: list[Message], prompt: str, whole: str) -> str | None:
+        """The last message as the template writes it behind its prompt, up to its stop token; None where that is not
+        all of it."""
+        content = messages[-1]["content"]
+        if not whole.startswith(prompt):
+            if _squeezed(content) not in _squeezed(whole):
+                self.notes[CUT] += 1
+            return None
+        rest = whole[len(prompt) :]
+        for closing in (self._usual_closing, None):
+            if closing is None:
+                closing = self._closing(messages[:-1])
+            for text in dict.fromkeys((content, content.strip())):
+                place = rest.find(text + closing)
+                if place >= 0:
+                    self.notes[TRIMMED] += text != content
+                    return rest[: place + len(text) + len(closing)]
+            end = rest.rfind(closing)
+            if end >= 0 and _squeezed(rest[:end]).endswith(_squeezed(content)):
+                self.notes[TRIMMED] += 1
+                return rest[: end + len(closing)]
+        self.notes[CUT] += 1
+        return None
+
+    def _prompt_text(self, messages: list[Message], whole: str) -> str:
+        try:
+            return self._render(messages[:-1], open_turn=True)
+        except DataError:
+            # Templates refuse no messages at all, before an assistant that speaks first.
+            opening = self._opening
+            before, found, _ = whole.rpartition(messages[-1]["content"].strip())
+            if not opening or not found or not before.endswith(opening):
+                raise
+            return before
+
+    @cached_property
+    def _opening(self) -> str:
+        """What the template writes to open a turn of the assistant."""
+        question = [Message(role="user", content=PROBE)]
+        return self._render(question, open_turn=True).removeprefix(self._render(question))
+
+    @cached_property
+    def _usual_closing(self) -> str:
+        return self._closing([Message(role="user", content=PROBE)])
+
+    def _check_ends(self) -> None:
+        """Refuse to train earlier answers where the template does not end them as it ends the last.
+
+        Raises:
+            DataError: names both ends.
+        """
+        if self._earlier_end is not None and not self._usual_closing.endswith(self._earlier_end):
+            last = self._usual_closing.strip()
+            raise DataError(
+                f"the chat template ends an earlier answer with {self._earlier_end} and the last with {last}: the "
+                "earlier one has no stop token of its own",
+                hint="train each answer as the last of its own sequence with `answers: apart`, or `answers: last`",
+            )
+
+    @cached_property
+    def _earlier_end(self) -> str | None:
+        """The control token with which the template ends an answer that another turn follows."""
+        question = Message(role="user", content=PROBE.upper())
+        text = self._render([question, Message(role="assistant", content=PROBE), question], open_turn=True)
+        found = self.controls.first_in(text.rpartition(PROBE)[2])
+        return None if found is None else found[0]
+
+    def _closing(self, before: list[Message]) -> str:
+        """What the template writes behind an answer, up to the stop token that ends the turn.
+
+        Raises:
+            DataError: it writes none, or another control token first.
+        """
+        whole = self._render([*before, Message(role="assistant", content=PROBE)])
+        behind = whole.rpartition(PROBE)[2]
+        first = self.controls.first_in(behind)
+        hint = "set eos_token_id in the generation config to the token that ends a turn"
+        if first is None:
+            raise DataError(
+                "the chat template writes no stop token after the assistant's turn: the model would never stop",
+                hint=hint,
+            )
+        if self.controls.names[first[0]] not in self.stop_ids:
+            stops = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(list(self.stop_ids)))) or "none"
+            raise DataError(
+                f"the chat template ends the assistant's turn with {first[0]}, which is no stop token of the model "
+                f"({stops}): it would never stop there",
+                hint=hint,
+            )
+        return behind[: first.end()]
+
+    def _check_contents(self, messages: Sequence[Message], text: str) -> None:
+        """Refuse a prompt in which a message is missing.
+
+        Raises:
+            DataError: names the message.
+        """
+        squeezed: str | None = None
+        for place, message in enumerate(messages):
+            content = message["content"].strip()
+            if message["role"] == "assistant":
+                content = self.thinking.split(content)[1].strip()
+            if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+                continue
+            squeezed = _squeezed(text) if squeezed is None else squeezed
+            if _squeezed(content) not in squeezed:
+                raise DataError(
+                    f"the chat template leaves out message {place}, of the role {message['role']}",
+                    hint="the model would be trained without what it answers to: give the model a template that "
+                    "writes this role",
+                )
+
+    def _joined(self, prompt: str, said: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt as a server makes them, and of what the model says behind it.
+
+        Raises:
+            DataError: the two cannot be told apart.
+        """
+        encode = self.controls.encode
+        before, whole = encode(prompt), encode(prompt + said)
+        if whole[: len(before)] == before:
+            return before, whole[len(before) :]
+        # The answer begins with what would become one token with the end of the prompt, such as a line break: a model
+        # that goes on from the prompt's tokens cannot say that token.
+        for start in (self.controls.last_in(prompt), "a", "."):
+            if start is None:
+                continue
+            first, both = encode(start), encode(start + said)
+            behind = both[len(first) :]
+            if both[: len(first)] == first and self._decoded([*before, *behind]) == self._decoded(whole):
+                return before, behind
+        raise DataError("the tokenizer does not tell where the prompt ends and the answer begins")
+
+    def _decoded(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # -- documents ---------------------------------------------------------------------------------
+
+    def document(self, row: Row) -> list[int]:
+        """Tokens of a text or a whole conversation, between those with which the tokenizer begins and ends one.
+
+        Raises:
+            DataError: the chat template refuses the conversation, or leaves a message out.
+        """
+        if "text" in row:
+            text = self.controls.shielded(row["text"])
+            self.notes[CONTROL] += text != row["text"]
+        else:
+            messages = self._shielded(row["messages"])
+            text = self._render(messages)
+            self._check_contents(messages, text)
+            squeezed = _squeezed(text)
+            lost = [item for item in messages if _squeezed(item["content"]) not in squeezed]
+            if lost:
+                raise DataError("the chat template leaves out a part of an answer, such as its thinking")
+        ids = self.controls.encode(text)
+        first, last = self._frame
+        ids = ids if ids[: len(first)] == first else [*first, *ids]
+        ended = text.rstrip().endswith(tuple(self._decoded([number]) for number in last)) if last else True
+        return ids if ended else [*ids, *last]
+
+    @cached_property
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """The tokens that the tokenizer sets before a document, and the one that ends it."""
+        bare = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        framed: list[int] = self.tokenizer("a")["input_ids"]
+        place = next(n for n in range(len(framed)) if framed[n : n + len(bare)] == bare)
+        eos: int | None = self.tokenizer.eos_token_id
+        return framed[:place], [] if eos is None else [eos]
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)

@@ -1,0 +1,151 @@
+"""What trained weights are stored in: so that what is stored is what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.api.errors import ModelError
+
+SURVIVES = 0.95
+"""The share of a change that has to outlast rounding, where nobody forces a dtype."""
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BITS: dict[torch.dtype, torch.dtype] = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
+
+
+@dataclass(slots=True)
+class Survival:
+    """How much of a change of weights outlasts their rounding to a dtype.
+
+    A change d that rounding makes to d' survives by <d', d> / <d, d>: to first order, the share of what the change did
+    to the loss. What rounding adds beside it is noise.
+    """
+
+    kept: float = 0.0
+    change: float = 0.0
+
+    def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
+        """Take one tensor: as it was, as it was trained, and as it would be stored."""
+        change = after.double() - before.double()
+        self.kept += float(((rounded.double() - before.double()) * change).sum())
+        self.change += float((change * change).sum())
+
+    @property
+    def share(self) -> float:
+        """1 where all of the change is kept, or where there was none."""
+        return self.kept / self.change if self.change else 1.0
+
+
+def rounded(value: Tensor, dtype: torch.dtype, draws: torch.Generator | None = None) -> Tensor:
+    """A tensor in a dtype of fewer bits.
+
+    Args:
+        value: float32.
+        dtype: bfloat16, float16 or float32.
+        draws: Round up or down at random, so that the mean is the value; None: to the nearest.
+    """
+    near = value.to(dtype)
+    if draws is None or dtype not in BITS:
+        return near
+    error = value - near.to(value.dtype)
+    # Neighbours of a float are the neighbours of its bits, read as a number: away from zero is one more.
+    bits = near.view(BITS[dtype])
+    away = (error > 0) == (near >= 0)
+    step = torch.where(away, torch.ones_like(bits), -torch.ones_like(bits))
+    other = (bits + step).view(dtype)
+    # From zero, one less would be NaN: the neighbour below zero is the smallest negative number.
+    smallest = torch.full_like(bits, 1).view(dtype)
+    other = torch.where(near == 0, torch.where(error > 0, smallest, -smallest), other)
+    gap = (other.to(value.dtype) - near.to(value.dtype)).abs()
+    chance = torch.where(gap > 0, error.abs() / gap, torch.zeros_like(gap))
+    drawn = torch.rand(value.shape, generator=draws)
+    moved = (drawn < chance.cpu()).to(value.device) & torch.isfinite(other)
+    return torch.where(moved, other, near)
+
+
+def check_finite_weights(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Refuse to store what is not a number.
+
+    Args:
+        model: The model; only what is trained is looked at.
+        dtype: What it is stored in, whose range may be smaller.
+
+    Raises:
+        ModelError: names the first tensor.
+    """
+    for name, parameter in trained(model):
+        value = parameter.detach()
+        bad = int((~torch.isfinite(value if dtype is None else value.to(dtype))).sum())
+        if bad:
+            beyond = bool(torch.isfinite(value).all())
+            raise ModelError(
+                f"{bad} of {value.numel()} values of {name} are not finite"
+                + (f" in {str(dtype).removeprefix('torch.')}" if beyond else ""),
+                hint="store it in a dtype with a larger range: `save_dtype: fp32`"
+                if beyond
+                else "lower the `learning_rate`",
+            )
+
+
+def trained(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that are trained, by their names."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """A decision.
+
+    Attributes:
+        dtype: What trained weights are stored in.
+        receipt: What the manifest says of it.
+    """
+
+    dtype: torch.dtype
+    receipt: Mapping[str, Any]
+
+
+def storage_of(
+    model: Any,
+    before: Iterable[tuple[str, Tensor]],
+    natural: torch.dtype,
+    wanted: Literal["auto", "fp32", "bf16", "fp16"],
+    rounding: Literal["nearest", "stochastic"],
+    seed: int,
+) -> Storage:
+    """Decide on a dtype, and round the trained weights to it, in place.
+
+    Args:
+        model: The trained model.
+        before: What was trained as it was before, by the same names.
+        natural: The dtype that it would be stored in if nothing were lost.
+        wanted: What the recipe says.
+        rounding: How to round.
+        seed: Of what is drawn.
+
+    Raises:
+        ModelError: a weight is not finite in the dtype.
+    """
+    check_finite_weights(model)
+    dtype = natural if wanted == "auto" else DTYPES[wanted]
+    if dtype == torch.float32:
+        return Storage(dtype, {"dtype": "float32", "survived": 1.0})
+    draws = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
+    survival = Survival()
+    parameters = dict(trained(model))
+    for name, value in before:
+        if (parameter := parameters.get(name)) is not None:
+            after = parameter.detach().cpu().float()
+            survival.add(value.cpu(), after, rounded(after, dtype, draws))
+    receipt = {"dtype": str(dtype).removeprefix("torch."), "survived": survival.share, "rounding": rounding}
+    if wanted == "auto" and survival.share < SURVIVES:
+        return Storage(torch.float32, {"dtype": "float32", "survived": 1.0, "instead_of": receipt})
+    check_finite_weights(model, dtype)
+    for _, parameter in trained(model):
+        value = parameter.detach()
+        parameter.data = rounded(value.cpu().float(), dtype, draws).to(parameter)
+    return Storage(dtype, receipt)
