@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import re
 from pathlib import Path
 from typing import Any
 
 import chat_templates as templates
 import pytest
+import trl
 from chat_templates import SOUND, Family, bytes_tokenizer, spaces_tokenizer, stop_ids, wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -330,3 +332,72 @@ def test_real_tokenizers_train_the_answers_with_their_stop_token(name: str, stop
     whole: Any = tokenizer.apply_chat_template(plain, tokenize=True, return_dict=False)
     (encoded,) = encoder.conversation(plain)
     assert whole[: len(encoded.input_ids)] == encoded.input_ids
+
+
+def test_thinking_is_trained_once_where_a_template_writes_a_block_of_its_own_before_it() -> None:
+    blocks = Family(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' "
+        "+ ('<think>\n\n</think>\n\n' if m.role == 'assistant' else '') + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}",
+        templates.CHATML.control,
+        templates.CHATML.stops,
+    )
+    encoder = encoder_of(blocks)
+    question = Message(role="user", content="6 jars?")
+    thought = encoder.answer([question, Message(role="assistant", content="<think>\n6\n</think>\n\n24")])
+    plain = encoder.answer([question, Message(role="assistant", content="24")])
+    decode = encoder.tokenizer.decode
+    prompt = "<|im_start|>user\n6 jars?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert decode(thought.input_ids) == prompt + "6\n</think>\n\n24<|im_end|>"
+    assert decode(plain.input_ids) == prompt + "\n</think>\n\n24<|im_end|>"
+
+
+# -- templates of published models ------------------------------------------------------------------
+
+STOCK = sorted(
+    path for path in (Path(trl.__file__).parent / "chat_templates").glob("*.jinja") if "_training" not in path.name
+)
+MARK = re.compile(r"<\|?[A-Za-z_/][\w./|▁ -]*\|?>|<\uff5c[^\uff5c]+\uff5c>|\[[A-Z_/]{2,}\]")
+STOCK_TALKS = {
+    "two answers": [("user", "Where is it?"), ("assistant", "There."), ("user", "Where?"), ("assistant", "Here.")],
+    "a system text": [("system", "Be brief."), ("user", "Where?"), ("assistant", "There.")],
+    "thinking": [("user", "Where?"), ("assistant", "<think>\nbecause\n</think>\n\nThere."), ("user", "Sure?"),
+                 ("assistant", "<think>\nwell\n</think>\n\nYes.")],
+    "an assistant first": [("assistant", "Welcome."), ("user", "Hi"), ("assistant", "Bye.")],
+    "a tool": [("user", "How warm?"), ("assistant", "I ask."), ("tool", "31.5 degrees"), ("assistant", "Warm.")],
+    "white space": [("user", "  Where? "), ("assistant", "\n\n There. \n")],
+}  # fmt: skip
+SEEN_WHOLE = {"chatml", "llama3_1", "qwen2_5", "qwen3", "deepseekv3", "gemma3", "phi3_5", "cohere", "nemotron_3_nano"}
+"""Templates that write a question and an answer: no refusal hides behind the test."""
+
+
+@pytest.mark.parametrize("path", STOCK, ids=lambda path: path.stem)
+def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) -> None:
+    template = path.read_text(encoding="utf-8")
+    marks = sorted({*MARK.findall(template), "<s>", "</s>"} - {"<think>", "</think>"})
+    tokenizer = wrapped(Family(template, tuple(marks), ("</s>",)), bytes_tokenizer(tuple(marks)), bos_token="<s>")
+    try:
+        probe = render(tokenizer, [Message(role="user", content="q"), Message(role="assistant", content="zq")])
+    except DataError:
+        probe = ""
+    found = MARK.search(probe.rpartition("zq")[2])
+    stops = [tokenizer.convert_tokens_to_ids(found[0])] if found else []
+    trained = 0
+    for turns in STOCK_TALKS.values():
+        encoder = ChatEncoder(tokenizer, stops)
+        messages = [Message(role=role, content=content) for role, content in turns]
+        try:
+            sequences = encoder.conversation(messages)
+        except DataError:
+            continue
+        answers = [answer for item in sequences for answer in said(encoder, item)]
+        contents = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert len(answers) == len(contents)
+        for answer, content in zip(answers, contents, strict=True):
+            text = tokenizer.decode(answer)
+            # A prompt may have opened the thinking already.
+            assert "".join(content.removeprefix("<think>").split()) in "".join(text.split())
+            assert text.count("</think>") <= 1
+            assert answer[-1] in stops
+            trained += 1
+    assert trained > 0 or path.stem not in SEEN_WHOLE

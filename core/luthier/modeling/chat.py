@@ -152,23 +152,22 @@ class ChatEncoder:
         whole = self._render(messages)
         prompt = self._prompt_text(messages, whole)
         self._check_contents(messages[:-1], prompt)
-        said = self._as_rendered(messages, prompt, whole)
+        opened = prompt.rstrip().endswith(self.thinking.opens)
+        if opened and content.lstrip().startswith(self.thinking.opens):
+            # The prompt has the mark already.
+            content = content.lstrip().removeprefix(self.thinking.opens)
+            content = content.removeprefix("\n") if prompt.endswith("\n") else content
+        said = self._as_rendered(messages[:-1], content, prompt, whole)
         if said is not None:
             return prompt, said
-        opens = self.thinking.opens
-        if prompt.rstrip().endswith(opens):
-            if content.lstrip().startswith(opens):
-                content = content.lstrip().removeprefix(opens)
-                content = content.removeprefix("\n") if prompt.endswith("\n") else content
-            elif self.thinking.closes not in content:
-                content = f"\n{self.thinking.closes}\n\n{content}"
-                self.notes[UNOPENED] += 1
+        if opened and self.thinking.closes not in content:
+            content = f"\n{self.thinking.closes}\n\n{content}"
+            self.notes[UNOPENED] += 1
         return prompt, content + self._closing(messages[:-1])
 
-    def _as_rendered(self, messages: list[Message], prompt: str, whole: str) -> str | None:
-        """The last message as the template writes it behind its prompt, up to its stop token; None where that is not
-        all of it."""
-        content = messages[-1]["content"]
+    def _as_rendered(self, before: list[Message], content: str, prompt: str, whole: str) -> str | None:
+        """An answer as the template writes it behind its prompt, up to its stop token; None where that is not all of
+        it, or more: thinking of the template's own before that of the answer."""
         if not whole.startswith(prompt):
             if _squeezed(content) not in _squeezed(whole):
                 self.notes[CUT] += 1
@@ -176,18 +175,22 @@ class ChatEncoder:
         rest = whole[len(prompt) :]
         for closing in (self._usual_closing, None):
             if closing is None:
-                closing = self._closing(messages[:-1])
+                closing = self._closing(before)
             for text in dict.fromkeys((content, content.strip())):
                 place = rest.find(text + closing)
-                if place >= 0:
+                if place >= 0 and not self._thinks_twice(rest[:place], content):
                     self.notes[TRIMMED] += text != content
                     return rest[: place + len(text) + len(closing)]
             end = rest.rfind(closing)
-            if end >= 0 and _squeezed(rest[:end]).endswith(_squeezed(content)):
+            start, behind, _ = _squeezed(rest[:end]).rpartition(_squeezed(content)) if end >= 0 else ("", "", "")
+            if behind and not self._thinks_twice(start, content):
                 self.notes[TRIMMED] += 1
                 return rest[: end + len(closing)]
         self.notes[CUT] += 1
         return None
+
+    def _thinks_twice(self, before: str, content: str) -> bool:
+        return self.thinking.closes in before and self.thinking.closes in content
 
     def _prompt_text(self, messages: list[Message], whole: str) -> str:
         try:

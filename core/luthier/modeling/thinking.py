@@ -20,8 +20,10 @@ KNOWN = (
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
 """The marks of published models: DeepSeek-R1 and Qwen3, Magistral, Seed-OSS, Kimi, Cohere, gpt-oss, and others."""
-LITERAL = re.compile(r"'((?:[^'\\]|\\.){3,60})'|\"((?:[^\"\\]|\\.){3,60})\"")
+LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 """A text in a template's code."""
+LONGEST = 60
+"""Letters of a mark, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +69,8 @@ def thinking_of(template: str | None, render: Callable[[Sequence[Message]], str]
         return found[0]
     literals = dict.fromkeys(one or other for one, other in LITERAL.findall(template))
     for closes in literals:
-        if not re.search(r"[<\[{|◁]", closes) or not _cuts(closes, render):
-            continue
-        opens = closes.replace("/", "", 1)
-        return Thinking(opens, closes)
+        if len(closes) <= LONGEST and re.search(r"[<\[{|◁]", closes) and _cuts(closes, render):
+            return Thinking(closes.replace("/", "", 1), closes)
     return None
 
 
