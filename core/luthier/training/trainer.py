@@ -95,12 +95,23 @@ class Reporter(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step >= state.max_steps:
             control.should_log = True
+            self._leave_last_evaluation(state, control)
         if self.context.stopping():
             control.should_save = True
             control.should_training_stop = True
         else:
             self.context.progress(state.global_step, state.max_steps, "steps")
         return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        self._leave_last_evaluation(state, control)
+        return control
+
+    @staticmethod
+    def _leave_last_evaluation(state: Any, control: Any) -> None:
+        """After the last step the held-out rows wait until it is decided what is stored."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -285,8 +296,8 @@ class Trained:
     """How training went.
 
     Attributes:
-        facts: ``steps``, ``loss_first`` and ``loss_last``; and ``eval_loss`` where there are held-out rows.
-        held_out: Computes the loss of the held-out rows once more, for weights that were changed since; None where
+        facts: ``steps``, ``loss_first`` and ``loss_last``.
+        held_out: Computes the loss of the held-out rows with the weights as they are when it is called; None where
             there are none.
     """
 
@@ -358,9 +369,8 @@ def _run(trainer: ObjectiveTrainer, context: StageContext) -> Trained:
     if context.stopping() and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    evaluations = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert losses, "the first and the last step are always logged"
     facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
-    if not evaluations:
+    if trainer.eval_dataset is None:
         return Trained(facts, None)
-    return Trained(facts | {"eval_loss": evaluations[-1]}, lambda: trainer.evaluate()["eval_loss"])
+    return Trained(facts, lambda: trainer.evaluate()["eval_loss"])

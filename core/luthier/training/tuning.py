@@ -90,14 +90,14 @@ def _stored(storage: Storage, result: Trained, context: StageContext) -> Facts:
         name = storage.receipt["dtype"]
         if lost > LOST:
             context.warn(f"{lost:.0%} of what was trained is rounded away in {name}, which `save_dtype` asks for")
-        if result.held_out is not None:
-            facts["eval_loss"] = result.held_out()
     elif "instead_of" in storage.receipt:
         other = storage.receipt["instead_of"]
         context.log(
             f"stored in float32: in {other['dtype']}, {1 - other['survived']:.0%} of what was trained would be rounded "
             "away"
         )
+    if result.held_out is not None:
+        facts["eval_loss"] = result.held_out()
     return facts
 
 
@@ -108,7 +108,8 @@ LOST = 0.05
 def _stored_weights(source: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
     """A model's parameters as they are stored, by their names in transformers."""
     name = str(stored_dtype(source)).removeprefix("torch.")
-    yield from load_model(source, options={"dtype": name}).named_parameters()
+    for parameter, value in load_model(source, options={"dtype": name}).named_parameters():
+        yield parameter, value.detach()
 
 
 def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tuple[Any, dict[str, Any]]:
