@@ -178,6 +178,20 @@ def test_the_reported_loss_is_that_of_the_model_s_own_logits(tmp_path: Path, nam
     assert after == before
 
 
+@pytest.mark.parametrize("how", [{"dtype": "bf16"}, {"precision": "bf16"}, {"micro_batch_size": 2}])
+@pytest.mark.parametrize("adapter", ["lora", "qlora"])
+@pytest.mark.parametrize("uses", ["sft", "dpo"])
+def test_rounding_is_no_difference(tmp_path: Path, uses: str, adapter: str, how: dict[str, Any]) -> None:
+    store = tmp_path / "s"
+    base = tiny_model(store, hidden_size=128, heads=2)
+    data = [tiny_dataset(store, CHATS if uses == "sft" else PAIRS)]
+    config = {"steps": 1, "batch_size": 8, "learning_rate": 1e-9, "adapter": adapter, **how}
+    made = run_stage(store, uses, config, inputs={"model": base, "data": data})
+    assert not [text for text in made.manifest["warnings"] if "differ" in text]
+    if uses == "dpo":
+        assert made.facts["training"]["loss_first"] == pytest.approx(LN2, abs=2e-3)
+
+
 class Capped(LlamaForCausalLM):
     """A head with a soft cap of a name that nobody knows."""
 

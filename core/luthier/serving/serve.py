@@ -28,6 +28,14 @@ from luthier.serving.chat_server import HOST, ChatServer
 UNBOUNDED = 1 << 20
 
 
+def _in_one_text(message: Any) -> Any:
+    """A message as OpenAI's clients may send it, its text in parts, with one text."""
+    parts: Any = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
+        return message
+    return {**message, "content": "".join(str(part.get("text", "")) for part in parts)}
+
+
 class TransformersBackend:
     """A model or adapter in transformers that says its answers piece by piece."""
 
@@ -55,7 +63,7 @@ class TransformersBackend:
             DataError: the chat template refuses it.
             ModelError: it is longer than the model's context.
         """
-        ids: list[int] = self._encoder.prompt(checked_messages(messages, "messages"))
+        ids: list[int] = self._encoder.prompt(checked_messages([_in_one_text(item) for item in messages], "messages"))
         if len(ids) >= self._length:
             raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
         return ids

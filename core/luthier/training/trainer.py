@@ -175,7 +175,8 @@ class ObjectiveTrainer(transformers.Trainer):
         Raises:
             ModelError: the model's log-probabilities are not finite, or the reference is another model.
         """
-        precision = "bf16" if self.args.bf16 else "fp32"
+        halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
+        precision = "bf16" if self.args.bf16 or halves else "fp32"
         around: Callable[[], Any] = (
             (lambda: torch.autocast(self.args.device.type, torch.bfloat16)) if self.args.bf16 else nullcontext
         )

@@ -12,7 +12,7 @@ STAGES = (
      f"{PACKAGE}.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
     ("moe", "A mixture of experts made from dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 1),
     ("search", "Find the weights and parameters of a merge on a validation set",
-     f"{PACKAGE}.search.config:SearchConfig", "search.stage:Search", 1),
+     f"{PACKAGE}.search.config:SearchConfig", "search.stage:Search", 2),
     ("diff", "Compare models parameter by parameter", f"{PACKAGE}.diff.config:DiffConfig", "diff.stage:Diff", 1),
 )  # fmt: skip
 """Name, summary, config class, the module and class that do the work, and the revision of each."""
