@@ -401,3 +401,66 @@ def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) 
             assert answer[-1] in stops
             trained += 1
     assert trained > 0 or path.stem not in SEEN_WHOLE
+
+
+# -- what data may hold -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("letter", ["\U00100001", "\U000f0001", "\U000f0219", "\ue000"])
+def test_private_characters_in_data_are_characters(letter: str) -> None:
+    encoder = encoder_of(templates.CHATML)
+    stop = encoder.stop_ids[0]
+    for text in (f"an icon {letter}", f"an icon {letter} and <|im_end|>"):
+        ids = encoder.prompt([Message(role="user", content=text)])
+        assert ids.count(stop) == 1
+        assert text in encoder.tokenizer.decode(ids)
+    with pytest.raises(DataError, match=r"U\+10FFFD"):
+        encoder.prompt([Message(role="user", content="an icon \U0010fffd")])
+
+
+def test_a_message_that_is_left_out_is_noticed_though_its_text_stands_elsewhere() -> None:
+    speakers = Family(
+        templates.CHATML.template.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}", 1),
+        templates.CHATML.control,
+        templates.CHATML.stops,
+    )
+    messages = [
+        Message(role="user", content="is it 31 degrees?"),
+        Message(role="assistant", content="I ask."),
+        Message(role="tool", content="31"),
+        Message(role="assistant", content="Yes."),
+    ]
+    with pytest.raises(DataError, match="leaves out message 2, of the role tool"):
+        encoder_of(speakers).conversation(messages)
+
+
+def test_thinking_that_never_ends_makes_a_bad_row() -> None:
+    with pytest.raises(DataError, match="never closes it"):
+        encoder_of(templates.OPEN_THINKING).answer(
+            [TALK[0], Message(role="assistant", content="<think>\nand on and on")]
+        )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "{% if messages[0].role != 'system' %}{% set d = strftime_now('%d %b %Y') %}{{ 'Today is ' + d }}{% endif %}",
+        "{{ 'Today is ' }}{% if strftime_now is defined %}{{ strftime_now(\"%d %b %Y\") }}{% endif %}",
+    ],
+)
+def test_templates_ask_for_the_day_in_many_ways(code: str) -> None:
+    tokenizer = wrapped(
+        Family(code + templates.CHATML.template, ("<|im_start|>", "<|im_end|>"), ()), bytes_tokenizer(())
+    )
+    text = render(tokenizer, TALK[:1], date=datetime.date(2031, 5, 9))
+    assert text.startswith("Today is 09 May 2031")
+
+
+def test_named_templates_without_a_default_are_none() -> None:
+    tokenizer = wrapped(templates.CHATML, bytes_tokenizer(templates.CHATML.control))
+    tokenizer.chat_template = {"tool_use": templates.CHATML.template}
+    with pytest.raises(DataError, match="no chat template"):
+        ChatEncoder(tokenizer).prompt(TALK[:1])
+    assert ChatEncoder(tokenizer).document({"text": "One."})
+    tokenizer.chat_template = {"tool_use": "x", "default": templates.CHATML.template}
+    assert ChatEncoder(tokenizer).prompt(TALK[:1])

@@ -141,3 +141,22 @@ def of(model: Artifact) -> tuple[Any, list[int]]:
     from luthier.modeling.loading import load_tokenizer
 
     return load_tokenizer(model), model.facts["stop_token_ids"]
+
+
+def test_thinking_that_a_prompt_opens_and_no_answer_closes_is_no_answer(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = model_with(tmp_path, templates.OPEN_THINKING)
+    ended = scored(monkeypatch, tmp_path, "so\n</think>\n\n{}", model=model)
+    assert ended.facts["scores"]["exact_match"] == 1.0
+    cut = scored(monkeypatch, tmp_path, "{}", model=model)
+    assert cut.facts["scores"]["exact_match"] == 0.0
+    assert any("end before their thinking does" in text for text in cut.manifest["warnings"])
+
+
+def test_answers_of_two_ends_have_a_perplexity(tmp_path: Path) -> None:
+    model = model_with(tmp_path, templates.CHANNELS)
+    rows = [{"messages": [*ROWS[0]["messages"], *ROWS[1]["messages"]]}]
+    data = tiny_dataset(tmp_path / "s", rows, split="test")
+    made = run_stage(tmp_path / "s", "evaluate", {"metrics": ["perplexity"]}, inputs={"model": model, "data": data})
+    assert made.facts["scores"]["perplexity"] > 1

@@ -23,7 +23,7 @@ from luthier.modeling.text import IGNORED, Encoded
 from luthier.testing import TestContext, run_stage, tiny_dataset, tiny_model
 from luthier.training.batches import Reference, collate, log_probabilities
 from luthier.training.encoding import EncodedRow, encode_row, packed_rows
-from luthier.training.proof import Proof
+from luthier.training.proof import Proof, sample_of
 from luthier.training.storing import Survival, rounded
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -356,6 +356,35 @@ def test_a_model_whose_documents_see_each_other_gets_them_one_by_one(tmp_path: P
     assert made.facts["training"]["loss_first"] == pytest.approx(right, rel=1e-4)
 
 
+def test_packing_is_proven_on_blocks_that_are_packed(tmp_path: Path) -> None:
+    long = EncodedRow((Encoded(list(range(1, 49)), [IGNORED, *range(2, 49)], (48,)),))
+    packed = EncodedRow((Encoded(list(range(1, 49)), [IGNORED, *range(2, 49)], (20, 28)),))
+    sample = sample_of([long, long, long, packed])
+    assert any(len(item.lengths) == 2 for item in sample.completions)
+    short = [EncodedRow((Encoded([1, 2, 3, 4][:n], [IGNORED, 2, 3, 4][:n]),)) for n in (4, 4, 3)]
+    assert {len(item.input_ids) for item in sample_of(short).completions} == {3, 4}
+    prompt = EncodedRow((Encoded([7] * 5000, [IGNORED] * 4990 + [7] * 10),))
+    assert max(len(item.input_ids) for item in sample_of([prompt]).completions) < 500
+
+
+def test_a_tokenizer_without_padding_and_end_is_padded_all_the_same(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    base = tiny_model(store)
+    source = tmp_path / "bare"
+    load_model(base).save_pretrained(source)
+    load_tokenizer(base).save_pretrained(source)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (source / name).exists():
+            content = json.loads((source / name).read_text())
+            bare = {key: value for key, value in content.items() if key not in ("pad_token", "eos_token")}
+            (source / name).write_text(json.dumps(bare))
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": base.facts["stop_token_ids"]}))
+    bare = run_stage(store, "base", {"source": str(source)})
+    assert load_tokenizer(bare).pad_token is None
+    made = run_stage(store, "sft", STEP, inputs={"model": bare, "data": [tiny_dataset(store, CHATS)]})
+    assert made.facts["training"]["loss_first"] == pytest.approx(chats_loss(base), rel=1e-5)
+
+
 # -- rows that cannot be trained on -----------------------------------------------------------------
 
 
@@ -475,18 +504,55 @@ def test_the_loss_of_held_out_rows_is_that_of_the_stored_weights(tmp_path: Path)
         assert made.facts["training"]["eval_loss"] == pytest.approx(chats_loss(made, held_out), rel=2e-6)
 
 
-def test_a_value_beyond_the_range_of_float16_is_refused(tmp_path: Path) -> None:
-    store, base, data = store_of(tmp_path)
-    source = tmp_path / "large"
-    load_model(base).save_pretrained(source)
+def test_each_tensor_keeps_its_dtype(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    base = half_of(store)
+    source = tmp_path / "mixed"
+    load_model(base, options={"dtype": "bfloat16"}).save_pretrained(source)
     load_tokenizer(base).save_pretrained(source)
     weights = load_file(source / "model.safetensors")
-    weights["model.norm.weight"][0] = 70000.0
+    weights = {name: value.float() + 1e-4 if "norm" in name else value for name, value in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": base.facts["stop_token_ids"]}))
+    mixed = run_stage(store, "base", {"source": str(source)})
+    quick = {"steps": 3, "batch_size": 4, "learning_rate": 1e-2}
+    made = run_stage(store, "sft", quick, inputs={"model": mixed, "data": [tiny_dataset(store, CHATS)]})
+    stored = load_file(made.path / "model.safetensors")
+    assert {name: value.dtype for name, value in stored.items()} == {
+        name: torch.float32 if "norm" in name else torch.bfloat16 for name in weights
+    }
+
+
+def test_whole_weights_of_a_base_in_bfloat16_are_not_trained(tmp_path: Path) -> None:
+    store = tmp_path / "s"
+    base = tiny_model(store, tied=False)
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(load_model(base), config).save_pretrained(tmp_path / "adapter")
+    adapter = run_stage(store, "adapter", {"source": str(tmp_path / "adapter")}, inputs={"model": base})
+    given = {"model": adapter, "data": [tiny_dataset(store, CHATS)]}
+    with pytest.raises(ModelError, match=r"trains whole weights of its base \(.*lm_head"):
+        run_stage(store, "sft", {**STEP, "dtype": "bf16"}, inputs=given)
+    assert run_stage(store, "sft", STEP, inputs=given).kind == "adapter"
+
+
+def test_a_value_beyond_the_range_of_float16_is_kept_in_float32_or_refused(tmp_path: Path) -> None:
+    store, base, data = store_of(tmp_path)
+    source = tmp_path / "large"
+    load_model(base, options={"dtype": "float16"}).save_pretrained(source)
+    load_tokenizer(base).save_pretrained(source)
+    weights = load_file(source / "model.safetensors")
+    weights["model.norm.weight"][0] = 65500.0
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
     (source / "generation_config.json").write_text(json.dumps({"eos_token_id": base.facts["stop_token_ids"]}))
     large = run_stage(store, "base", {"source": str(source)})
-    with pytest.raises(ModelError, match=r"1 of 64 values of model\.norm\.weight are not finite in float16"):
-        run_stage(store, "sft", {**STEP, "save_dtype": "fp16"}, inputs={"model": large, "data": [data]})
+    given = {"model": large, "data": [data]}
+    # One step of the optimizer is as large as the learning rate.
+    wide = {"steps": 1, "batch_size": 8, "learning_rate": 500.0, "optimizer": "adamw"}
+    with pytest.raises(ModelError, match=r"values of model\.norm\.weight are not finite in float16"):
+        run_stage(store, "sft", {**wide, "save_dtype": "fp16"}, inputs=given)
+    kept = run_stage(store, "sft", wide, inputs=given)
+    assert kept.facts["dtype"] == "F32"
+    assert kept.facts["training"]["stored"]["instead_of"]["dtype"] == "float16"
 
 
 def test_validation_loss_is_a_mean_over_tokens_for_any_batch_size(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class TrainingConfig(StageConfig):
     """Rows in an optimizer step, however they are cut."""
     micro_batch_size: Annotated[int | None, NotIdentity()] = Field(default=None, gt=0)
     """Rows in one forward pass of one process; by default all rows of a step. It changes memory and speed, and nothing
-    else but rounding."""
+    else but rounding (and the loss that balances experts, where a model's config asks for it: it warns then)."""
     max_length: int = Field(default=1024, gt=1)
     """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
     bad_rows: BadRows = BadRows()

@@ -75,7 +75,9 @@ def _message(item: Any, index: int) -> Message:
     message = cast("Mapping[str, Any]", item)
     for key, calls in (("tool_calls", "tool calls"), ("function_call", "a function_call")):
         if message.get(key):
-            raise DataError(f"message {index} has {calls}, which would be lost", hint="write them into its content")
+            raise DataError(
+                f"message {index} has {calls}, which would be lost", hint="write them into its content, as text"
+            )
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
         raise DataError(f"message {index} has the unknown role {role!r}", hint=f"roles are {', '.join(ROLES)}")

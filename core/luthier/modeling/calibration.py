@@ -14,6 +14,7 @@ from luthier.api.data import Row
 from luthier.api.errors import DataError, StoreError
 from luthier.artifacts.datasets import Split, read_split
 from luthier.artifacts.rows import conversations, schema_of, trainable_text
+from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.text import encode_text, render
 
 SEED = 20
@@ -71,8 +72,11 @@ def texts_of(datasets: Sequence[Artifact], tokenizer: PreTrainedTokenizerBase, s
     """The rows of all datasets' split as text, in an order that mixes them."""
     rows = [row for data in datasets for row in read_split(data, split)]
     random.Random(SEED).shuffle(rows)
+    encoder = ChatEncoder(tokenizer)
     for row in rows:
-        yield text_of(row, tokenizer)
+        # A rendered text says no longer which names of control tokens are those of the template.
+        if "text" in row or encoder.holds_control(conversations(row)[0]) is None:
+            yield text_of(row, tokenizer)
 
 
 def blocks_of(

@@ -7,6 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -54,6 +55,7 @@ class ChatEncoder:
         self.stop_ids = tuple(stop_ids)
         self.date = date
         self.notes: Counter[str] = Counter()
+        self._unseen_of: dict[tuple[str, ...], frozenset[int]] = {}
 
     @cached_property
     def controls(self) -> ControlTokens:
@@ -71,7 +73,12 @@ class ChatEncoder:
     @cached_property
     def thinking(self) -> Thinking:
         """The template's marks of thinking, or those that most models use."""
-        return thinking_of(template_of(self.tokenizer), self._render) or USUAL
+        found = thinking_of(template_of(self.tokenizer), self._render) or USUAL
+        try:
+            prompt = self._render([Message(role="user", content=PROBE)], open_turn=True)
+        except DataError:
+            return found
+        return replace(found, opened=prompt.rstrip().endswith(found.opens))
 
     def _render(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
         return render(self.tokenizer, messages, open_turn=open_turn, date=self.date)
@@ -153,6 +160,8 @@ class ChatEncoder:
         prompt = self._prompt_text(messages, whole)
         self._check_contents(messages[:-1], prompt)
         opened = prompt.rstrip().endswith(self.thinking.opens)
+        if self.thinking.unended(content):
+            raise DataError(f"the answer opens its thinking with {self.thinking.opens} and never closes it")
         if opened and content.lstrip().startswith(self.thinking.opens):
             # The prompt has the mark already.
             content = content.lstrip().removeprefix(self.thinking.opens)
@@ -266,19 +275,39 @@ class ChatEncoder:
             DataError: names the message.
         """
         squeezed: str | None = None
+        unseen = self._unseen([message["role"] for message in messages])
         for place, message in enumerate(messages):
             content = message["content"].strip()
             if message["role"] == "assistant":
                 content = self.thinking.split(content)[1].strip()
-            if content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
-                continue
-            squeezed = _squeezed(text) if squeezed is None else squeezed
-            if _squeezed(content) not in squeezed:
+            if content and place in unseen:
+                found = False
+            elif content in text or json.dumps(content, ensure_ascii=False)[1:-1] in text:
+                found = True
+            else:
+                squeezed = _squeezed(text) if squeezed is None else squeezed
+                found = _squeezed(content) in squeezed
+            if not found:
                 raise DataError(
                     f"the chat template leaves out message {place}, of the role {message['role']}",
                     hint="the model would be trained without what it answers to: give the model a template that "
                     "writes this role",
                 )
+
+    def _unseen(self, roles: Sequence[str]) -> frozenset[int]:
+        """The places of messages that the template leaves out of a conversation of these roles, whatever they say:
+        their text may stand elsewhere by chance."""
+        key = tuple(roles)
+        if key not in self._unseen_of:
+            marks = [f"zq{place}mark" for place in range(len(key))]
+            messages = [Message(role=role, content=mark) for role, mark in zip(key, marks, strict=True)]
+            try:
+                text = self._render(messages, open_turn=key[-1:] != ("assistant",)) if messages else ""
+            # What it says of the messages themselves is asked for elsewhere.
+            except DataError:
+                text = " ".join(marks)
+            self._unseen_of[key] = frozenset(place for place, mark in enumerate(marks) if mark not in text)
+        return self._unseen_of[key]
 
     def _joined(self, prompt: str, said: str) -> tuple[list[int], list[int]]:
         """Tokens of a prompt as a server makes them, and of what the model says behind it.
@@ -320,7 +349,8 @@ class ChatEncoder:
             text = self._render(messages)
             self._check_contents(messages, text)
             squeezed = _squeezed(text)
-            lost = [item for item in messages if _squeezed(item["content"]) not in squeezed]
+            answers = [item["content"] for item in messages if item["role"] == "assistant"]
+            lost = [content for content in answers if _squeezed(content) not in squeezed]
             if lost:
                 raise DataError("the chat template leaves out a part of an answer, such as its thinking")
         ids = self.controls.encode(text)

@@ -13,18 +13,16 @@ from tokenizers import Tokenizer
 from luthier.api.errors import DataError
 from luthier.modeling.thinking import KNOWN
 
-SHIELDS = 0xF0000
-"""Private characters that stand for a control token's name in a text while a template renders it, ..."""
-MARKS = 0x100000
-"""... and for the control tokens that the template writes, while both are encoded."""
-FIRST = chr(MARKS)
-PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
+PRIVATE = "\U0010fffd"
+"""A private character that no text may have: between two of them stands which control token is meant."""
+NAME = re.compile(f"{PRIVATE}0(\\d+){PRIVATE}")
+"""The name of a control token in a text, while a template renders it."""
 
 
 class ControlTokens:
     """The control tokens of a tokenizer: its special tokens, and others that are named.
 
-    A text that holds the name of one is *shielded*: each name becomes one private character, which templates leave
+    A text that holds the name of one is *shielded*: each name becomes a few private characters, which templates leave
     alone. `encode` then makes control tokens of what the template wrote, and plain tokens of the names.
 
     Args:
@@ -45,29 +43,25 @@ class ControlTokens:
         self._pattern = re.compile(pattern) if pattern else None
 
     def first_in(self, text: str) -> re.Match[str] | None:
-        """The first control token of a text that a template wrote."""
+        """The first control token that is named in a text."""
         return self._pattern.search(text) if self._pattern else None
 
     def last_in(self, text: str) -> str | None:
-        """The last control token of a text that a template wrote."""
+        """The last control token that is named in a text."""
         found = self._pattern.findall(text) if self._pattern else []
         return found[-1] if found else None
 
     def shielded(self, text: str) -> str:
-        """A text with the names of control tokens as private characters; the same text where there are none.
+        """A text with private characters for the names of control tokens; the same text where there are none.
 
         Raises:
-            DataError: the text has these private characters itself, beside such names.
+            DataError: the text has such a private character itself.
         """
-        if self._pattern is None or self._pattern.search(text) is None:
+        if PRIVATE in text:
+            raise DataError("a text has the private character U+10FFFD", hint="remove it: nothing shows it")
+        if self._pattern is None:
             return text
-        if PRIVATE.search(text):
-            raise DataError("a text has the name of a control token and private characters as well")
-        return self._pattern.sub(lambda match: chr(SHIELDS + self._order.index(match[0])), text)
-
-    def unshielded(self, text: str) -> str:
-        """The text as it was."""
-        return PRIVATE.sub(lambda match: self._order[ord(match[0]) - SHIELDS], text)
+        return self._pattern.sub(lambda match: f"{PRIVATE}0{self._order.index(match[0])}{PRIVATE}", text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a rendered text whose contents were shielded.
@@ -75,28 +69,23 @@ class ControlTokens:
         Raises:
             DataError: the tokenizer makes a control token of a name even where it is plain text.
         """
-        if PRIVATE.search(text) is None:
+        if PRIVATE not in text:
             return self._tokenizer(text, add_special_tokens=False)["input_ids"]
         assert self._pattern is not None, "only names of control tokens are shielded"
-        marked = self._pattern.sub(lambda match: chr(MARKS + self._order.index(match[0])), text)
+        written = [self.names[name] for name in self._pattern.findall(text)]
+        marked = self._pattern.sub(lambda match: self._mark(match[0]), text)
+        plain = NAME.sub(lambda match: self._order[int(match[1])], marked)
         tokenizer, ids_by_place = self._renamed
-        ids = [
-            ids_by_place.get(item, item)
-            for item in tokenizer.encode(self.unshielded_names(marked), add_special_tokens=False).ids
-        ]
-        written = sum(self.names[self._order[ord(letter) - MARKS]] in self._ids for letter in marked if letter >= FIRST)
-        if sum(item in self._ids for item in ids) != written:
+        ids = [ids_by_place.get(item, item) for item in tokenizer.encode(plain, add_special_tokens=False).ids]
+        # The unknown token stands for letters that the vocabulary lacks.
+        known = set(self.names.values()) - {self._tokenizer.unk_token_id}
+        if [item for item in ids if item in known] != [item for item in written if item in known]:
             raise DataError("the tokenizer reads the name of a control token in a text as that token")
         return ids
 
-    def unshielded_names(self, marked: str) -> str:
-        """A text with the names back in place of their private characters, the template's own marks left."""
-        return re.sub("[\U000f0000-\U000fffff]", lambda match: self._order[ord(match[0]) - SHIELDS], marked)
-
-    @cached_property
-    def _ids(self) -> frozenset[int]:
-        # The unknown token stands for letters that the vocabulary lacks.
-        return frozenset(self.names.values()) - {self._tokenizer.unk_token_id}
+    def _mark(self, name: str) -> str:
+        """What stands for a control token that a template wrote."""
+        return f"{PRIVATE}1{self._order.index(name)}{PRIVATE}"
 
     @cached_property
     def _renamed(self) -> tuple[Tokenizer, dict[int, int]]:
@@ -111,7 +100,7 @@ class ControlTokens:
         original: dict[str, int] = {}
         for entry in content["added_tokens"]:
             if entry["content"] in self.names:
-                entry["content"] = chr(MARKS + self._order.index(entry["content"]))
+                entry["content"] = self._mark(entry["content"])
             original[entry["content"]] = entry["id"]
         # It may name tokens that are gone; nothing is added here.
         content["post_processor"] = content["truncation"] = content["padding"] = None

@@ -14,7 +14,7 @@ from luthier.api.artifact import Artifact
 from luthier.api.errors import DataError
 from luthier.api.serving import Completion, Generator, Request, Sampling
 from luthier.modeling.chat import ChatEncoder
-from luthier.modeling.loading import load_client, load_tokenizer, positions_of_model
+from luthier.modeling.loading import load_client, load_tokenizer, padding_of, positions_of_model
 from luthier.modeling.text import IGNORED, Encoded
 
 BATCH = 32
@@ -69,7 +69,8 @@ def _generate(
         raise DataError(
             f"a prompt has {width} tokens, the model's context is {room}", hint="shorten the prompt, or leave it out"
         )
-    ids = [[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    padding = padding_of(tokenizer)
+    ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     drawn = sampling.temperature > 0
     with torch.no_grad():
@@ -85,7 +86,7 @@ def _generate(
             repetition_penalty=None,
             num_return_sequences=sampling.n,
             eos_token_id=list(stop_ids),
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=padding,
         )
     return output[:, width:].tolist()
 

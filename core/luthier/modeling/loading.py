@@ -16,13 +16,15 @@ from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.artifacts.adapters import adapter_facts
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import carry_text_files, model_facts, positions_in, read_json
+from luthier.artifacts.models import carry_text_files, model_facts, positions_in, read_json, tensor_headers
 
 SHARD = 5_000_000_000
 PROBED = 16
 """Tokens with which a folded adapter is compared to what it was."""
 SAME = 1e-3
 """How much of the largest logit rounding may move one."""
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes of plain models, by their names in safetensors headers."""
 HEADROOM = 1.5
 """How many times its size a model may need while it computes."""
 
@@ -33,12 +35,16 @@ def model_folder(artifact: Artifact) -> Path:
 
 
 def load_tokenizer(artifact: Artifact) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model or adapter, with a padding token that is never trained on."""
+    """The tokenizer of a model or adapter."""
     tokenizer: Any = AutoTokenizer.from_pretrained(artifact.path, local_files_only=True)
-    if tokenizer.pad_token is None:
-        # Padding is masked out of attention and loss, so any token serves; none is added.
+    if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The id that rows are padded with: masked out of attention and loss, so any serves, and none is added."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[str, Any] | None = None) -> Any:
@@ -188,9 +194,20 @@ def load_client(artifact: Artifact, scratch: Path) -> Any:
     return model
 
 
-def save_model(model: Any, source: Artifact, out: Path, dtype: torch.dtype) -> Facts:
-    """Write a full model and the text files of the one it came from, its config included; return its facts."""
-    model.to(dtype).save_pretrained(out)
+def save_model(model: Any, source: Artifact, out: Path, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> Facts:
+    """Write a full model and the text files of the one it came from, its config included; return its facts.
+
+    Args:
+        model: The model.
+        source: The one that it came from.
+        out: The folder.
+        dtypes: What parameters and buffers are stored in, by name, ...
+        dtype: ... and all others.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtypes.get(name, dtype))
+    model.save_pretrained(out)
     config = read_json(source.path / "config.json")
     if dtype != stored_dtype(source):
         config = _with_dtype(config, str(dtype).removeprefix("torch."))
@@ -230,7 +247,12 @@ def save_adapter(
     return {**facts, "load_options": dict(load_options)} if load_options else facts
 
 
+def stored_dtypes(source: Artifact) -> dict[str, torch.dtype]:
+    """The dtypes of a model's tensors in its files, by their names there."""
+    headers = tensor_headers(source.path)
+    return {name: DTYPES[header.dtype] for name, header in headers.items() if header.dtype in DTYPES}
+
+
 def stored_dtype(source: Artifact) -> torch.dtype:
     """The dtype that most of a model's weights are stored in; float32 where it is none of a plain model's."""
-    names = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return names.get(source.facts["dtype"], torch.float32)
+    return DTYPES.get(source.facts["dtype"], torch.float32)

@@ -63,7 +63,7 @@ def measured(
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
     for place, row in enumerate(rows):
-        found = [target_log_probabilities(model, item) for item in encoder.conversation(conversations(row)[0])]
+        found = [target_log_probabilities(model, item) for item in encoder.conversation(conversations(row)[0], "apart")]
         log_p, ids = torch.cat([part for part, _ in found]), torch.cat([part for _, part in found])
         logps.append(tuple(log_p.gather(1, ids[:, None])[:, 0].tolist()))
         if keep and not readers:
@@ -115,7 +115,7 @@ def _answer_of(text: str, thinking: Thinking | None) -> str:
 def _split(completion: Completion, thinking: Thinking | None) -> Completion:
     if thinking is None:
         return completion
-    thought, answer = thinking.split(completion.text)
+    thought, answer = thinking.split(completion.text, opened=thinking.opened)
     return replace(completion, text=answer, thinking=thought)
 
 
@@ -131,7 +131,7 @@ def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool
     try:
         lengths = [len(encoder.prompt(prompt_of(row))) + 1]
         if scored:
-            lengths += [len(item.input_ids) for item in encoder.conversation(conversations(row)[0])]
+            lengths += [len(item.input_ids) for item in encoder.conversation(conversations(row)[0], "apart")]
     except DataError as error:
         return error.message
     longest = max(lengths)

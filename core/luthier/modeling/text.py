@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from luthier.api.data import Message
@@ -36,7 +36,10 @@ class Encoded:
 
 def template_of(tokenizer: Any) -> str | None:
     """The chat template of a tokenizer: its only one, or of several the one for conversations without tools."""
-    return None if tokenizer.chat_template is None else tokenizer.get_chat_template()
+    known = tokenizer.chat_template
+    if isinstance(known, dict) and "default" not in known:
+        return None
+    return None if known is None else tokenizer.get_chat_template()
 
 
 def uses_clock(template: str | None) -> bool:
@@ -49,13 +52,14 @@ CLOCK = (
     "raise_exception('the day is asked for in a form that the template does not spell out') }}{%- endmacro %}{{ '' }}"
 )
 """Takes the place of transformers' own clock; functions cannot be handed to a template."""
-FORMAT = re.compile(r"'([^'\n]*%[^'\n]*)'|\"([^\"\n]*%[^\"\n]*)\"")
-"""A text in a template that may be a form of the day."""
+LEXER = jinja2.Environment()
+"""Reads the texts in a template's code."""
 
 
 def _dated(template: str, date: datetime.date) -> dict[str, Any]:
     """What has a template write a day instead of asking the clock."""
-    formats = {one or other for one, other in FORMAT.findall(template)}
+    texts = (text[1:-1] for _, kind, text in LEXER.lex(template) if kind == "string")
+    formats = {text for text in texts if "%" in text}
     return {"chat_template": CLOCK + template, "days": {text: date.strftime(text) for text in sorted(formats)}}
 
 

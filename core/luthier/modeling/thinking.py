@@ -33,21 +33,28 @@ class Thinking:
     Attributes:
         opens: The mark before it; a template may write it itself at the end of a prompt.
         closes: The mark behind it: what follows is the answer.
+        opened: Whether prompts end with the mark before it, so that what a model says begins in the midst of thinking.
     """
 
     opens: str
     closes: str
+    opened: bool = False
 
-    def split(self, text: str) -> tuple[str, str]:
-        """Thinking and answer. An answer that was cut while the model still thought is empty."""
+    def split(self, text: str, *, opened: bool = False) -> tuple[str, str]:
+        """Thinking and answer. An answer that was cut while the model still thought is empty.
+
+        Args:
+            text: What was said.
+            opened: Whether the prompt had opened the thinking.
+        """
         before, mark, after = text.rpartition(self.closes)
         if mark:
             return before.strip().removeprefix(self.opens).strip(), after.lstrip()
-        return (text.lstrip().removeprefix(self.opens), "") if text.lstrip().startswith(self.opens) else ("", text)
+        return (text.lstrip().removeprefix(self.opens), "") if self.unended(text, opened=opened) else ("", text)
 
-    def unended(self, text: str) -> bool:
+    def unended(self, text: str, *, opened: bool = False) -> bool:
         """Whether an answer was cut while the model still thought."""
-        return self.closes not in text and text.lstrip().startswith(self.opens)
+        return self.closes not in text and (opened or text.lstrip().startswith(self.opens))
 
 
 USUAL = Thinking(*KNOWN[0])

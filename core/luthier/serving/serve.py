@@ -47,6 +47,7 @@ class TransformersBackend:
         loading: Any = import_module("luthier.modeling.loading")
         self._tokenizer: Any = loading.load_tokenizer(artifact)
         self._scratch = tempfile.TemporaryDirectory()
+        self._padding: int = loading.padding_of(self._tokenizer)
         self._model: Any = loading.load_client(artifact, Path(self._scratch.name) / "floats")
         self._model.eval()
         self._stops: list[int] = artifact.facts["stop_token_ids"]
@@ -76,7 +77,7 @@ class TransformersBackend:
         options = {
             "max_new_tokens": min(limit, self._length - len(ids)),
             "eos_token_id": self._stops or None,
-            "pad_token_id": self._tokenizer.pad_token_id,
+            "pad_token_id": self._padding,
             "repetition_penalty": None,
             **sampling,
         }

@@ -189,13 +189,15 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         found = draws(model)
         for module, name, _ in found:
             setattr(module, name, 0.0)
+    else:
+        found = []
+        model.eval()
+    try:
         yield
+    finally:
         for module, name, value in found:
             setattr(module, name, value)
-    else:
-        model.eval()
-        yield
-    model.train(training)
+        model.train(training)
 
 
 class Reference(AbstractContextManager[None]):

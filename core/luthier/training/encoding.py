@@ -44,7 +44,8 @@ class EncodedRow:
     @property
     def targets(self) -> int:
         """How many tokens are trained."""
-        return sum(label != IGNORED for item in self.completions for label in item.labels)
+        # Nothing stands before the first one, to say it from.
+        return sum(label != IGNORED for item in self.completions for label in item.labels[1:])
 
 
 def encode_row(encoder: ChatEncoder, row: Row, answers: Answers = "all") -> EncodedRow:

@@ -17,33 +17,47 @@ from luthier.modeling.text import IGNORED, Encoded
 from luthier.training.batches import Reference, collate, evaluating, log_probabilities, unpacked
 from luthier.training.encoding import EncodedRow
 
+LOOKED_AT = 256
+"""Rows among which those to compare with are chosen."""
 SEQUENCES = 2
 """Sequences that are compared, so that the shorter one is padded, ..."""
 DOCUMENTS = 3
 """... documents of each, where they are packed, ..."""
 TARGETS = 64
-"""... and trained tokens of each document."""
+"""... trained tokens of each document, ..."""
+CONTEXT = 256
+"""... and tokens before the first of them."""
 NEAR = {"fp32": 1e-4, "bf16": 3e-2}
 """How far log-probabilities may lie apart in the mean, as a share of their mean size, by precision: rounding, since
 sums are taken in another order."""
 
 
 def sample_of(rows: Sequence[EncodedRow]) -> EncodedRow:
-    """A few sequences of the first rows, each cut off behind some trained tokens: a model does not look ahead."""
+    """A few sequences with trained tokens, short ones, and those that several documents are packed into if any are.
+
+    Each is cut to some trained tokens and what stands right before them: a model does not look ahead, and any context
+    will do to compare with.
+    """
+    items = [item for row in rows[:LOOKED_AT] for item in row.completions]
+    trained = [item for item in items if any(label != IGNORED for label in item.labels)] or items
+    trained.sort(key=lambda item: (-len(item.lengths), len(item.input_ids)))
+    # One of another length, so that something is padded.
+    lengths = {len(item.input_ids): item for item in reversed(trained)}
+    chosen = [trained[0], *[item for length, item in lengths.items() if length != len(trained[0].input_ids)][-1:]]
     found: list[Encoded] = []
-    for item in (item for row in rows[:SEQUENCES] for item in row.completions):
+    for item in [*chosen, *trained[1:]][:SEQUENCES]:
         documents = [_cut(document) for document in unpacked(item)[:DOCUMENTS]]
-        lengths = tuple(len(document.input_ids) for document in documents)
+        lengths_of = tuple(len(document.input_ids) for document in documents)
         ids = [token for document in documents for token in document.input_ids]
         labels = [label for document in documents for label in document.labels]
-        found.append(Encoded(ids, labels, lengths if item.lengths else ()))
-    return EncodedRow(tuple(found[:SEQUENCES]))
+        found.append(Encoded(ids, labels, lengths_of if item.lengths else ()))
+    return EncodedRow(tuple(found))
 
 
 def _cut(item: Encoded) -> Encoded:
     targets = [place for place, label in enumerate(item.labels) if label != IGNORED][:TARGETS]
-    end = targets[-1] + 1 if targets else len(item.labels)
-    return Encoded(item.input_ids[:end], item.labels[:end])
+    start, end = (max(0, targets[0] - CONTEXT), targets[-1] + 1) if targets else (0, min(len(item.labels), CONTEXT))
+    return Encoded(item.input_ids[start:end], item.labels[start:end])
 
 
 def can_fuse(model: Any) -> bool:
@@ -85,13 +99,16 @@ class Proof:
 
     def apart(self, *, fused: bool, packed: bool) -> float:
         """How far a way of computing is from the model's own logits, one document at a time; 0 within rounding."""
+        batch = self._batch(packed=packed)
         try:
             with self._evaluating():
-                found = self._logps(fused=fused, packed=packed)
+                found = log_probabilities(self._model, batch, fused=fused).completions.logps.float()
         except torch.OutOfMemoryError:
             raise
         # A shortcut may not know a model at all.
         except (AttributeError, TypeError, NotImplementedError, RuntimeError):
+            if not fused and not packed:
+                raise
             return float("inf")
         return self._distance(found, self._own)
 
@@ -127,9 +144,6 @@ class Proof:
         values = {name: getattr(batch, name) for name in batch.__slots__}
         moved: dict[str, Any] = {name: item if item is None else item.to(device) for name, item in values.items()}
         return TokenBatch(**moved)
-
-    def _logps(self, *, fused: bool, packed: bool) -> Tensor:
-        return log_probabilities(self._model, self._batch(packed=packed), fused=fused).completions.logps.float()
 
     def _alone(self, item: Encoded) -> Tensor:
         device = next(self._model.parameters()).device

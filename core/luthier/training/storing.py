@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -67,19 +69,25 @@ def rounded(value: Tensor, dtype: torch.dtype, draws: torch.Generator | None = N
     return torch.where(moved, other, near)
 
 
-def check_finite_weights(model: Any, dtype: torch.dtype | None = None) -> None:
+def trained(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that are trained, by their names."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def check_finite_weights(model: Any, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Refuse to store what is not a number.
 
     Args:
         model: The model; only what is trained is looked at.
-        dtype: What it is stored in, whose range may be smaller.
+        dtypes: What each parameter is stored in, whose range may be smaller.
 
     Raises:
         ModelError: names the first tensor.
     """
     for name, parameter in trained(model):
         value = parameter.detach()
-        bad = int((~torch.isfinite(value if dtype is None else value.to(dtype))).sum())
+        dtype = value.dtype if dtypes is None else dtypes[name]
+        bad = int((~torch.isfinite(value.to(dtype))).sum())
         if bad:
             beyond = bool(torch.isfinite(value).all())
             raise ModelError(
@@ -91,61 +99,83 @@ def check_finite_weights(model: Any, dtype: torch.dtype | None = None) -> None:
             )
 
 
-def trained(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that are trained, by their names."""
-    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
 @dataclass(frozen=True, slots=True)
 class Storage:
     """A decision.
 
     Attributes:
-        dtype: What trained weights are stored in.
+        dtypes: What each trained parameter is stored in, by its name.
+        dtype: What most of them are stored in.
         receipt: What the manifest says of it.
     """
 
+    dtypes: Mapping[str, torch.dtype]
     dtype: torch.dtype
     receipt: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How weights are rounded to fewer bits.
+
+    Attributes:
+        how: To the nearest, or at random so that the mean is right.
+        seed: Of what is drawn.
+    """
+
+    how: Literal["nearest", "stochastic"]
+    seed: int
+
+    def __call__(self, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """One tensor, float32 on the CPU; the same each time it is asked for."""
+        if self.how == "nearest":
+            return rounded(value, dtype)
+        return rounded(value, dtype, torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode())))
 
 
 def storage_of(
     model: Any,
     before: Iterable[tuple[str, Tensor]],
-    natural: torch.dtype,
+    natural: Mapping[str, torch.dtype],
+    usual: torch.dtype,
     wanted: Literal["auto", "fp32", "bf16", "fp16"],
-    rounding: Literal["nearest", "stochastic"],
-    seed: int,
+    rounding: Rounding,
 ) -> Storage:
-    """Decide on a dtype, and round the trained weights to it, in place.
+    """Decide on dtypes, and round the trained weights to them, in place.
 
     Args:
         model: The trained model.
-        before: What was trained as it was before, by the same names.
-        natural: The dtype that it would be stored in if nothing were lost.
+        before: What was trained as it was before, float32, by the same names.
+        natural: The dtypes that parameters came in, by their names, ...
+        usual: ... and that of those of other names.
         wanted: What the recipe says.
         rounding: How to round.
-        seed: Of what is drawn.
 
     Raises:
-        ModelError: a weight is not finite in the dtype.
+        ModelError: a weight is not finite, or not in its dtype.
     """
     check_finite_weights(model)
-    dtype = natural if wanted == "auto" else DTYPES[wanted]
-    if dtype == torch.float32:
-        return Storage(dtype, {"dtype": "float32", "survived": 1.0})
-    draws = torch.Generator().manual_seed(seed) if rounding == "stochastic" else None
-    survival = Survival()
     parameters = dict(trained(model))
+    whole = dict.fromkeys(parameters, torch.float32)
+    if wanted == "auto":
+        dtypes, dtype = {name: natural.get(name, usual) for name in parameters}, usual
+    else:
+        dtype = DTYPES[wanted]
+        dtypes = dict.fromkeys(parameters, dtype)
+    if set(dtypes.values()) == {torch.float32}:
+        return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0})
+    survival = Survival()
     for name, value in before:
-        if (parameter := parameters.get(name)) is not None:
-            after = parameter.detach().cpu().float()
-            survival.add(value.cpu(), after, rounded(after, dtype, draws))
-    receipt = {"dtype": str(dtype).removeprefix("torch."), "survived": survival.share, "rounding": rounding}
-    if wanted == "auto" and survival.share < SURVIVES:
-        return Storage(torch.float32, {"dtype": "float32", "survived": 1.0, "instead_of": receipt})
-    check_finite_weights(model, dtype)
-    for _, parameter in trained(model):
+        if name in parameters:
+            after = parameters[name].detach().cpu().float()
+            survival.add(value.cpu().float(), after, rounding(name, after, dtypes[name]))
+    receipt = {"dtype": str(dtype).removeprefix("torch."), "survived": survival.share, "rounding": rounding.how}
+    if wanted == "auto" and not survival.share >= SURVIVES:
+        # Not a number either, where a value is beyond the dtype's range.
+        told = {**receipt, "survived": survival.share if math.isfinite(survival.share) else 0.0}
+        return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0, "instead_of": told})
+    check_finite_weights(model, dtypes)
+    for name, parameter in parameters.items():
         value = parameter.detach()
-        parameter.data = rounded(value.cpu().float(), dtype, draws).to(parameter)
-    return Storage(dtype, receipt)
+        parameter.data = rounding(name, value.cpu().float(), dtypes[name]).to(parameter)
+    return Storage(dtypes, dtype, receipt)

@@ -25,7 +25,7 @@ from luthier.api.stages import Facts
 from luthier.api.training import Objective, Optimizer, Regularizer, Schedule, TokenBatch
 from luthier.api.tuning import TrainingConfig
 from luthier.artifacts.checkpoints import checkpoints, mark_whole
-from luthier.training.batches import Outputs, Reference, collate, draws, log_probabilities, units_in
+from luthier.training.batches import Outputs, Reference, collate, draws, evaluating, log_probabilities, units_in
 from luthier.training.encoding import EncodedRow
 from luthier.training.proof import Proof, can_fuse
 
@@ -149,7 +149,8 @@ class ObjectiveTrainer(transformers.Trainer):
         self._optimizer_component = optimizer
         self._regularizers = regularizers
         self._padding = padding
-        self._packed = True
+        self.packed = True
+        self._predicting = False
         self._fused = can_fuse(model)
         self._logged: dict[str, dict[str, list[tuple[float, int]]]] = {
             "train": defaultdict(list),
@@ -158,7 +159,7 @@ class ObjectiveTrainer(transformers.Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda rows: _as_mapping(collate(rows, padding, packed=self._packed)),
+            data_collator=lambda rows: _as_mapping(collate(rows, padding, packed=self.packed)),
             train_dataset=cast("Any", train),
             eval_dataset=cast("Any", validation) or None,
         )
@@ -178,7 +179,9 @@ class ObjectiveTrainer(transformers.Trainer):
         halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
         precision = "bf16" if self.args.bf16 or halves else "fp32"
         around: Callable[[], Any] = (
-            (lambda: torch.autocast(self.args.device.type, torch.bfloat16)) if self.args.bf16 else nullcontext
+            (lambda: torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False))
+            if self.args.bf16
+            else nullcontext
         )
         proof = Proof(self.model, rows, self._padding, precision, around)
         if self._fused and (distance := proof.apart(fused=True, packed=False)):
@@ -192,13 +195,13 @@ class ObjectiveTrainer(transformers.Trainer):
         if any(item.lengths for row in rows for item in row.completions) and (
             distance := proof.apart(fused=self._fused, packed=True)
         ):
-            self._packed = False
+            self.packed = False
             context.warn(
                 f"this model lets packed documents see each other: log-probabilities differ by {distance:.3g}; each "
                 "document is a row of its own instead, which takes longer"
             )
         if self._reference is not None:
-            proof.check_reference(self._reference, fused=self._fused, packed=self._packed)
+            proof.check_reference(self._reference, fused=self._fused, packed=self.packed)
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Have the recipe's optimizer make both."""
@@ -238,13 +241,13 @@ class ObjectiveTrainer(transformers.Trainer):
                 hint="report this to its author",
             )
         loss = result.losses.sum() / max(1, units if num_items_in_batch is None else num_items_in_batch)
-        logged = self._logged["train" if model.training else "eval"]
+        logged = self._logged["eval" if self._predicting else "train"]
         likeliest = outputs.likeliest
         logged["loss"].append((float(result.losses.detach().float().mean()) if units else 0.0, units))
         logged["token_accuracy"].append((float(likeliest.float().mean()) if len(likeliest) else 0.0, len(likeliest)))
-        for name, value in result.logs.items():
+        for name, value in result.logs.items() if units else ():
             logged[name].append((float(value.detach().float().mean()), units))
-        if model.training:
+        if not self._predicting:
             loss = loss + self._added(model, batch, outputs, logged) / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
 
@@ -267,8 +270,12 @@ class ObjectiveTrainer(transformers.Trainer):
     ) -> tuple[Tensor, None, None]:
         """The loss of a batch of held-out rows."""
         inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
+        self._predicting = True
+        try:
+            with evaluating(model), torch.no_grad(), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs)
+        finally:
+            self._predicting = False
         return loss, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -337,10 +344,15 @@ def train(
         regularizers,
     )
     trainer.prove(rows, context)
+    if getattr(model.config, "output_router_logits", False) and config.micro_batch_size not in (
+        None,
+        config.batch_size,
+    ):
+        context.warn("the loss that balances experts is that of each micro-batch: `micro_batch_size` changes it")
 
     def batches() -> Iterator[TokenBatch]:
         for first in range(0, len(rows), config.batch_size):
-            yield collate(rows[first : first + config.batch_size], padding)
+            yield collate(rows[first : first + config.batch_size], padding, packed=trainer.packed)
 
     for regularizer in regularizers:
         regularizer.start(model, batches)

@@ -10,6 +10,7 @@ import torch
 
 from luthier.api.artifact import Artifact
 from luthier.api.context import StageContext
+from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.api.training import Adapter
 from luthier.api.tuning import TrainingConfig, TuningConfig
@@ -21,15 +22,19 @@ from luthier.modeling.loading import (
     load_model,
     load_tokenizer,
     model_folder,
+    padding_of,
     save_adapter,
     save_model,
     stored_dtype,
+    stored_dtypes,
 )
 from luthier.modeling.text import UNDATED, template_of, uses_clock
 from luthier.training.encoding import EncodedRow, RowEncoder
-from luthier.training.storing import Storage, storage_of, trained
+from luthier.training.storing import Rounding, Storage, storage_of, trained
 from luthier.training.trainer import Trained, train
 
+LOST = 0.05
+"""The share of a change that may be rounded away without a warning."""
 Encode = Callable[[RowEncoder, Sequence[Artifact], Split], list[EncodedRow]]
 """Makes training rows of a split of datasets."""
 
@@ -68,15 +73,17 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     adapter = config.adapter is not None or source.kind == "adapter"
     # An adapter is small; a full model is read once more when it is needed.
     start = [(name, value.detach().cpu().clone()) for name, value in trained(model)] if adapter else []
-    result = train(model, tokenizer.pad_token_id, rows, validation, config, context)
-    natural = torch.float32 if adapter else stored_dtype(source)
-    before = iter(start) if adapter else _stored_weights(source)
-    storage = storage_of(model, before, natural, config.save_dtype, config.rounding, context.seed)
+    result = train(model, padding_of(tokenizer), rows, validation, config, context)
+    natural, usual = ({}, torch.float32) if adapter else (stored_dtypes(source), stored_dtype(source))
+    before = iter(start) if adapter else _weights_of(source)
+    rounding = Rounding(config.rounding, context.seed)
+    storage = storage_of(model, before, natural, usual, config.save_dtype, rounding)
     facts = _stored(storage, result, context)
     if adapter:
         made = save_adapter(model, source, context.out, options, storage.dtype)
     else:
-        made = save_model(model, source, context.out, storage.dtype)
+        # Buffers are not trained: they stay what they were.
+        made = save_model(model, source, context.out, {**natural, **storage.dtypes}, storage.dtype)
     counts = {"rows": len(rows), "tokens": sum(row.targets for row in rows)}
     found = {"left_out": dict(encoder.left_out), "notes": dict(encoder.notes)}
     return {**made, "training": {**facts, **counts, **{name: value for name, value in found.items() if value}}}
@@ -85,7 +92,7 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
 def _stored(storage: Storage, result: Trained, context: StageContext) -> Facts:
     """The facts of training, those of the weights as they are stored."""
     facts: Facts = {**result.facts, "stored": dict(storage.receipt)}
-    if storage.dtype != torch.float32:
+    if "rounding" in storage.receipt:
         lost = 1 - storage.receipt["survived"]
         name = storage.receipt["dtype"]
         if lost > LOST:
@@ -101,15 +108,10 @@ def _stored(storage: Storage, result: Trained, context: StageContext) -> Facts:
     return facts
 
 
-LOST = 0.05
-"""The share of a change that may be rounded away without a warning."""
-
-
-def _stored_weights(source: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's parameters as they are stored, by their names in transformers."""
-    name = str(stored_dtype(source)).removeprefix("torch.")
-    for parameter, value in load_model(source, options={"dtype": name}).named_parameters():
-        yield parameter, value.detach()
+def _weights_of(source: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters in float32, by their names in transformers."""
+    for name, value in load_model(source).named_parameters():
+        yield name, value.detach()
 
 
 def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tuple[Any, dict[str, Any]]:
@@ -119,12 +121,30 @@ def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tu
         # An adapter is trained further on its base as it was loaded when the adapter was made; of one from outside
         # that is not known, and the recipe says it.
         options = dict(source.facts.get("load_options", chosen if source.kind == "adapter" else {}))
-        return load_model(source, trainable=True, options=options), options
+        model: Any = load_model(source, trainable=True, options=options)
+        _check_precision(model)
+        return model, options
     adapter: Adapter[Any] = context.build(config.adapter)
     options = {**chosen, **adapter.load_options()}
-    model: Any = adapter.wrap(load_model(source, options=options))
+    model = adapter.wrap(load_model(source, options=options))
     check_selectors(model)
+    _check_precision(model)
     missed = without_adapter(model)
     if missed:
         context.warn(missed)
     return model, options
+
+
+def _check_precision(model: Any) -> None:
+    """Refuse to train weights of fewer bits: small updates would be rounded away step by step.
+
+    Raises:
+        ModelError: an adapter trains copies of modules of its base, which is loaded in another dtype.
+    """
+    odd = [name for name, value in trained(model) if value.is_floating_point() and value.dtype != torch.float32]
+    if odd:
+        raise ModelError(
+            f"the adapter trains whole weights of its base ({odd[0]}), which is loaded in fewer bits than float32: "
+            "small updates would be rounded away",
+            hint="leave `dtype` out, or make an adapter without `modules_to_save`",
+        )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage, StoreError
@@ -101,16 +101,20 @@ class Evaluate(Stage[EvaluateConfig]):
     def _thinking(self, artifact: Artifact) -> Thinking | None:
         """The marks at which a model's thinking is split off."""
         chosen = self.config.thinking
-        if isinstance(chosen, Marks):
-            return Thinking(chosen.opens, chosen.closes)
         if chosen == "keep":
             return None
+        encoder = self._encoder(artifact)
+        found = encoder.thinking if encoder is not None else USUAL
+        return replace(found, opens=chosen.opens, closes=chosen.closes) if isinstance(chosen, Marks) else found
+
+    def _encoder(self, artifact: Artifact) -> ChatEncoder | None:
+        """What makes tokens for a model, or for the one that an export was made from; None where that is gone."""
         while artifact.kind == "export":
             try:
                 artifact = artifact.sibling(artifact.manifest["inputs"]["model"][0])
             except (StoreError, LookupError):
-                return USUAL
-        return ChatEncoder(load_tokenizer(artifact)).thinking
+                return None
+        return ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"], self.context.date)
 
     def _usable(self, rows: list[Row], artifacts: Sequence[Artifact], *, scored: bool) -> list[Row]:
         """The rows that every model can be asked.
@@ -120,12 +124,16 @@ class Evaluate(Stage[EvaluateConfig]):
         """
         bad: dict[int, str] = {}
         for artifact in artifacts:
-            if artifact.kind == "export":
+            encoder = self._encoder(artifact)
+            if encoder is None:
                 continue
-            encoder = ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"], self.context.date)
-            room = positions_of(model_folder(artifact))
+            served = artifact.kind == "export"
+            room = None if served else positions_of(model_folder(artifact))
             for place, row in enumerate(rows):
-                problem = None if place in bad else problem_of(encoder, row, room, scored=scored)
+                problem = None if place in bad else problem_of(encoder, row, room, scored=scored and not served)
+                name = encoder.holds_control(prompt_of(row)) if served else None
+                if name is not None:
+                    problem = f"it holds {name}, which the program would obey"
                 if problem is not None:
                     bad[place] = f"{artifact.manifest['stage']}: {problem}"
         if not bad:
