@@ -450,7 +450,8 @@ def test_thinking_that_never_ends_makes_a_bad_row() -> None:
 )
 def test_templates_ask_for_the_day_in_many_ways(code: str) -> None:
     tokenizer = wrapped(
-        Family(code + templates.CHATML.template, ("<|im_start|>", "<|im_end|>"), ()), bytes_tokenizer(())
+        Family(code + templates.CHATML.template, templates.CHATML.control, templates.CHATML.stops),
+        bytes_tokenizer(templates.CHATML.control),
     )
     text = render(tokenizer, TALK[:1], date=datetime.date(2031, 5, 9))
     assert text.startswith("Today is 09 May 2031")

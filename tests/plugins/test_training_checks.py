@@ -24,7 +24,7 @@ from luthier.testing import TestContext, run_stage, tiny_dataset, tiny_model
 from luthier.training.batches import Reference, collate, log_probabilities
 from luthier.training.encoding import EncodedRow, encode_row, packed_rows
 from luthier.training.proof import Proof, sample_of
-from luthier.training.storing import Survival, rounded
+from luthier.training.storing import Rounding, Survival, rounded, storage_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, MambaConfig, MambaForCausalLM
@@ -535,24 +535,17 @@ def test_whole_weights_of_a_base_in_bfloat16_are_not_trained(tmp_path: Path) -> 
     assert run_stage(store, "sft", STEP, inputs=given).kind == "adapter"
 
 
-def test_a_value_beyond_the_range_of_float16_is_kept_in_float32_or_refused(tmp_path: Path) -> None:
-    store, base, data = store_of(tmp_path)
-    source = tmp_path / "large"
-    load_model(base, options={"dtype": "float16"}).save_pretrained(source)
-    load_tokenizer(base).save_pretrained(source)
-    weights = load_file(source / "model.safetensors")
-    weights["model.norm.weight"][0] = 65500.0
-    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": base.facts["stop_token_ids"]}))
-    large = run_stage(store, "base", {"source": str(source)})
-    given = {"model": large, "data": [data]}
-    # One step of the optimizer is as large as the learning rate.
-    wide = {"steps": 1, "batch_size": 8, "learning_rate": 500.0, "optimizer": "adamw"}
-    with pytest.raises(ModelError, match=r"values of model\.norm\.weight are not finite in float16"):
-        run_stage(store, "sft", {**wide, "save_dtype": "fp16"}, inputs=given)
-    kept = run_stage(store, "sft", wide, inputs=given)
-    assert kept.facts["dtype"] == "F32"
-    assert kept.facts["training"]["stored"]["instead_of"]["dtype"] == "float16"
+def test_a_value_beyond_the_range_of_float16_is_kept_in_float32_or_refused() -> None:
+    model = nn.Linear(4, 2, bias=False)
+    before = [("weight", model.weight.detach().clone())]
+    with torch.no_grad():
+        model.weight[1, 2] = 70000.0
+    rounding = Rounding("nearest", 0)
+    kept = storage_of(model, before, {}, torch.float16, "auto", rounding)
+    assert kept.dtype == torch.float32
+    assert kept.receipt["instead_of"] == {"dtype": "float16", "survived": 0.0, "rounding": "nearest"}
+    with pytest.raises(ModelError, match=r"1 of 8 values of weight are not finite in float16"):
+        storage_of(model, before, {}, torch.float16, "fp16", rounding)
 
 
 def test_validation_loss_is_a_mean_over_tokens_for_any_batch_size(tmp_path: Path) -> None:

@@ -176,7 +176,9 @@ class ObjectiveTrainer(transformers.Trainer):
         Raises:
             ModelError: the model's log-probabilities are not finite, or the reference is another model.
         """
-        halves = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in self.model.parameters())
+        halves = any(
+            parameter.dtype in (torch.bfloat16, torch.float16) for parameter in cast("Any", self.model).parameters()
+        )
         precision = "bf16" if self.args.bf16 or halves else "fp32"
         around: Callable[[], Any] = (
             (lambda: torch.autocast(self.args.device.type, torch.bfloat16, cache_enabled=False))

@@ -84,11 +84,8 @@ class Evaluate(Stage[EvaluateConfig]):
                 folder = self.context.scratch / "distributions" / role
                 logps, readers = measured(generator.model, generator.encoder, rows, list(needs.values()), folder)
         thinking = self._thinking(artifact)
-        unended = (
-            sum(thinking.unended(answer.text) for kind in answers.values() for row in kind for answer in row)
-            if thinking
-            else 0
-        )
+        texts = [answer.text for kind in answers.values() for row in kind for answer in row]
+        unended = sum(thinking is not None and thinking.unended(text, opened=thinking.opened) for text in texts)
         if unended:
             self.context.warn(
                 f"{unended} answers of {artifact.manifest['stage']} end before their thinking does and count as empty: "
