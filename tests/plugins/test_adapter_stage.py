@@ -376,13 +376,13 @@ def test_a_whole_tensor_that_an_adapter_changes_is_not_merged_with_others(tmp_pa
 
 
 def test_entries_that_are_no_numbers_are_found_where_they_are(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "light", tmp_path / "light")
-    weights = load_file(place / "light" / "adapter_model.safetensors")
+    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
+    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(place / "light")}, inputs={"model": base})
+    # The stage refuses one that is spoiled before.
+    weights = load_file(adapter.path / "adapter_model.safetensors")
     spoiled = next(key for key in weights if "q_proj.lora_B" in key)
     weights[spoiled][1, 1] = float("nan")
-    save_file(weights, tmp_path / "light" / "adapter_model.safetensors", metadata={"format": "pt"})
-    base = run_stage(tmp_path / "s", "base", {"source": str(place / "model")})
-    adapter = run_stage(tmp_path / "s", "adapter", {"source": str(tmp_path / "light")}, inputs={"model": base})
+    save_file(weights, adapter.path / "adapter_model.safetensors", metadata={"format": "pt"})
     for stage in ("merge", "merge_adapters"):
         with pytest.raises(ModelError, match="NaN or infinite") as told:
             run_stage(tmp_path / "s", stage, inputs={"models": [adapter, adapter]})

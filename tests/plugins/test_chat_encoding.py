@@ -242,7 +242,7 @@ def test_messages_that_a_template_leaves_out_are_refused() -> None:
         Message(role="tool", content="31.5 degrees"),
         Message(role="assistant", content="Warm."),
     ]
-    with pytest.raises(DataError, match="leaves out message 2, of the role tool"):
+    with pytest.raises(DataError, match="leaves out or changes message 2, of the role tool"):
         encoder_of(speakers).conversation(messages)
     # Written as JSON, it is there.
     quoted = Family(
@@ -430,7 +430,7 @@ def test_a_message_that_is_left_out_is_noticed_though_its_text_stands_elsewhere(
         Message(role="tool", content="31"),
         Message(role="assistant", content="Yes."),
     ]
-    with pytest.raises(DataError, match="leaves out message 2, of the role tool"):
+    with pytest.raises(DataError, match="leaves out or changes message 2, of the role tool"):
         encoder_of(speakers).conversation(messages)
 
 
@@ -465,3 +465,22 @@ def test_named_templates_without_a_default_are_none() -> None:
     assert ChatEncoder(tokenizer).document({"text": "One."})
     tokenizer.chat_template = {"tool_use": "x", "default": templates.CHATML.template}
     assert ChatEncoder(tokenizer).prompt(TALK[:1])
+
+
+@pytest.mark.parametrize("change", ["m.content | upper", "m.content.split() | join('')"])
+def test_templates_that_change_answers_are_refused_with_the_true_reason(change: str) -> None:
+    odd = Family(
+        templates.CHATML.template.replace("m.content", f"({change})"), templates.CHATML.control, ("<|im_end|>",)
+    )
+    with pytest.raises(DataError, match=r"leaves out or changes|does not write the text"):
+        encoder_of(odd).conversation(
+            [Message(role="user", content="Two words"), Message(role="assistant", content="so it is")]
+        )
+
+
+def test_a_template_that_opens_no_turn_is_noted() -> None:
+    body = templates.CHATML.template.partition("{% if add_generation_prompt %}")[0]
+    encoder = encoder_of(Family(body, templates.CHATML.control, templates.CHATML.stops))
+    (encoded,) = encoder.conversation(TALK[:2])
+    assert encoder.tokenizer.decode(said(encoder, encoded)[0]) == "<|im_start|>assistant\nIn the drawer.<|im_end|>"
+    assert encoder.notes[chat.UNASKED] == 1

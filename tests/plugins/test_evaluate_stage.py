@@ -160,3 +160,24 @@ def test_answers_of_two_ends_have_a_perplexity(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path / "s", rows, split="test")
     made = run_stage(tmp_path / "s", "evaluate", {"metrics": ["perplexity"]}, inputs={"model": model, "data": data})
     assert made.facts["scores"]["perplexity"] > 1
+
+
+def test_a_long_prompt_does_not_cut_the_answers_to_others(tmp_path: Path) -> None:
+    from luthier.modeling.loading import load_model
+
+    model = tiny_model(tmp_path / "s", context_length=64)
+    generator = ModelGenerator(load_model(model), of(model)[0], [])
+    short, long = [Message(role="user", content="hi")], [Message(role="user", content="x " * 18)]
+    alone = next(iter(generator.generate([short], Sampling(max_new_tokens=30))))
+    beside, cut = generator.generate([short, long], Sampling(max_new_tokens=30))
+    assert beside == alone
+    assert alone[0].tokens == 30
+    assert cut[0].tokens is not None
+    assert cut[0].tokens < 30
+
+
+def test_a_perplexity_beyond_all_numbers_is_none() -> None:
+    from luthier_plugins.metrics.perplexity import _exp
+
+    assert _exp(709.0) < float("inf")
+    assert _exp(710.0) == float("inf")

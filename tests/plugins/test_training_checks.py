@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -631,3 +632,118 @@ def test_a_row_of_several_sequences_is_one_row() -> None:
     batch = collate(rows, 0)
     assert batch.input_ids.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
     assert batch.pairs is None
+
+
+# -- adapters and architectures ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["W_pack"], "does not have: W_pack"),
+        (["layers\\..*q_proj"], "does not have"),
+        (["all-linear"], "does not have: all-linear"),
+        (["q_proj", "input_layernorm"], "input_layernorm, a LlamaRMSNorm, which no low-rank adapter goes on"),
+        (["self_attn"], "a LlamaAttention"),
+    ],
+)
+def test_targets_that_are_no_layers_are_refused_by_name(tmp_path: Path, targets: list[str], told: str) -> None:
+    store, base, data = store_of(tmp_path)
+    adapter = {"uses": "lora", "r": 2, "target_modules": targets}
+    with pytest.raises(ModelError, match=re.escape(told)):
+        run_stage(store, "sft", {**STEP, "adapter": adapter}, inputs={"model": base, "data": [data]})
+
+
+def architecture(folder: Path, name: str, **values: Any) -> Path:
+    """A random model of an architecture with the tokenizer of the tiny one."""
+    tokenizer = make_model(folder.parent / "tokenizer", "llama")
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **heads, **values})).save_pretrained(folder)
+    for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / text).write_text((tokenizer / text).read_text())
+    return folder
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_local_experts": 4},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "moe_intermediate_size": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16, "v_head_dim": 16,
+    },
+    "jamba": {"num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 1,
+              "expert_layer_offset": 0, "use_mamba_kernels": False, "mamba_d_state": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_all_linear_says_what_it_leaves_out_of_a_mixture(tmp_path: Path, name: str) -> None:
+    store = tmp_path / "s"
+    base = run_stage(store, "base", {"source": str(architecture(tmp_path / "m", name, **MIXTURES[name]))})
+    data = [tiny_dataset(store, CHATS)]
+    made = run_stage(store, "sft", {**STEP, "adapter": {"uses": "lora", "r": 2}}, inputs={"model": base, "data": data})
+    trained = {key.partition(".lora_")[0].removeprefix("base_model.model.") for key in
+               load_file(made.path / "adapter_model.safetensors")}  # fmt: skip
+    model = load_model(base)
+    head = model.get_output_embeddings()
+    missed = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and name not in trained
+    }
+    missed |= {
+        key for key, value in model.named_parameters()
+        if value.ndim == 3 and "conv" not in key and not any(key.startswith(f"{part}.") for part in trained)
+    }  # fmt: skip
+    told = " ".join(text for text in made.manifest["warnings"] if "get no adapter" in text)
+    for missing in missed:
+        assert re.sub(r"\.\d+(?=\.|$)", ".*", missing) in told
+
+
+def test_a_base_that_is_broken_is_told_so_before_training(tmp_path: Path) -> None:
+    store, base, data = store_of(tmp_path)
+    source = tmp_path / "broken"
+    load_model(base).save_pretrained(source)
+    load_tokenizer(base).save_pretrained(source)
+    weights = load_file(source / "model.safetensors")
+    # A token that no row has.
+    weights["model.embed_tokens.weight"][319, 3] = math.nan
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": base.facts["stop_token_ids"]}))
+    broken = run_stage(store, "base", {"source": str(source)})
+    for config in (STEP, {**STEP, "adapter": "lora"}):
+        with pytest.raises(ModelError, match=r"NaN or infinite values in .*embed_tokens") as told:
+            run_stage(store, "sft", config, inputs={"model": broken, "data": [data]})
+        assert "learning_rate" not in str(told.value)
+
+
+def test_an_adapter_from_outside_that_is_broken_is_refused(tmp_path: Path) -> None:
+    store, base, _ = store_of(tmp_path)
+    peft.get_peft_model(load_model(base), peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path / "a")
+    weights = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    name = next(key for key in weights if "lora_B" in key)
+    weights[name][0, 0] = math.nan
+    save_file(weights, tmp_path / "a" / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"NaN or infinite values in .*lora_B"):
+        run_stage(store, "adapter", {"source": str(tmp_path / "a")}, inputs={"model": base})
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_the_last_loss_is_that_of_the_last_step(tmp_path: Path, every: int) -> None:
+    store, base, data = store_of(tmp_path)
+    config = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3}
+    exact = run_stage(store, "sft", {**config, "log_every": 1}, inputs={"model": base, "data": [data]})
+    other = run_stage(
+        store, "sft", {**config, "log_every": every, "micro_batch_size": 2}, inputs={"model": base, "data": [data]}
+    )
+    assert other.facts["training"]["loss_last"] == pytest.approx(exact.facts["training"]["loss_last"], rel=1e-5)

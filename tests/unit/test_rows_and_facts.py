@@ -131,3 +131,31 @@ def test_the_date_is_part_of_the_keys_that_depend_on_it(tmp_path: Path) -> None:
     for wrong in ("tomorrow", "2031-02-30", 20310509):
         with pytest.raises(RecipeError, match="is no day"):
             keys(tmp_path, date=wrong)
+
+
+def test_every_unused_key_is_named_in_a_fixed_order(tmp_path: Path) -> None:
+    source = tmp_path / "chats.jsonl"
+    rows = [chat("a", "b", **{f"key{n}": n for n in range(14)}), chat("c", "d", key3=1)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = run_stage(tmp_path / "s", "data", {"source": str(source)})
+    (warning,) = made.manifest["warnings"]
+    assert warning.index("key3 (in 2 rows)") < warning.index("key0 (in 1 rows)") < warning.index("key13 (in 1 rows)")
+    assert all(f"key{n} (" in warning for n in range(14))
+
+
+def test_a_key_that_occurs_twice_is_a_bad_row(tmp_path: Path) -> None:
+    source = tmp_path / "chats.jsonl"
+    source.write_text('{"messages": [{"role": "user", "content": "one", "content": "two"}]}\n')
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: .*the key 'content' occurs twice"):
+        run_stage(tmp_path / "s", "data", {"source": str(source), "format": "messages"})
+
+
+def test_stop_tokens_are_numbers(tmp_path: Path) -> None:
+    from luthier.api import ModelError
+    from luthier.artifacts.models import stop_token_ids
+
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
+    with pytest.raises(ModelError, match="is no id of a token"):
+        stop_token_ids(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert stop_token_ids(tmp_path) == [1, 2]

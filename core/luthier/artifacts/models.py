@@ -180,12 +180,22 @@ def vocabulary_size(folder: Path) -> int | None:
 
 
 def stop_token_ids(folder: Path) -> list[int]:
-    """The ids on which generation stops: those of the generation config, else of the model config."""
+    """The ids on which generation stops: those of the generation config, else of the model config.
+
+    Raises:
+        ModelError: one of them is no number.
+    """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
         ids = read_json(path).get("eos_token_id") if path.exists() else None
         if ids is not None:
-            return [ids] if isinstance(ids, int) else [int(item) for item in ids]
+            found = cast("list[Any]", ids if isinstance(ids, list) else [ids])
+            odd = [item for item in found if not isinstance(item, int) or isinstance(item, bool)]
+            if odd:
+                raise ModelError(
+                    f"eos_token_id has {odd[0]!r}, which is no id of a token", where=str(path), hint="write its number"
+                )
+            return found
     return []
 
 

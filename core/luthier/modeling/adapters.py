@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -77,6 +78,17 @@ def _without_weights(folder: Path) -> Any:
         return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, local_files_only=True))
 
 
+def check_finite_adapter(folder: Path) -> None:
+    """Refuse an adapter whose weights are no numbers.
+
+    Raises:
+        ModelError: names the first tensor.
+    """
+    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"the adapter has NaN or infinite values in {name}", where=str(folder))
+
+
 def linear_modules(folder: Path) -> list[str]:
     """The names of a model's linear layers, those of GPT-2 among them, found without reading a weight.
 
@@ -96,6 +108,59 @@ def _mismatch(folder: Path, wrong: list[str]) -> ModelError:
     return ModelError(f"the adapter does not belong on this model: {'; '.join(wrong[:SHOWN])}{more}", where=str(folder))
 
 
+def check_targets(model: Any, wanted: Sequence[str]) -> None:
+    """Refuse names of layers that a model does not have, or that no low-rank adapter goes on.
+
+    Args:
+        model: The model, without an adapter.
+        wanted: Names, or ends of names, of modules.
+
+    Raises:
+        ModelError: names each that matches nothing, or the first that is no layer.
+    """
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if _takes_adapter(module)}
+    _refuse_unmatched("target_modules", wanted, set(modules), set(layers))
+    odd = [
+        (name, module)
+        for name, module in modules.items()
+        if any(_matched(item, {name}) for item in wanted) and not _takes_adapter(module)
+    ]
+    if odd:
+        name, module = odd[0]
+        raise ModelError(
+            f"`target_modules` names {name}, a {type(module).__name__}, which no low-rank adapter goes on",
+            hint="name linear layers: " + ", ".join(sorted({name.rpartition(".")[2] for name in layers})),
+        )
+
+
+def _takes_adapter(module: Any) -> bool:
+    plain = (Conv1D, torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    return isinstance(module, plain) or (isinstance(module, torch.nn.Linear) and not _is_router(module))
+
+
+def _is_router(module: Any) -> bool:
+    kind = type(module)
+    return isinstance(module, torch.nn.Linear) and kind is not torch.nn.Linear and "transformers." in kind.__module__
+
+
+def routers(model: Any) -> list[str]:
+    """The names of linear layers that an architecture has changed into something else, such as its routers."""
+    return [name for name, module in model.named_modules() if _is_router(module)]
+
+
+def _refuse_unmatched(field: str, wanted: Iterable[str], names: set[str], known: set[str]) -> None:
+    unmatched = sorted(item for item in wanted if not _matched(item, names))
+    if unmatched:
+        last = sorted({name.rpartition(".")[2] for name in names})
+        close = [near[0] for item in unmatched if (near := get_close_matches(item, last, 1))]
+        layers = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+        raise ModelError(
+            f"`{field}` names what the model does not have: {', '.join(unmatched)}",
+            hint=f"did you mean {', '.join(dict.fromkeys(close))}?" if close else f"its layers are called {layers}",
+        )
+
+
 def check_selectors(model: Any) -> None:
     """Refuse a fresh adapter whose config names something that the model does not have; PEFT is content with one match.
 
@@ -112,8 +177,9 @@ def check_selectors(model: Any) -> None:
     kept = {_plain(name) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     parameters = {_plain(name) for name, _ in model.named_parameters()}
     for config in model.peft_config.values():
+        excluded = {name for name in names if _matched_by(config.exclude_modules, name)}
         places = {
-            "target_modules": adapted,
+            "target_modules": adapted | excluded,
             "modules_to_save": kept,
             "target_parameters": parameters,
             "exclude_modules": names,
@@ -125,16 +191,7 @@ def check_selectors(model: Any) -> None:
                 continue
             if field == "trainable_token_indices" and not isinstance(wanted, dict):
                 continue
-            unmatched = sorted(str(item) for item in wanted if not _matched(str(item), known))
-            if unmatched:
-                last = sorted({name.rpartition(".")[2] for name in names})
-                close = [near[0] for item in unmatched if (near := get_close_matches(item, last, 1))]
-                raise ModelError(
-                    f"`{field}` names what the model does not have: {', '.join(unmatched)}",
-                    hint=f"did you mean {', '.join(dict.fromkeys(close))}?"
-                    if close
-                    else "its layers are called " + ", ".join(sorted({name.rpartition(".")[2] for name in adapted})),
-                )
+            _refuse_unmatched(field, [str(item) for item in wanted], known, adapted)
 
 
 def _plain(name: str) -> str:
@@ -143,40 +200,49 @@ def _plain(name: str) -> str:
     return re.sub(r"\.(base_layer|original_module|modules_to_save\.\w+|token_adapter)\b", "", name)
 
 
+def _matched_by(selectors: Any, name: str) -> bool:
+    return isinstance(selectors, (list, set, tuple)) and any(_matched(str(item), {name}) for item in selectors)
+
+
 def _matched(wanted: str, known: set[str]) -> bool:
     return any(name == wanted or name.endswith(f".{wanted}") for name in known)
 
 
 def without_adapter(model: Any) -> str | None:
     """What a fresh adapter on all linear layers leaves out, in words: experts that are one parameter together, and so
-    no linear layers; None where nothing is, or where some linear layers were left out on purpose.
+    no linear layers, and what PEFT passes by; None where nothing is.
 
     Args:
         model: The model with its adapter.
     """
     inside = model.get_base_model()
     head = inside.get_output_embeddings()
-    kinds = (torch.nn.Linear, Conv1D)
     adapted = {name: module for name, module in inside.named_modules() if isinstance(module, BaseTunerLayer)}
-    left = [
-        name
+    left = {
+        name: module.weight.numel()
         for name, module in inside.named_modules()
-        if isinstance(module, kinds) and module is not head and not _inside_any(name, adapted)
-    ]
-    fused = {
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head and not _inside_any(name, adapted)
+    }
+    convolutions = [name for name, module in inside.named_modules() if "Conv" in type(module).__name__]
+    left |= {
         name: parameter.numel()
         for name, parameter in inside.named_parameters()
-        if parameter.ndim >= 3 and not parameter.requires_grad and not _inside_any(name, adapted)
+        if parameter.ndim >= 3
+        and not parameter.requires_grad
+        and not _inside_any(name, {**adapted, **dict.fromkeys(convolutions)})
     }
-    if left or not fused or any("conv" in name for name in fused):
+    if not left:
         return None
-    bases: list[Any] = [cast("Any", module).get_base_layer() for module in adapted.values()]
-    linear = sum(base.weight.numel() for base in bases)
-    share = sum(fused.values()) / (sum(fused.values()) + linear)
-    kinds_of = sorted({re.sub(r"\.\d+(?=\.)", ".*", name) for name in fused})
+    reached = sum(
+        parameter.numel()
+        for name, parameter in inside.named_parameters()
+        if parameter.ndim >= 2 and not parameter.requires_grad and _inside_any(name, adapted)
+    )
+    share = sum(left.values()) / (sum(left.values()) + reached)
+    kinds = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in left})
     return (
-        f"{share:.0%} of the weights in the model's layers get no adapter and stay as they are: the experts are "
-        f"parameters of their own, not linear layers ({', '.join(kinds_of)})"
+        f"{share:.0%} of the weights in the model's layers get no adapter and stay as they are; experts that are "
+        f"parameters of their own are no linear layers ({', '.join(kinds)})"
     )
 
 

@@ -28,6 +28,7 @@ CONTROL = "the names of control tokens in contents are encoded as text"
 TRIMMED = "the chat template changes white space of an answer"
 CUT = "the chat template leaves out a part of an answer, such as its thinking: it is trained as the row has it"
 UNOPENED = "the chat template opens thinking that the answer lacks: it is closed at once"
+UNASKED = "the chat template opens no turn for the assistant: the model is trained to open it itself"
 EMPTY = "an empty turn of the assistant is read, not trained"
 
 
@@ -188,6 +189,7 @@ class ChatEncoder:
             for text in dict.fromkeys((content, content.strip())):
                 place = rest.find(text + closing)
                 if place >= 0 and not self._thinks_twice(rest[:place], content):
+                    self.notes[UNASKED] += not self._opening and bool(rest[:place].strip())
                     self.notes[TRIMMED] += text != content
                     return rest[: place + len(text) + len(closing)]
             end = rest.rfind(closing)
@@ -251,7 +253,12 @@ class ChatEncoder:
             DataError: it writes none, or another control token first.
         """
         whole = self._render([*before, Message(role="assistant", content=PROBE)])
-        behind = whole.rpartition(PROBE)[2]
+        _, found, behind = whole.rpartition(PROBE)
+        if not found:
+            raise DataError(
+                "the chat template does not write the text of an answer as it is",
+                hint="it cannot be told where an answer ends: give the model another template",
+            )
         first = self.controls.first_in(behind)
         hint = "set eos_token_id in the generation config to the token that ends a turn"
         if first is None:
@@ -289,7 +296,7 @@ class ChatEncoder:
                 found = _squeezed(content) in squeezed
             if not found:
                 raise DataError(
-                    f"the chat template leaves out message {place}, of the role {message['role']}",
+                    f"the chat template leaves out or changes message {place}, of the role {message['role']}",
                     hint="the model would be trained without what it answers to: give the model a template that "
                     "writes this role",
                 )

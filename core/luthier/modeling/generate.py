@@ -48,15 +48,24 @@ def completions(
     # Sampling draws from torch's own generator, which is left as it was.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(sampling.seed)
-        for start in range(0, len(order), BATCH):
-            progress(start, len(order))
-            chosen = order[start : start + BATCH]
+        for chosen in _batches(order, prompts, sampling.max_new_tokens, positions_of_model(model)):
+            progress(len(answers), len(order))
             written = _generate(model, tokenizer, [prompts[index] for index in chosen], stop_ids, sampling)
             for place, index in enumerate(chosen):
                 rows = written[place * sampling.n : (place + 1) * sampling.n]
                 answers[index] = tuple(_completion(tokenizer, row, set(stop_ids), special) for row in rows)
     for index in range(len(prompts)):
         yield answers[index]
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[list[int]], limit: int, room: int | None
+) -> Iterator[Sequence[int]]:
+    """Places of prompts, together as long as each has room for the longest answer; one by one where it has not, so that
+    none is cut short by another's length."""
+    wide = [place for place in order if room is None or len(prompts[place]) + limit <= room]
+    yield from (wide[start : start + BATCH] for start in range(0, len(wide), BATCH))
+    yield from ([place] for place in order[len(wide) :])
 
 
 def _generate(

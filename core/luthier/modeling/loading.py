@@ -111,6 +111,9 @@ def fold(model: Any) -> PreTrainedModel:
         return model.merge_and_unload(safe_merge=True)
     except NotImplementedError as error:
         raise ModelError(f"PEFT cannot fold this adapter: {error}", hint="it works beside its model only") from error
+    # So it says that what comes out is not finite.
+    except ValueError as error:
+        raise ModelError(f"the adapter cannot be folded into its model: {error}") from error
 
 
 def to_best_device(model: Any) -> Any:

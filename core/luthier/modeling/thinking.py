@@ -22,8 +22,8 @@ KNOWN = (
 """The marks of published models: DeepSeek-R1 and Qwen3, Magistral, Seed-OSS, Kimi, Cohere, gpt-oss, and others."""
 LITERAL = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 """A text in a template's code."""
-LONGEST = 60
-"""Letters of a mark, at most."""
+SHORTEST, LONGEST = 3, 60
+"""Letters of a mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def thinking_of(template: str | None, render: Callable[[Sequence[Message]], str]
         return found[0]
     literals = dict.fromkeys(one or other for one, other in LITERAL.findall(template))
     for closes in literals:
-        if len(closes) <= LONGEST and re.search(r"[<\[{|◁]", closes) and _cuts(closes, render):
+        if SHORTEST <= len(closes) <= LONGEST and _cuts(closes, render):
             return Thinking(closes.replace("/", "", 1), closes)
     return None
 

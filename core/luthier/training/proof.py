@@ -92,10 +92,16 @@ class Proof:
         self._padding = padding
         self._near = NEAR[precision]
         self._around = around
+        broken = _broken(model)
+        if broken:
+            raise ModelError(f"the model has {broken}", hint="they were there before training: use other weights")
         with self._evaluating():
             self._own = torch.cat([self._alone(item) for side in self._row.completions for item in unpacked(side)])
         if not bool(torch.isfinite(self._own).all()):
-            raise ModelError(f"the model's log-probabilities are not finite before the first step{_broken(model)}")
+            raise ModelError(
+                "the model's log-probabilities are not finite before the first step",
+                hint="do its weights overflow in this precision?",
+            )
 
     def apart(self, *, fused: bool, packed: bool) -> float:
         """How far a way of computing is from the model's own logits, one document at a time; 0 within rounding."""
@@ -163,7 +169,5 @@ class Proof:
 def _broken(model: nn.Module) -> str:
     """Which weights are not finite, in words; nothing where all are."""
     names = [name for name, parameter in model.named_parameters() if not bool(torch.isfinite(parameter).all())]
-    if not names:
-        return ""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f": NaN or infinite values in {names[0]}{more}"
+    more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+    return f"NaN or infinite values in {names[0]}{more}" if names else ""

@@ -170,8 +170,8 @@ def storage_of(
             after = parameters[name].detach().cpu().float()
             survival.add(value.cpu().float(), after, rounding(name, after, dtypes[name]))
     receipt = {"dtype": str(dtype).removeprefix("torch."), "survived": survival.share, "rounding": rounding.how}
-    if wanted == "auto" and not survival.share >= SURVIVES:
-        # Not a number either, where a value is beyond the dtype's range.
+    # It is infinite, or no number, where a value is beyond the dtype's range.
+    if wanted == "auto" and not SURVIVES <= survival.share < math.inf:
         told = {**receipt, "survived": survival.share if math.isfinite(survival.share) else 0.0}
         return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0, "instead_of": told})
     check_finite_weights(model, dtypes)

@@ -151,6 +151,7 @@ class ObjectiveTrainer(transformers.Trainer):
         self._padding = padding
         self.packed = True
         self._predicting = False
+        self._step: list[tuple[float, int]] = []
         self._fused = can_fuse(model)
         self._logged: dict[str, dict[str, list[tuple[float, int]]]] = {
             "train": defaultdict(list),
@@ -219,6 +220,7 @@ class ObjectiveTrainer(transformers.Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The batches of a step, and how many units they have together."""
+        self._step.clear()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         return batches, sum(units_in(_as_batch(batch), self._objective.unit) for batch in batches)
 
@@ -250,6 +252,7 @@ class ObjectiveTrainer(transformers.Trainer):
         for name, value in result.logs.items() if units else ():
             logged[name].append((float(value.detach().float().mean()), units))
         if not self._predicting:
+            self._step.append(logged["loss"][-1])
             loss = loss + self._added(model, batch, outputs, logged) / self.current_gradient_accumulation_steps
         return (loss, None) if return_outputs else loss
 
@@ -266,6 +269,12 @@ class ObjectiveTrainer(transformers.Trainer):
             logged["penalty"].append((float(penalty.detach()), 1))
             total = total + penalty
         return total
+
+    @property
+    def last_loss(self) -> float | None:
+        """The objective's loss in the last step, however training was interrupted or logged; None before one."""
+        units = sum(count for _, count in self._step)
+        return sum(value * count for value, count in self._step) / units if units else None
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
@@ -306,7 +315,7 @@ class Trained:
     """How training went.
 
     Attributes:
-        facts: ``steps``, ``loss_first`` and ``loss_last``.
+        facts: ``steps``, and the loss of the first and of the last: ``loss_first`` and ``loss_last``.
         held_out: Computes the loss of the held-out rows with the weights as they are when it is called; None where
             there are none.
     """
@@ -385,7 +394,8 @@ def _run(trainer: ObjectiveTrainer, context: StageContext) -> Trained:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; a checkpoint is written")
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses, "the first and the last step are always logged"
-    facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": losses[-1]}
+    last = losses[-1] if trainer.last_loss is None else trainer.last_loss
+    facts: Facts = {"steps": trainer.state.global_step, "loss_first": losses[0], "loss_last": last}
     if trainer.eval_dataset is None:
         return Trained(facts, None)
     return Trained(facts, lambda: trainer.evaluate()["eval_loss"])

@@ -129,7 +129,8 @@ def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tu
     model = adapter.wrap(load_model(source, options=options))
     check_selectors(model)
     _check_precision(model)
-    missed = without_adapter(model)
+    everything = getattr(config.adapter.config, "target_modules", None) == "all-linear"
+    missed = without_adapter(model) if everything else None
     if missed:
         context.warn(missed)
     return model, options

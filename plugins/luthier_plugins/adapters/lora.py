@@ -6,7 +6,8 @@ from __future__ import annotations
 from typing import Any
 
 import peft
-from luthier.api import Adapter
+from luthier.api import Adapter, ModelError
+from luthier.modeling.adapters import check_targets, routers
 from luthier_plugins.adapters.config import LoraConfig, QloraConfig
 from torch import nn
 
@@ -17,15 +18,27 @@ class Lora(Adapter[LoraConfig]):
     use_dora = False
 
     def wrap(self, model: Any) -> nn.Module:
+        wanted = self.config.target_modules
+        if isinstance(wanted, list):
+            check_targets(model, wanted)
         config = peft.LoraConfig(
             r=self.config.r,
             lora_alpha=self.config.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes floats too
             lora_dropout=self.config.lora_dropout,
-            target_modules=self.config.target_modules,
+            target_modules=wanted,
+            # Routers are linear layers of a kind of their own, whose results are more than a tensor.
+            exclude_modules=routers(model) if wanted == "all-linear" else None,
             use_dora=self.use_dora,
             task_type="CAUSAL_LM",
         )
-        return peft.get_peft_model(model, config)
+        try:
+            return peft.get_peft_model(model, config)
+        # PEFT knows of some architectures that its adapters do not go with.
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ModelError(
+                f"PEFT cannot put the adapter on this model: {str(error).strip().partition(chr(10))[0]}",
+                hint="name other layers under `target_modules`",
+            ) from error
 
 
 class Dora(Lora):

@@ -22,7 +22,7 @@ from luthier.artifacts.models import (
     tensor_headers,
     vocabulary_size,
 )
-from luthier.modeling.adapters import check_adapter
+from luthier.modeling.adapters import check_adapter, check_finite_adapter
 from luthier_plugins.base.config import AdapterConfig
 
 OWN_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -40,6 +40,7 @@ class BaseAdapter(Stage[AdapterConfig]):
             idle = check_adapter(folder, model.path)
         except ModelError as error:
             raise ModelError(error.message, where=error.where, hint=_hint(folder)) from error
+        check_finite_adapter(folder)
         if idle:
             context.warn(f"the adapter brings nothing for {len(idle)} modules that its config names: {idle[0]}, ...")
         for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

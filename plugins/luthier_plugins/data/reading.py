@@ -36,7 +36,7 @@ def raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            raw = json.loads(line)
+            raw = json.loads(line, object_pairs_hook=_object)
             # Half a surrogate pair is valid JSON, but no text that can be stored.
             json.dumps(raw, ensure_ascii=False).encode("utf-8")
             yield number, raw
@@ -45,6 +45,19 @@ def raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
             errors.append(
                 DataError(f"is not valid JSON ({error})", where=where, hint="each line has to be one JSON object")
             )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key is lost to another of the same name.
+
+    Raises:
+        ValueError: a key occurs twice.
+    """
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' occurs twice in one object")
+    return made
 
 
 def _refuse_other_files(path: Path, lines: list[str]) -> None:

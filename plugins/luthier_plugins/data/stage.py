@@ -54,7 +54,8 @@ class Data(Stage[DataConfig]):
         for error in errors:
             dropped[error.message] += 1
         if ignored:
-            named = ", ".join(f"{key} (in {count} rows)" for key, count in ignored.most_common(SHOWN))
+            order = sorted(ignored.items(), key=lambda found: (-found[1], found[0]))
+            named = ", ".join(f"{key} (in {count} rows)" for key, count in order)
             self.context.warn(f"these keys of the data are not used: {named}; `keep` carries texts along")
         return rows, dropped
 

@@ -14,7 +14,7 @@ from luthier.artifacts.rows import prompt_of
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.loading import load_tokenizer, model_folder
-from luthier.modeling.samples import asked, measured, problem_of, samples_of
+from luthier.modeling.samples import Asked, asked, measured, problem_of, samples_of
 from luthier.modeling.thinking import USUAL, Thinking
 from luthier_plugins.evaluate.config import EvaluateConfig, Marks
 
@@ -84,6 +84,7 @@ class Evaluate(Stage[EvaluateConfig]):
                 folder = self.context.scratch / "distributions" / role
                 logps, readers = measured(generator.model, generator.encoder, rows, list(needs.values()), folder)
         thinking = self._thinking(artifact)
+        self._warn_of_cut(artifact, answers)
         texts = [answer.text for kind in answers.values() for row in kind for answer in row]
         unended = sum(thinking is not None and thinking.unended(text, opened=thinking.opened) for text in texts)
         if unended:
@@ -94,6 +95,19 @@ class Evaluate(Stage[EvaluateConfig]):
         return _Measured(
             artifact, {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
         )
+
+    def _warn_of_cut(self, artifact: Artifact, answers: Asked) -> None:
+        """Say how many answers ended where the model's context does."""
+        cut = sum(
+            answer.finish_reason == "length"
+            and answer.tokens is not None
+            and answer.tokens < (kind.max_new_tokens or self.config.max_new_tokens)
+            for kind, found in answers.items()
+            for row in found
+            for answer in row
+        )
+        if cut:
+            self.context.warn(f"{cut} answers of {artifact.manifest['stage']} are cut off: its context is full")
 
     def _thinking(self, artifact: Artifact) -> Thinking | None:
         """The marks at which a model's thinking is split off."""

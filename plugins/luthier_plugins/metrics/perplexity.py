@@ -9,9 +9,6 @@ from typing import ClassVar
 from luthier.api import Metric, Needs, Sample, Score
 from luthier_plugins.metrics.config import PerplexityConfig
 
-LARGEST = 700.0
-"""The mean beyond which exp would overflow."""
-
 
 class Perplexity(Metric[PerplexityConfig]):
     """exp(sum of -log p over all target tokens / their number)."""
@@ -30,4 +27,8 @@ class Perplexity(Metric[PerplexityConfig]):
 
 
 def _exp(mean: float) -> float:
-    return math.exp(min(mean, LARGEST)) if not math.isnan(mean) else math.nan
+    try:
+        return math.exp(mean)
+    # Beyond what a number can be: a made-up large one would pass for a score.
+    except OverflowError:
+        return math.inf
