@@ -22,6 +22,7 @@ from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
+from luthier_plugins.gguf.guard import guarded
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.lora import write_lora
 from luthier_plugins.gguf.modelfile import write_modelfile
@@ -219,8 +220,11 @@ class Gguf(Exporter[GgufConfig]):
     def listen(self, export: Artifact, variant: str | None, port: int) -> Generator[str]:
         """llama.cpp's own server with a file of an export; gives its address."""
         path, length = _file_of(export, variant), export.facts["context_length"]
-        with LlamaServer(path, context_length=min(length, SERVED_CONTEXT), port=port) as server:
-            yield server.url
+        with (
+            LlamaServer(path, context_length=min(length, SERVED_CONTEXT)) as server,
+            guarded(server.url, port, server.obeys) as url,
+        ):
+            yield url
 
 
 def _weigh(source: Source, model: Any, blocks: Sequence[Sequence[int]], context: StageContext) -> Facts:

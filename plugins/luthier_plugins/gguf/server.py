@@ -32,7 +32,6 @@ class LlamaServer(Generator[Any]):
     Args:
         file: The GGUF file.
         context_length: The longest prompt and answer together, in tokens.
-        port: Where it listens; 0 picks a free one.
         lora: An adapter to add.
         exact: Compute as exactly as llama.cpp can: keys and values in float32, a prompt in one piece; takes memory.
 
@@ -45,12 +44,10 @@ class LlamaServer(Generator[Any]):
         file: Path,
         *,
         context_length: int,
-        port: int = 0,
         lora: Path | None = None,
         exact: bool = False,
     ) -> None:
         self.file = file
-        self._port = port
         self._lora = lora
         self._exact = exact
         self._context_length = context_length
@@ -76,7 +73,8 @@ class LlamaServer(Generator[Any]):
         options.cache_ram_mib = 0
         options.verbosity = -1
         options.hostnames = ["127.0.0.1"]
-        options.port = self._port
+        # Any that is free.
+        options.port = 0
         options.sampling.temp = 0
         # Otherwise a conversation that ends with the assistant would be taken as the answer's beginning.
         options.prefill_assistant = False
@@ -134,20 +132,22 @@ class LlamaServer(Generator[Any]):
             self._refuse_control_tokens(messages)
             yield [self._completion(messages, sampling, number) for number in range(sampling.n)]
 
+    def obeys(self, text: str) -> bool:
+        """Whether llama.cpp would make a control token of a part of a text, as it does wherever one is named."""
+        if not NAMES.search(text):
+            return False
+        body = {"content": text, "add_special": False}
+        special, plain = (self._post("/tokenize", {**body, "parse_special": way})["tokens"] for way in (True, False))
+        return special != plain
+
     def _refuse_control_tokens(self, messages: Request) -> None:
-        """llama.cpp's server obeys the names of control tokens wherever they stand.
+        """Refuse messages that would be obeyed.
 
         Raises:
-            DataError: a message has one.
+            DataError: a message holds the name of a control token.
         """
         for message in messages:
-            if not NAMES.search(message["content"]):
-                continue
-            body = {"content": message["content"], "add_special": False}
-            obeyed, plain = (
-                self._post("/tokenize", {**body, "parse_special": special})["tokens"] for special in (True, False)
-            )
-            if obeyed != plain:
+            if self.obeys(message["content"]):
                 raise DataError(
                     f"a message of the {message['role']} holds the name of a control token, which llama.cpp would obey",
                     hint="write the name in another way, or ask the model before its export",
