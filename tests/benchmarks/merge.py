@@ -198,7 +198,7 @@ def floor(folder: Path, layers: int, name: str) -> float:
 def many_tensors(folder: Path) -> dict[int, float]:
     """Seconds to merge models of so many small tensors."""
     import torch
-    from luthier.artifacts.models import safetensors_header
+    from luthier.artifacts.tensors import safetensors_header
     from luthier.merging.api import MergedParameter
     from luthier.merging.engine import Engine, Settings
     from luthier.merging.files import Files

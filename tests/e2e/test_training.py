@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from luthier import Recipe, run
 from luthier.artifacts.digest import digest_file
-from luthier.artifacts.models import chat_template, read_json
+from luthier.artifacts.json_files import read_json
 from luthier.artifacts.store import Store
+from luthier.artifacts.texts import chat_template
 
 RECIPE = """\
 luthier: 1

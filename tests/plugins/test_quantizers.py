@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from luthier import plan, run
 from luthier.api import Artifact, DataError, ModelError, PluginError, StageError, ToolEnvironment
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import tensor_headers
 from luthier.cli.doctor import doctor_command
 from luthier.modeling.loading import load_client
 from luthier.modeling.quantized import Grouped, from_awq, from_gptq, read_floats, to_awq, to_gptq

@@ -152,7 +152,7 @@ def test_a_key_that_occurs_twice_is_a_bad_row(tmp_path: Path) -> None:
 
 def test_stop_tokens_are_numbers(tmp_path: Path) -> None:
     from luthier.api import ModelError
-    from luthier.artifacts.models import stop_token_ids
+    from luthier.artifacts.texts import stop_token_ids
 
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": "<|im_end|>"}')
     with pytest.raises(ModelError, match="is no id of a token"):

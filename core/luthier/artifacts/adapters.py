@@ -9,7 +9,8 @@ from typing import Any
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.artifacts.digest import digest_value
-from luthier.artifacts.models import chat_template, read_json, stop_token_ids, stop_tokens, tokenizer_digest
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.texts import chat_template, stop_token_ids, stop_tokens, tokenizer_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -1,8 +1,7 @@
-"""Chat template and generation config of the merged model."""
+"""Chat template, special tokens and generation config of the merged model: of one model, all three."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +10,27 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Message, ModelError, StageContext
-from luthier.artifacts.models import GENERATION, TEMPLATE, chat_template, has_tokenizer, read_json, stop_token_ids
+from luthier.artifacts.json_files import read_json, write_json
+from luthier.artifacts.texts import (
+    GENERATION,
+    TOKENIZER_CONFIG,
+    chat_template,
+    copy_text_files,
+    has_tokenizer,
+    remove_tokenizer,
+    special_tokens,
+    stop_token_ids,
+    take_chat_templates,
+    write_chat_template,
+)
 from luthier.merging.layout import Inputs
 from luthier.merging.reader import Source
+from luthier.merging.vocabulary import own_tokens
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL = ("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id")
 SAMPLE: list[Message] = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello!"}]
-Moved = Mapping[int, int]
-"""The ids of tokens that have another id in the merged model."""
+Tokens = Mapping[str, int]
+"""The id of every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +38,9 @@ class TemplateChoice:
     """What is not as the lead has it.
 
     Attributes:
-        template: The chat template.
-        owner: The model whose generation config goes along: a template without the stop tokens that go with it
-            would be a model that never stops.
+        template: The text of a chat template that is no model's.
+        owner: The model whose chat template, special tokens and generation config are taken, all of them together: a
+            template without the stop tokens that go with it would be a model that never stops.
         warning: What to warn about.
     """
 
@@ -39,7 +50,7 @@ class TemplateChoice:
 
 
 def template_choice_of(choice: str | None, inputs: Inputs) -> TemplateChoice:
-    """The chat template and generation config of the merged model.
+    """The chat template, special tokens and generation config of the merged model.
 
     Args:
         choice: The text of a template; the name of one that mergekit has; ``auto``: the one that most models have, of
@@ -60,7 +71,7 @@ def template_choice_of(choice: str | None, inputs: Inputs) -> TemplateChoice:
             return TemplateChoice()
         other = [model.label for model, template in found.items() if template.strip() != found[owner].strip()]
         warning = f"the chat template of {owner.label} was taken; {', '.join(other)} have another" if other else None
-        return TemplateChoice(found[owner], owner, warning)
+        return TemplateChoice(owner=owner, warning=warning)
     if not has_tokenizer(inputs.lead.artifact.path):
         raise ModelError(f"a chat template needs a tokenizer, and {inputs.lead.label} has none")
     return TemplateChoice(choice if "{" in choice else _named(choice))
@@ -76,45 +87,69 @@ def _named(name: str) -> str:
     return (known / f"{name}.jinja").read_text(encoding="utf-8")
 
 
-def write_chat_template(
-    template_choice: TemplateChoice, inputs: Inputs, context: StageContext, moved: Moved | None = None
-) -> None:
-    """Give the merged model its chat template and generation config, and warn of what may be wrong with them.
+def write_template_choice(
+    choice: TemplateChoice, inputs: Inputs, context: StageContext, tokens: Tokens | None = None
+) -> dict[str, Any]:
+    """Give the merged model its chat template with what goes with it, and warn of what may be wrong with them.
 
     Args:
-        moved: The new ids of the owner's tokens, where they have others.
+        choice: What is taken.
+        inputs: The models.
+        context: Where the lead's text files, or those of a new vocabulary, are already.
+        tokens: The ids of the tokens of a new vocabulary.
+
+    Returns:
+        What ``config.json`` says of special tokens.
     """
-    if template_choice.warning:
-        context.warn(template_choice.warning)
-    if template_choice.template is None:
-        return
-    (context.out / TEMPLATE).write_text(template_choice.template, encoding="utf-8")
-    settings = context.out / TOKENIZER_CONFIG
-    if settings.exists() and "chat_template" in (content := read_json(settings)):
-        _write(settings, {key: value for key, value in content.items() if key != "chat_template"})
-    if template_choice.owner is not None:
-        generation = template_choice.owner.artifact.path / GENERATION
-        if generation.exists() and (moved or template_choice.owner is not inputs.lead):
-            content = read_json(generation)
-            _write(
-                context.out / GENERATION,
-                content
-                | {key: _translated(content[key], moved or {}) for key in SPECIAL if content.get(key) is not None},
-            )
-        if template_choice.owner is not inputs.lead:
-            context.log(f"{template_choice.owner.label} gives the chat template and the generation config")
-        return
-    problem = _silence(context.out)
-    if problem:
-        context.warn(f"the chat template does not go with the model: {problem}")
+    if choice.warning:
+        context.warn(choice.warning)
+    if choice.template is not None:
+        write_chat_template(context.out, choice.template)
+        problem = _silence(context.out)
+        if problem:
+            context.warn(f"the chat template does not go with the model: {problem}")
+    owner = choice.owner
+    if owner is None or (owner is inputs.lead and tokens is None):
+        return {}
+    folder = owner.artifact.path
+    if owner is not inputs.lead:
+        context.log(f"{owner.label} gives the chat template, the special tokens and the generation config")
+    (context.out / GENERATION).unlink(missing_ok=True)
+    if tokens is None:
+        # The same tokens with the same ids: what else a tokenizer says of them goes with the template.
+        remove_tokenizer(context.out)
+        copy_text_files(folder, context.out)
+        return {key: owner.config[key] for key in SPECIAL if key in owner.config}
+    take_chat_templates(folder, context.out)
+    own = special_tokens(folder)
+    _set_special_tokens(context.out, {task: token for task, token in own.items() if token in tokens})
+    lost = sorted({token for token in own.values() if token not in tokens})
+    if lost:
+        context.warn(
+            f"{owner.label} gives the chat template, and the merged model's vocabulary lacks its special tokens "
+            f"{', '.join(lost)}"
+        )
+    texts = {place: token for token, place in own_tokens(owner).items()}
+    moved = {place: tokens[token] for place, token in texts.items() if token in tokens}
+    if (folder / GENERATION).exists():
+        write_json(context.out / GENERATION, _translated(read_json(folder / GENERATION), moved))
+    return _translated({key: owner.config[key] for key in SPECIAL if key in owner.config}, moved)
 
 
-def _translated(ids: int | list[int], moved: Moved) -> int | list[int]:
-    return [moved.get(item, item) for item in ids] if isinstance(ids, list) else moved.get(ids, ids)
+def _set_special_tokens(out: Path, tokens: Mapping[str, str]) -> None:
+    """Say in a tokenizer's files which tokens have which task."""
+    for name in (TOKENIZER_CONFIG, "special_tokens_map.json"):
+        if (out / name).exists():
+            write_json(out / name, {**read_json(out / name), **tokens})
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _translated(values: dict[str, Any], moved: Mapping[int, int]) -> dict[str, Any]:
+    """Settings whose ids of tokens are those of the new vocabulary."""
+
+    def new(ids: Any) -> Any:
+        return [moved.get(item, item) for item in ids] if isinstance(ids, list) else moved.get(ids, ids)
+
+    return values | {key: new(values[key]) for key in SPECIAL if values.get(key) is not None}
 
 
 def _silence(folder: Path) -> str | None:

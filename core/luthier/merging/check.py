@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.api import ModelError
-from luthier.artifacts.models import has_tokenizer, same_tokenizer
+from luthier.artifacts.texts import has_tokenizer, same_tokenizer
 from luthier.merging.api import Divisor, cancel
 from luthier.merging.config import MergeConfig, as_method
 from luthier.merging.files import DTYPES

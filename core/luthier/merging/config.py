@@ -19,7 +19,7 @@ from luthier.api import (
     full_precision_problems,
 )
 from luthier.api.artifact import ArtifactKind
-from luthier.artifacts.models import NO_TOKENIZER
+from luthier.artifacts.texts import NO_TOKENIZER
 from luthier.merging.api import MergeMethodConfig, Setting, cancel
 from luthier.merging.mergekit_yaml import as_config
 

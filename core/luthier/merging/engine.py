@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from luthier.api import ModelError
+from luthier.artifacts.tensors import SIZES
 from luthier.merging import gpu_parts
 from luthier.merging.api import MergeMethod, MergePart
 from luthier.merging.devices import best_device, with_cpu_fallback
-from luthier.merging.files import SIZES, Scratch
+from luthier.merging.files import Scratch
 from luthier.merging.jobs import PartFunction, ScanOf, Span, TensorJob, read_part
 from luthier.merging.parts import Grid, measured
 from luthier.merging.pool import MATRIX_COPIES, MEMORY, Budget, ahead, threads

@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from luthier.api import ModelError
-from luthier.artifacts.models import TensorHeader
+from luthier.artifacts.tensors import SIZES, TensorHeader
 from luthier.merging.parts import Grid
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-         "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # fmt: skip
 
 
 def bytes_of(raw: Tensor) -> memoryview:

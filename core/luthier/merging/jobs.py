@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from luthier.artifacts.models import safetensors_header
+from luthier.artifacts.tensors import safetensors_header
 from luthier.merging.api import MergedParameter, MergeMethod, MergePart, Scan
 from luthier.merging.files import Files, Scratch
 from luthier.merging.parts import Grid, Noise, in_order

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from luthier.artifacts.models import EMBEDDINGS, HEAD, TensorHeader, read_json, safetensors_header
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import EMBEDDINGS, HEAD, TensorHeader, safetensors_header
 from luthier.merging.files import DTYPES, Files, Scratch
 
 WRAPPED = "base_model.model."

@@ -13,17 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, ModelError, StageContext, StoreError
+from luthier.api.artifact import MANIFEST
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import (
-    carry_licences,
-    carry_text_files,
-    chat_template,
-    model_facts,
-    read_json,
-)
+from luthier.artifacts.json_files import read_json, write_json
+from luthier.artifacts.models import carry_licences, carry_text_files, model_facts
+from luthier.artifacts.tensors import INDEX
+from luthier.artifacts.texts import chat_template
 from luthier.merging.api import MergeMethod
-from luthier.merging.chat_template import TemplateChoice, template_choice_of, write_chat_template
+from luthier.merging.chat_template import TemplateChoice, template_choice_of, write_template_choice
 from luthier.merging.check import (
     check,
     idle_filters,
@@ -39,10 +37,10 @@ from luthier.merging.jobs import Extras
 from luthier.merging.layout import Inputs, Layout, lay_out
 from luthier.merging.lowrank import Unfoldable
 from luthier.merging.pool import cores
-from luthier.merging.reader import Source, Weights, dump_json, full_of, label_of
+from luthier.merging.reader import Source, Weights, full_of, label_of
 from luthier.merging.verify import Verifier
-from luthier.merging.vocabulary import Vocabulary, own_tokens, respell, tokens_of, vocabulary_of
-from luthier.merging.writer import INDEX, Output, size_of
+from luthier.merging.vocabulary import Vocabulary, respell, tokens_of, vocabulary_of
+from luthier.merging.writer import Output, size_of
 
 NICENESS = 5
 
@@ -87,9 +85,10 @@ def merge_into(config: MergeConfig, context: StageContext, verifier: Verifier) -
             carry_licences(full_of(other.artifact).path, context.out, other.label)
         if vocabulary is not None:
             vocabulary.write(context.out)
-        write_chat_template(draft.template_choice, inputs, context, _moved_ids(draft))
+        tokens = None if vocabulary is None else tokens_of(vocabulary.tokenizer)
+        special = write_template_choice(draft.template_choice, inputs, context, tokens)
         final = layout.config if vocabulary is None else vocabulary.settle(layout.config)
-        dump_json(context.out / "config.json", final)
+        write_json(context.out / "config.json", {**final, **special})
         proof = verifier.verdict(meanwhile=lambda: _settle(output, context))
     if layout.copied:
         context.log(f"copied as they are: {', '.join(layout.copied[:5])}")
@@ -166,15 +165,6 @@ def _drafted(config: MergeConfig, inputs: Inputs, context: StageContext) -> _Dra
     refuse([*found, *([full.message] if full else [])], "merged")
     assert layout is not None, "refused otherwise"
     return _Draft(inputs, vocabulary, layout, template_choice)
-
-
-def _moved_ids(draft: _Draft) -> dict[int, int]:
-    """The new ids of the tokens of the model whose template_choice is taken, where the vocabulary is new."""
-    if draft.vocabulary is None or draft.template_choice.owner is None:
-        return {}
-    new = tokens_of(draft.vocabulary.tokenizer)
-    own = own_tokens(draft.template_choice.owner)
-    return {place: new[token] for token, place in own.items() if token in new}
 
 
 def _warn_of_suspicious_settings(config: MergeConfig, inputs: Inputs, layout: Layout, context: StageContext) -> None:
@@ -321,7 +311,7 @@ def carry(model: Artifact, out: Path) -> None:
     """Everything but weights: from the full model, then the text files from the model itself."""
     full = full_of(model).path
     for path in files_in(full):
-        weights = path.suffix == ".safetensors" or path.name in ("manifest.json", INDEX)
+        weights = path.suffix == ".safetensors" or path.name in (MANIFEST, INDEX)
         if path.parent == full and not weights:
             shutil.copyfile(path, out / path.name)
     carry_text_files(model.path, out)

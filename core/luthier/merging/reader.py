@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +13,8 @@ from torch import Tensor
 
 from luthier.api import Artifact, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
-from luthier.artifacts.models import TensorHeader, own_tensors, read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import TensorHeader, own_tensors, tensor_headers, with_true_ties
 from luthier.merging.files import Files, Scratch, fill_on_cpu
 from luthier.merging.lowrank import LowRank, in_file
 
@@ -75,6 +75,7 @@ class Weights:
         self.config = read_json(folder / "config.json")
         stored = tensor_headers(folder)
         self.headers = own_tensors(folder, self.config, stored)
+        self.config = with_true_ties(self.config, stored, self.headers)
         kept = set(self.headers.values())
         self.left_out = sorted(name for name, header in stored.items() if header not in kept)
         adds = artifact.kind == "adapter" and folded is None
@@ -155,8 +156,3 @@ def content_of(artifact: Artifact) -> str:
     files: Mapping[str, Any] = artifact.manifest.get("files", {})
     digests = sorted(about["sha256"] for name, about in files.items() if name.endswith(".safetensors"))
     return "\n".join([*digests, artifact.facts["base"]] if artifact.kind == "adapter" else digests) or artifact.key
-
-
-def dump_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as the Hugging Face libraries do."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -16,10 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from luthier.api import Facts, ModelError
-from luthier.artifacts.models import check_model_folder, read_json
+from luthier.artifacts.models import check_model_folder
+from luthier.artifacts.tensors import stray_files
 from luthier.merging.load_check import load_check
-
-INDEX = "model.safetensors.index.json"
 
 
 class Verifier:
@@ -104,14 +103,12 @@ class Verifier:
 
 
 def check_index(folder: Path) -> None:
-    """The index names exactly the tensors that the files have, and there are no other files.
+    """The files are those that the index names, with the tensors that it names, and there are no others.
 
     Raises:
         ModelError: it does not.
     """
     check_model_folder(folder)
-    files = {path.name for path in folder.glob("*.safetensors")}
-    index = folder / INDEX
-    named = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    if files != named:
-        raise ModelError(f"the weights files {sorted(files ^ named)} do not fit the index", where=str(folder))
+    stray = stray_files(folder)
+    if stray:
+        raise ModelError(f"the weights files {', '.join(stray)} do not belong to it", where=str(folder))

@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from luthier.api import ModelError
-from luthier.artifacts.models import EMBEDDINGS, TensorHeader, carry_text_files, read_json
+from luthier.artifacts.json_files import write_json
+from luthier.artifacts.models import carry_text_files
+from luthier.artifacts.tensors import EMBEDDINGS, TensorHeader
+from luthier.artifacts.texts import read_vocabulary
 from luthier.merging.check import is_vocabulary
 from luthier.merging.config import TokenRows
 from luthier.merging.files import Scratch, fill_on_cpu
 from luthier.merging.layout import Inputs
-from luthier.merging.reader import Source, dump_json
+from luthier.merging.reader import Source
 
 TOKENIZER = "tokenizer.json"
 SOURCES = "token_sources.json"
@@ -71,8 +74,8 @@ class Vocabulary:
         """Write the tokenizer and what else belongs to the text."""
         carry_text_files(self.owner.artifact.path, out)
         if self.sources:
-            dump_json(out / TOKENIZER, self.tokenizer)
-            dump_json(out / SOURCES, self.sources)
+            write_json(out / TOKENIZER, self.tokenizer)
+            write_json(out / SOURCES, self.sources)
 
     def settle(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with this vocabulary's size and special ids."""
@@ -194,7 +197,7 @@ def _read(model: Source) -> Tokenizer:
             where=str(model.artifact.path),
             hint="load its tokenizer with transformers and save it again",
         )
-    tokenizer = read_json(path)
+    tokenizer, _ = read_vocabulary(path)
     if not isinstance(tokenizer["model"].get("vocab"), dict):
         raise ModelError(
             f"the tokenizer of {model.label} is a {tokenizer['model'].get('type')} model, which cannot be joined",

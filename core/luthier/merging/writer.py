@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from luthier.api import ModelError
-from luthier.merging.files import DTYPES, SIZES, Scratch, bytes_of
-from luthier.merging.reader import dump_json
+from luthier.artifacts.json_files import write_json
+from luthier.artifacts.tensors import INDEX, SIZES
+from luthier.merging.files import DTYPES, Scratch, bytes_of
 
 ALIGNMENT = 8
-INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Output:
             self._make(folder / file, shard)
         if len(shards) > 1:
             where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-            dump_json(folder / INDEX, {"metadata": {"total_size": size_of(tensors)}, "weight_map": where})
+            write_json(folder / INDEX, {"metadata": {"total_size": size_of(tensors)}, "weight_map": where})
 
     def _make(self, path: Path, names: Sequence[str]) -> None:
         # Wide dtypes first, so that every tensor begins at a multiple of its element size.

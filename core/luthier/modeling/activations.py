@@ -9,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from luthier.artifacts.models import read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import tensor_headers
 
 Kind = Literal["int", "float"]
 LARGEST_FLOAT = 448.0

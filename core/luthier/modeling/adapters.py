@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.api.errors import LuthierError, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
-from luthier.artifacts.models import safetensors_header
+from luthier.artifacts.tensors import safetensors_header
 
 SHOWN = 3
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\) from checkpoint.*?Size\((\[.*?\])\)")

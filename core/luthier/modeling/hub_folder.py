@@ -6,14 +6,14 @@ than 10000 would read as one with it, without a word. It also names a tokenizer 
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from luthier.api.artifact import Artifact
-from luthier.artifacts.models import carry_licences, chat_template, read_json
+from luthier.artifacts.json_files import read_json, write_json
+from luthier.artifacts.models import carry_licences
+from luthier.artifacts.texts import DEFAULT, chat_templates, take_chat_templates
 
 CARRIED = ("tokenizer.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json")
 FAST = "PreTrainedTokenizerFast"
@@ -69,9 +69,12 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
         found["additional_special_tokens"] = extra
     elif extra:
         found["extra_special_tokens"] = extra
-    template = chat_template(folder)
-    if template is not None:
-        found["chat_template"] = template
+    templates = chat_templates(folder)
+    if list(templates) == [DEFAULT]:
+        found["chat_template"] = templates[DEFAULT]
+    elif templates:
+        # As version 4 writes and reads several of them.
+        found["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     return found
 
 
@@ -94,15 +97,8 @@ def write_texts(source: Path, model: Artifact, out: Path) -> None:
         if (source / name).exists():
             shutil.copyfile(source / name, out / name)
     carry_licences(source, out)
-    dump_json(out / "tokenizer_config.json", tokenizer_config(source))
-    template = chat_template(source)
-    if template is not None:
-        (out / "chat_template.jinja").write_text(template, encoding="utf-8")
+    take_chat_templates(source, out)
+    write_json(out / "tokenizer_config.json", tokenizer_config(source))
     found = generation_config(source, model.facts["stop_token_ids"])
     if found:
-        dump_json(out / "generation_config.json", found)
-
-
-def dump_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out / "generation_config.json", found)

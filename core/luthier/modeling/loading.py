@@ -16,7 +16,9 @@ from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.artifacts.adapters import adapter_facts
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import carry_text_files, model_facts, positions_in, read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import carry_text_files, model_facts, positions_in
+from luthier.artifacts.tensors import tensor_headers
 
 SHARD = 5_000_000_000
 PROBED = 16

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from luthier.api.errors import ModelError
-from luthier.artifacts.models import read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import tensor_headers
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """Which of eight rows is in each nibble of AutoAWQ's integers, from the lowest."""

@@ -14,10 +14,12 @@ from luthier.api.errors import ModelError
 from luthier.api.serving import Quantizer
 from luthier.api.stages import Facts
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import model_facts, read_json
+from luthier.artifacts.json_files import read_json, write_json
+from luthier.artifacts.models import architecture_of, model_facts
+from luthier.artifacts.tensors import own_tensors, tensor_headers, with_true_ties
 from luthier.modeling.calibration import texts_of, tuned_on
 from luthier.modeling.compare import Comparison, compared, sequences_of
-from luthier.modeling.hub_folder import dump_json, lost_in_version_4, model_config, write_texts
+from luthier.modeling.hub_folder import lost_in_version_4, model_config, write_texts
 from luthier.modeling.loading import load_client, load_model, load_tokenizer, to_best_device
 
 FEWEST = 0.5
@@ -79,7 +81,7 @@ def quantize(
     described = {"method": use.name, **use.config.model_dump(mode="json"), **about, **verdict.facts()}
     return {
         **model_facts(context.out),
-        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "architecture": architecture_of(config),
         "parameters": parameters,
         "stored_as": dtype,
         "quantization": described,
@@ -99,8 +101,9 @@ def write_folder_texts(
         settings: What the config says beside.
         context: The stage's context.
     """
-    config = read_json(source / "config.json")
-    dump_json(context.out / "config.json", model_config(config, dtype) | settings)
+    config, stored = read_json(source / "config.json"), tensor_headers(source)
+    config = with_true_ties(config, stored, own_tensors(source, config, stored))
+    write_json(context.out / "config.json", model_config(config, dtype) | settings)
     lost = lost_in_version_4(config)
     if lost:
         context.warn(lost)

@@ -12,21 +12,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from luthier.artifacts.models import tensor_headers
-
-INDEX = "model.safetensors.index.json"
+from luthier.artifacts.tensors import INDEX, model_tensors
 
 
 def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a model folder, one at a time, in the order of its files."""
-    headers = tensor_headers(folder)
+    """The parameters of a model folder, one at a time, in the order of its files, see `own_tensors`."""
+    headers = model_tensors(folder)
     with ExitStack() as stack:
         files: dict[str, Any] = {
             file: stack.enter_context(safe_open(folder / file, framework="pt"))
             for file in sorted({header.file for header in headers.values()})
         }
         for name, header in headers.items():
-            yield name, files[header.file].get_tensor(name)
+            yield name, files[header.file].get_tensor(header.name)
 
 
 class ShardWriter:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from luthier.api import ModelError
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import model_tensors
 from luthier.modeling.shards import ShardWriter, tensors_of
 
 
 def write_weights(source: Path, out: Path, dtype: torch.dtype | None, shard_size: int) -> Iterator[tuple[int, int]]:
-    """Write all tensors, yielding how many are done, and their number.
+    """Write all parameters, yielding how many are done, and their number.
 
     Args:
         dtype: What floats become; None: nothing else.
@@ -22,7 +22,7 @@ def write_weights(source: Path, out: Path, dtype: torch.dtype | None, shard_size
     Raises:
         ModelError: a weight is not finite, or does not fit into the dtype.
     """
-    count = len(tensor_headers(source))
+    count = len(model_tensors(source))
     writer = ShardWriter(out, shard_size)
     for done, (name, tensor) in enumerate(tensors_of(source), 1):
         writer.add(name, _stored(tensor, dtype, name))

@@ -8,18 +8,14 @@ from typing import Any
 
 from luthier.api import Facts, ModelError, Stage
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_facts
-from luthier.artifacts.models import (
-    CARRIED,
-    EMBEDDINGS,
-    PICKLES,
-    TEMPLATE,
-    TOKENIZER_FILES,
-    carry_licences,
-    carry_text_files,
-    chat_template,
-    read_json,
-    safetensors_header,
-    tensor_headers,
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import carry_licences, carry_text_files
+from luthier.artifacts.tensors import EMBEDDINGS, PICKLES, safetensors_header, tensor_headers
+from luthier.artifacts.texts import (
+    chat_templates,
+    copy_text_files,
+    remove_tokenizer,
+    take_chat_templates,
     vocabulary_size,
 )
 from luthier.modeling.adapters import check_adapter, check_finite_adapter
@@ -90,11 +86,8 @@ def _carry_text(model: Path, adapter: Path, out: Path) -> None:
     """Text files of the model, and over them what the adapter brings: a tokenizer comes whole or not at all."""
     carry_text_files(model, out)
     if any((adapter / name).exists() for name in OWN_TOKENIZER):
-        for name in TOKENIZER_FILES:
-            (out / name).unlink(missing_ok=True)
-    for name in (name for name in CARRIED if (adapter / name).exists()):
-        shutil.copyfile(adapter / name, out / name)
-    template = chat_template(adapter) or chat_template(model)
-    if template is not None and chat_template(out) != template:
-        (out / TEMPLATE).write_text(template, encoding="utf-8")
+        remove_tokenizer(out)
+    copy_text_files(adapter, out)
+    # Wherever either of them has its templates.
+    take_chat_templates(adapter if chat_templates(adapter) else model, out)
     carry_licences(adapter, out, "adapter")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.api import Input, ModelError, ModelSource, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import tensor_headers
 
 
 class BaseConfig(StageConfig):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain, cycle, islice
@@ -16,6 +17,7 @@ from luthier.modeling.compare import CORPUS
 from luthier.modeling.golden import LIMIT
 from luthier.modeling.text import render
 from luthier_plugins.gguf.server import LlamaServer
+from luthier_plugins.gguf.tokenizer import NormalForm
 
 CONVERSATIONS: tuple[list[Message], ...] = (
     [Message(role="user", content="Hello, who are you?")],
@@ -39,6 +41,16 @@ WINDOW = 1024
 """Tokens of a sliding window, at most, for which a text is read that is longer, ..."""
 BEHIND = 64
 """... by so many."""
+
+
+FINER = (
+    "choose a finer type, set `imatrix: true` with `calibration` data that resembles real use, keep sensitive tensors "
+    "finer with `overrides`, or raise `max_kl` if this loss is what you want"
+)
+
+
+class UnlikeError(ModelError):
+    """A file predicts otherwise than the model: because of rounding, or because llama.cpp computes it otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +80,7 @@ def expected_of(
     own: Sequence[str] = (),
     *,
     spaced: bool = True,
+    forms: Sequence[NormalForm] = (),
     length: int | None = None,
     asked: Sequence[list[int]] = (),
 ) -> Expected:
@@ -78,12 +91,18 @@ def expected_of(
         stop_ids: The tokens it was trained to stop on.
         own: Texts of the recipe that have to become the same tokens, as the model is shown them.
         spaced: Whether texts that begin with a space have to become the same tokens as well.
+        forms: The normal forms of Unicode that the tokenizer brings texts into: the texts are compared in them.
         length: The longest text, in tokens, that the file promises to be right for; by default the model's sliding
             window, where it has one.
         asked: Prompts, open for the assistant: where the model comes to an end, the file has to.
     """
     model.eval()
-    texts = {text: ids_of(tokenizer, text) for text in CORPUS if spaced or not text[0].isspace()}
+    own = [_normal(text, forms) for text in own]
+    texts = {
+        text: ids_of(tokenizer, text)
+        for text in (_normal(text, forms) for text in CORPUS)
+        if spaced or not text[0].isspace()
+    }
     # A plain base model has no template: there is no prompt to compare, only texts.
     conversations = CONVERSATIONS if tokenizer.chat_template is not None else ()
     prompts = [render(tokenizer, messages, open_turn=True) for messages in conversations]
@@ -115,6 +134,12 @@ def expected_of(
             logs.append(model(given).logits[0, -1].float().log_softmax(-1).cpu().numpy())
     endings = [prompt for prompt in asked if len(prompt) + LIMIT <= longest and _ends(model, prompt, stop_ids)]
     return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids), endings)
+
+
+def _normal(text: str, forms: Sequence[NormalForm]) -> str:
+    for form in forms:
+        text = unicodedata.normalize(form, text)
+    return text
 
 
 def _ends(model: Any, prompt: list[int], stop_ids: Sequence[int]) -> bool:
@@ -183,7 +208,7 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
         return facts
     ended = sum(server.ends(prompt, LIMIT) for prompt in expected.endings)
     if not ended:
-        raise ModelError(
+        raise UnlikeError(
             f"the file does not stop: none of {len(expected.endings)} answers that the model ends end in llama.cpp",
             where=where,
             hint="choose a finer type, or keep the output layer finer with `overrides`",
@@ -205,12 +230,11 @@ def _compare(server: LlamaServer, expected: Expected, largest_kl: float) -> Fact
         same += int(found.argmax() == right.argmax())
     kl = float(np.mean(divergences))
     if not kl <= largest_kl:
-        raise ModelError(
+        raise UnlikeError(
             f"the file does not behave like the model it came from: mean KL divergence {kl:.3g} nats, "
             f"at most {largest_kl:g} is expected",
             where=str(server.file),
-            hint="choose a finer type, set `imatrix: true` with `calibration` data that resembles real use, keep "
-            "sensitive tensors finer with `overrides`, or raise `max_kl` if this loss is what you want",
+            hint=FINER,
         )
     return {
         "kl": max(kl, 0.0),

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 
 from luthier.api import Artifact, Exporter, Facts, ModelError, StageContext
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import carry_licences, read_json
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import carry_licences
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
@@ -20,14 +21,14 @@ from luthier.modeling.loading import fold, full_weights, load_model, load_tokeni
 from luthier.modeling.quantizing import refuse_quantized
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
-from luthier_plugins.gguf.check import check, expected_of
+from luthier_plugins.gguf.check import Expected, UnlikeError, check, expected_of
 from luthier_plugins.gguf.config import FileType, GgufConfig
 from luthier_plugins.gguf.guard import guarded
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.lora import write_lora
 from luthier_plugins.gguf.modelfile import write_modelfile
 from luthier_plugins.gguf.server import LlamaServer
-from luthier_plugins.gguf.tokenizer import spaced_in
+from luthier_plugins.gguf.tokenizer import forms_in, spaced_in
 from luthier_plugins.gguf.write import Source
 
 ARCHITECTURES = "gguf_architectures"
@@ -35,6 +36,8 @@ CHECK_CONTEXT = 512
 SERVED_CONTEXT = 4096
 OWN_TEXTS = 50
 """Texts of the recipe's own that have to become the same tokens."""
+EXACT: dict[str, FileType] = {"BF16": "BF16", "F16": "F16"}
+"""The type of a file in which weights of a dtype are what they are."""
 ASKED = 4
 """Prompts of the recipe's own whose answers have to end where the model's do."""
 CALIBRATION_TOKENS = 16_384
@@ -74,10 +77,13 @@ class Gguf(Exporter[GgufConfig]):
                 model.facts["stop_token_ids"],
                 _own(data, tokenizer),
                 spaced=source.tokenizer.spaced,
+                forms=source.tokenizer.forms,
                 length=source.context_length,
                 asked=_asked(data, tokenizer),
             )
             del loaded
+            for remark in source.tokenizer.remarks:
+                context.warn(remark)
             if not source.tokenizer.spaced:
                 context.warn(
                     "llama.cpp puts a space in front of a text that begins with one already, this tokenizer "
@@ -88,7 +94,10 @@ class Gguf(Exporter[GgufConfig]):
                 path = context.scratch / f"model-{file_type}.gguf"
                 for done in source.write(path, file_type, model.key[:12]):
                     context.progress(done, len(source.parts), f"tensors of {file_type}")
-                verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
+                try:
+                    verdict = _proven(path, expected, self.config.largest_kl(file_type), context)
+                except UnlikeError as error:
+                    raise self._explained(error, file_type, source, expected) from error
                 files[file_type] = {
                     **verdict,
                     "tensors": source.mix(file_type),
@@ -144,13 +153,14 @@ class Gguf(Exporter[GgufConfig]):
             stops,
             _own(data, tokenizer),
             spaced=source.tokenizer.spaced,
+            forms=source.tokenizer.forms,
             length=source.context_length,
             asked=_asked(data, tokenizer),
         )
         with LlamaServer(
             base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path, exact=True
         ) as server:
-            verdict = check(server, expected, self.config.largest_kl("F16"))
+            verdict = _checked(server, expected, self.config.largest_kl("F16"), "was it trained on this model?")
         base.unlink()
         path.rename(context.out / path.name)
         size = (context.out / path.name).stat().st_size
@@ -188,12 +198,36 @@ class Gguf(Exporter[GgufConfig]):
             stops,
             _own(data, tokenizer),
             spaced=spaced_in(weights),
+            forms=forms_in(weights),
             asked=_asked(data, tokenizer),
         )
-        files: dict[str, Facts] = {"F16": _proven(path, expected, self.config.largest_kl("F16"), context)}
+        files: dict[str, Facts] = {"F16": _written(path, expected, self.config.largest_kl("F16"), script.name, context)}
         length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
         facts: Facts = {"files": files, "context_length": length, "stop_token_ids": stops, "converter": script.name}
         return self._finish(model, tokenizer, data, facts)
+
+    def _explained(self, error: UnlikeError, file_type: FileType, source: Source, expected: Expected) -> ModelError:
+        """Why a file is unlike the model: only where a file without rounding is like it, a finer type is a way out."""
+        exact = EXACT.get(source.dtype, "F32")
+        if file_type not in (exact, "F32"):
+            path = self.context.scratch / f"model-{exact}.gguf"
+            for done in source.write(path, exact, "exact"):
+                self.context.progress(done, len(source.parts), f"tensors of {exact}, to find out why")
+            try:
+                with LlamaServer(path, context_length=max(CHECK_CONTEXT, expected.longest + 1), exact=True) as server:
+                    check(server, expected, self.config.largest_kl(file_type))
+                return error
+            except UnlikeError as same:
+                error = same
+            finally:
+                path.unlink()
+        return ModelError(
+            f"{error.message}; a file in which nothing is rounded ({exact}) is no better: llama.cpp computes this model "
+            "otherwise",
+            where=error.where,
+            hint="is there something unusual in config.json, such as rotary settings? serve it from the exporter "
+            "`hf`, or name llama.cpp's own script as `converter`",
+        )
 
     def _finish(self, model: Artifact, tokenizer: Any, data: Sequence[Artifact], facts: Facts) -> Facts:
         """Write what accompanies the files."""
@@ -278,6 +312,22 @@ def _proven(path: Path, expected: Any, limit: float, context: StageContext) -> F
     path.rename(context.out / path.name)
     context.log(f"{path.name}: {size / 1e6:.1f} MB, KL {verdict['kl']:.2g} nats, same best token {verdict['top1']:.0%}")
     return {"file": path.name, "bytes": size, **verdict, "largest_kl": limit}
+
+
+def _written(path: Path, expected: Expected, limit: float, script: str, context: StageContext) -> Facts:
+    """Check what a converter script wrote."""
+    try:
+        return _proven(path, expected, limit, context)
+    except UnlikeError as error:
+        raise ModelError(error.message, where=error.where, hint=f"{script} does not write what the model is") from error
+
+
+def _checked(server: LlamaServer, expected: Expected, limit: float, hint: str) -> Facts:
+    """Check what is not rounded, so that nothing finer would help."""
+    try:
+        return check(server, expected, limit)
+    except UnlikeError as error:
+        raise ModelError(error.message, where=error.where, hint=hint) from error
 
 
 def _file_of(export: Artifact, variant: str | None) -> Path:

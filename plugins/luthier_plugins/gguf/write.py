@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from luthier.api import ModelError
-from luthier.artifacts.models import TensorHeader, read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import TensorHeader, own_tensors, tensor_headers, with_true_ties
 from luthier_plugins.gguf.architectures import ARCHITECTURES, Architecture, Planned, architecture_for
 from luthier_plugins.gguf.config import FileType
 from luthier_plugins.gguf.kernels import prepare, size_in_bytes, to_type
@@ -28,7 +29,7 @@ from luthier_plugins.gguf.mixes import (
     is_quantized,
     tensor_type,
 )
-from luthier_plugins.gguf.tokenizer import TokenizerData, read_tokenizer
+from luthier_plugins.gguf.tokenizer import STRIPPING, TokenizerData, read_tokenizer
 from safetensors import safe_open
 
 import gguf
@@ -36,7 +37,8 @@ from gguf import GGMLQuantizationType
 
 QUANTIZATION_VERSION = 2
 ID_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
-           "padding": "padding_token_id", "unknown": "unknown_token_id"}  # fmt: skip
+           "padding": "padding_token_id", "unknown": "unknown_token_id", "fim_pad": "fim_pad_token_id",
+           "fim_rep": "fim_rep_token_id", "fim_sep": "fim_sep_token_id"}  # fmt: skip
 ENTRIES = 1 << 20
 """Entries of a tensor that are read, converted and quantized at once, unless what belongs together is more."""
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -67,17 +69,15 @@ class Source:
     def __init__(self, folder: Path, stack: ExitStack, architectures: Mapping[str, str] | None = None) -> None:
         self.config: dict[str, Any] = read_json(folder / "config.json")
         self.folder = folder
-        self._headers = _floats(tensor_headers(folder), self.config, folder)
+        stored = tensor_headers(folder)
+        self._headers = _floats(own_tensors(folder, self.config, stored), self.config, folder)
+        self.config = with_true_ties(self.config, stored, self._headers)
         self.architecture: Architecture = architecture_for(self.config, architectures or ARCHITECTURES)
         self._files = {
             name: stack.enter_context(safe_open(folder / name, framework="pt"))
             for name in sorted({header.file for header in self._headers.values()})
         }
-        tied = bool(self.config.get("tie_word_embeddings"))
-        shapes = {
-            name: header.shape for name, header in self._headers.items() if not (tied and name == "lm_head.weight")
-        }
-        planned = list(self.architecture.planned(shapes))
+        planned = list(self.architecture.planned({name: header.shape for name, header in self._headers.items()}))
         self._extras = self.architecture.extra_tensors()
         planned += [Planned(name, tensor.shape, ()) for name, tensor in self._extras.items()]
         self.parts = sorted(planned, key=lambda part: (_layer(part.name), part.name))
@@ -93,6 +93,10 @@ class Source:
             downs=[part.name for part in self.parts if ".ffn_down" in part.name and part.name.endswith(".weight")],
         )
         self.context_length = int(metadata["context_length"])
+        sizes: Counter[str] = Counter()
+        for header in self._headers.values():
+            sizes[header.dtype] += header.size
+        self.dtype = sizes.most_common(1)[0][0]
         self.importances: Importances = {}
 
     def weigh(self, importances: Importances) -> None:
@@ -130,7 +134,7 @@ class Source:
             rows = int(header.shape[0])
             height = max(1, ENTRIES // columns // part.unit) * part.unit if len(header.shape) > 1 else rows
             for first in range(0, rows, height):
-                yield Piece(_reader(file, name, first, first + height, part), place)
+                yield Piece(_reader(file, header.name, first, first + height, part), place)
 
     def write(self, path: Path, file_type: FileType, key: str, workers: int | None = None) -> Iterator[int]:
         """Write the file, yielding how many tensors are done.
@@ -154,7 +158,7 @@ class Source:
                 )
         prepare(set(types))
         writer = gguf.GGUFWriter(path, self.architecture.name)
-        self._metadata(writer, file_type, self._name(key))
+        self._metadata(writer, file_type, f"{STRIPPING} {key}" if self.tokenizer.strips else key)
         for part, kind in zip(self.parts, types, strict=True):
             nothing = np.dtype(np.float32)
             writer.add_tensor_info(part.name, part.shape, nothing, size_in_bytes(part.shape, kind), raw_dtype=kind)
@@ -210,13 +214,6 @@ class Source:
         if found is None or kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16):
             return None
         return found[place] if found.ndim == 2 else found
-
-    def _name(self, key: str) -> str:
-        """What the model is called in the file. llama.cpp reads it: a name with "phi-3" makes it strip spaces after
-        some tokens, and fail where these do not exist.
-        """
-        strips = {"<unk>", "<s>", "<|endoftext|>"} <= set(self.tokenizer.tokens)
-        return f"phi-3 {key}" if self.architecture.name == "phi3" and strips else key
 
     def type_of(self, part: Planned, file_type: FileType) -> GGMLQuantizationType:
         """The type of one tensor in a file of that type."""

@@ -14,7 +14,8 @@ import torch
 from luthier.api import Artifact, Exporter, Facts, Generator, ModelError
 from luthier.artifacts.digest import digest_file, files_in
 from luthier.artifacts.disk_space import check_disk_space
-from luthier.artifacts.models import model_facts, read_json
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import model_facts
 from luthier.modeling.calibration import tuned_on
 from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Context, DataError, ModelError
 from luthier.artifacts.datasets import require_split
-from luthier.artifacts.models import tensor_headers
 from luthier.artifacts.rows import conversations
+from luthier.artifacts.tensors import tensor_headers
 from luthier.merging.api import Granularity, MergeMethod, MergePart
 from luthier_plugins.merge_methods.config import DataMethodConfig, FisherConfig, RegmeanConfig
 from safetensors.torch import save_file

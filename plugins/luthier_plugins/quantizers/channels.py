@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from luthier.api import Artifact, Facts, ModelError, Quantizer
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import model_tensors, tensor_headers
 from luthier.modeling.shards import ShardWriter, tensors_of
 from luthier_plugins.quantizers.layers import check_done, kept_of, layers_of
 from torch import Tensor
@@ -31,7 +31,7 @@ class _Channels(Quantizer[Any]):
 
     def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; no data is needed."""
-        headers = tensor_headers(model.path)
+        headers = model_tensors(model.path)
         chosen = layers_of(headers, self.config.skip)
         name_of = DTYPES[model.facts["dtype"]]
         dtype: torch.dtype = getattr(torch, name_of)

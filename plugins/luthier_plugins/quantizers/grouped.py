@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from luthier.api import Artifact, Context, DataError, Facts, Interrupted, ModelError, Quantizer
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import model_tensors, tensor_headers
 from luthier.modeling.calibration import blocks_of, digest_of
 from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
 from luthier.modeling.quantized import Grouped, to_awq, to_gptq
@@ -47,7 +47,7 @@ class _Grouped(Quantizer[Any], ABC):
 
     def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; the facts have ``quantization_config``, ``layers`` and ``calibration``."""
-        headers = tensor_headers(model.path)
+        headers = model_tensors(model.path)
         chosen = layers_of(headers, self.config.skip)
         check_divisible(headers, chosen, self.config.group_size, WORD // self.config.bits)
         settings = self._settings(chosen, kept_of(headers, chosen))
@@ -89,7 +89,7 @@ class _Grouped(Quantizer[Any], ABC):
         # Before anything is computed: it may not be there.
         _ = python_of(AUTO_ROUND)
         blocks = self._blocks(model, calibration)
-        headers = tensor_headers(model.path)
+        headers = model_tensors(model.path)
         made, job = context.scratch / "auto-round", context.scratch / "job.json"
         values = {
             "model": str(model.path),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from luthier.api import ModelError
-from luthier.artifacts.models import TensorHeader
+from luthier.artifacts.tensors import TensorHeader
 
 NUMBER = re.compile(r"\.layers\.(\d+)\.")
 ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)\.weight$")

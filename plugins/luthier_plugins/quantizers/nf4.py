@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from luthier.api import Artifact, Facts, Quantizer
-from luthier.artifacts.models import tensor_headers
+from luthier.artifacts.tensors import model_tensors, tensor_headers
 from luthier_plugins.quantizers.config import Nf4Config
 from luthier_plugins.quantizers.layers import check_done, layers_of
 
@@ -36,7 +36,7 @@ class Nf4(Quantizer[Nf4Config]):
         )
         loaded.save_pretrained(out)
         written = tensor_headers(out)
-        quantized = layers_of(tensor_headers(model.path), [])
+        quantized = layers_of(model_tensors(model.path), [])
         check_done(out, quantized, written, ("weight.quant_state.bitsandbytes__nf4",))
         found: dict[str, Any] = json.loads((out / "config.json").read_text(encoding="utf-8"))
         return {"quantization_config": found["quantization_config"], "layers": len(quantized), "dtype": "bfloat16"}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Artifact, Facts, Interrupted, Quantizer
-from luthier.artifacts.models import read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import model_tensors, tensor_headers
 from luthier.serving.environments import run_script
 from luthier_plugins.quantizers.channels import DTYPES
 from luthier_plugins.quantizers.config import TorchaoConfig, TorchaoType
@@ -37,7 +38,7 @@ class Torchao(Quantizer[TorchaoConfig]):
     def quantize(self, model: Artifact, calibration: Iterable[str], out: Path) -> Facts:
         """Write the weights; no data is needed."""
         context = self.context
-        headers = tensor_headers(model.path)
+        headers = model_tensors(model.path)
         chosen = layers_of(headers, self.config.skip)
         made, job = context.scratch / "torchao", context.scratch / "job.json"
         values = {

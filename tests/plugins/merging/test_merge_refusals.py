@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from luthier.api import Artifact, ModelError, StoreError
-from luthier.artifacts.models import NO_TOKENIZER, VOCABULARY_FILES
+from luthier.artifacts.texts import NO_TOKENIZER, VOCABULARY_FILES
 from luthier.merging.check import check_same, rope_of
 from luthier.merging.config import MergeConfig
 from luthier.merging.layout import Inputs

@@ -12,7 +12,7 @@ import torch
 import transformers
 import yaml
 from luthier.api import Artifact, ModelError
-from luthier.artifacts.models import chat_template
+from luthier.artifacts.texts import chat_template
 from luthier.merging.config import MergeConfig
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.registry import default_registry

@@ -86,12 +86,37 @@ class Decoder:
         """The keys of a rotary scaling that is not a tensor."""
         if self.rope_type not in ("linear", "yarn"):
             return {}
-        found: Metadata = {"rope.scaling.type": self.rope_type, "rope.scaling.factor": float(self.rope["factor"])}
+        found: Metadata = {"rope.scaling.type": self.rope_type, "rope.scaling.factor": self.stretching}
         if self.rope_type == "yarn":
             found["rope.scaling.original_context_length"] = self.rope["original_max_position_embeddings"]
             found["rope.scaling.yarn_beta_fast"] = float(self.rope.get("beta_fast") or 32)
             found["rope.scaling.yarn_beta_slow"] = float(self.rope.get("beta_slow") or 1)
+            if self.rope.get("truncate") is False:
+                raise ModelError(
+                    "llama.cpp has no YaRN with `truncate: false`, which this model's rotary settings have"
+                )
+            found["rope.scaling.attn_factor"] = self.attention_factor() / _yarn_scale(self.stretching)
         return found
+
+    @property
+    def stretching(self) -> float:
+        """How many times longer texts may be than those that the model was first made for."""
+        factor = self.rope.get("factor")
+        if factor is None:
+            factor = self.config["max_position_embeddings"] / self.rope["original_max_position_embeddings"]
+        return float(factor)
+
+    def attention_factor(self) -> float:
+        """What YaRN multiplies queries and keys with, as transformers computes it from its settings; llama.cpp
+        multiplies what a file says with its own default.
+        """
+        rope = self.rope
+        if rope.get("attention_factor") is not None:
+            return float(rope["attention_factor"])
+        scale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+        if scale and all_dim:
+            return _yarn_scale(self.stretching, scale) / _yarn_scale(self.stretching, all_dim)
+        return _yarn_scale(self.stretching)
 
     def experts(self, count: int, used: int) -> Metadata:
         """The keys of a mixture of experts."""
@@ -140,3 +165,8 @@ class Decoder:
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         share = np.clip((periods - low) / (high - low), 0.0, 1.0)
         return (1.0 / ((1.0 - share) / rope["factor"] + share)).astype(np.float32)
+
+
+def _yarn_scale(factor: float, scale: float = 1.0) -> float:
+    """YaRN's own attention factor (Peng et al. 2023, arXiv:2309.00071, equation 22): 1 + 0.1 ln(factor)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0

@@ -12,6 +12,9 @@ from luthier_plugins.gguf.architectures.decoder import Decoder
 
 import gguf
 
+SAME = 1e-6
+"""How far a factor may be from 1."""
+
 
 class DeepseekV2(Decoder):
     """DeepseekV2ForCausalLM, the Lite one too."""
@@ -63,6 +66,13 @@ class DeepseekV2(Decoder):
     def scaling(self) -> Metadata:
         found = super().scaling()
         if self.rope_type == "yarn":
+            factor = self.attention_factor()
+            if abs(factor - 1.0) > SAME:
+                raise ModelError(
+                    f"llama.cpp has no {self.name} whose rotary settings give YaRN's attention factor {factor:.4g}, "
+                    "only 1: `mscale` and `mscale_all_dim` have to be the same"
+                )
+            del found["rope.scaling.attn_factor"]
             found["rope.scaling.yarn_log_multiplier"] = 0.1 * float(self.rope.get("mscale_all_dim") or 0)
         return found
 

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from luthier.api import Artifact, Facts, ModelError, Stage
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
-from luthier.artifacts.models import carry_licences, read_json, tensor_headers
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import carry_licences
+from luthier.artifacts.tensors import tensor_headers
 from luthier.merging.api import MergeMethod, MergeMethodConfig
 from luthier.merging.files import DTYPES, Files
 from luthier.merging.layout import depth_of, layers_of

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from luthier.api import Facts, ModelError, Stage, StageContext
 from luthier.artifacts.disk_space import check_disk_space
+from luthier.artifacts.json_files import write_json
 from luthier.artifacts.models import carry_licences, model_facts
-from luthier.merging.chat_template import template_choice_of, write_chat_template
+from luthier.merging.chat_template import template_choice_of, write_template_choice
 from luthier.merging.check import check_stored
 from luthier.merging.files import DTYPES, Scratch
 from luthier.merging.layout import NAMES, Inputs
 from luthier.merging.merge import carry, open_inputs
-from luthier.merging.reader import Source, dump_json, full_of, whole
+from luthier.merging.reader import Source, full_of, whole
 from luthier.merging.verify import Verifier
 from luthier.merging.writer import Described, Output, size_of
 from luthier_plugins.merge.moe.config import MoeConfig
@@ -51,10 +52,10 @@ class Moe(Stage[MoeConfig]):
             output = stack.enter_context(closing(Output(context.out, tensors, self.config.shard_size)))
             self._write(output, inputs, family, self._routers(base, context), context)
             carry(base.artifact, context.out)
-            write_chat_template(template_choice_of(None, inputs), inputs, context)
+            special = write_template_choice(template_choice_of(None, inputs), inputs, context)
             for expert in inputs.models:
                 carry_licences(full_of(expert.artifact).path, context.out, expert.label)
-            dump_json(context.out / "config.json", self._config(base.config, family))
+            write_json(context.out / "config.json", {**self._config(base.config, family), **special})
             proof = verifier.verdict(meanwhile=output.sync)
         return {**model_facts(context.out), "experts": len(experts), "router": self.config.router, "proof": proof}
 

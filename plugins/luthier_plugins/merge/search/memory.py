@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 from luthier.api import Artifact, ModelError
-from luthier.artifacts.models import TensorHeader
+from luthier.artifacts.tensors import TensorHeader
 from luthier.merging.files import DTYPES, Scratch
 from luthier.merging.reader import Source, whole
 from luthier.merging.writer import Described
