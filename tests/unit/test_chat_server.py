@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import pytest
 from luthier.api import ModelError
+from luthier.serving.chat_request import ChatRequest
 from luthier.serving.chat_server import ChatServer
 from luthier.serving.golden import ServerError, ask, model_of, streamed
 
@@ -37,7 +38,7 @@ class Backend:
     def prompt(self, messages: list[Any]) -> list[int]:
         return [1, 2, 3]
 
-    def answer(self, ids: list[int], limit: int, temperature: float, top_p: float) -> Answer:
+    def answer(self, ids: list[int], request: ChatRequest, number: int, left: Callable[[], bool]) -> Answer:
         return Answer(self.fails)
 
 

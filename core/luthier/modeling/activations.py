@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from luthier.api.errors import ModelError
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.tensors import tensor_headers
 
@@ -54,7 +55,14 @@ def round_activations(model: nn.Module, folder: Path) -> None:
         return
     for name in {key.rpartition(".")[0] for key in tensor_headers(folder) if key.rpartition(".")[2] in MARKS}:
         stem = name.partition(".experts.")[0]
-        module = model.get_submodule(f"{stem}.experts" if ".experts." in name else name)
+        try:
+            module = model.get_submodule(f"{stem}.experts" if ".experts." in name else name)
+        except AttributeError as error:
+            raise ModelError(
+                f"transformers has no layer of the name {name}: how its inputs are rounded cannot be compared",
+                where=str(folder),
+                hint="`skip` it",
+            ) from error
         if not hasattr(module, "rounds_inputs"):
             module.rounds_inputs = True  # type: ignore[assignment]
             module.register_forward_pre_hook(_hook(kind))

@@ -12,7 +12,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,17 +23,13 @@ from luthier.api.serving import Exporter
 from luthier.artifacts.rows import messages as checked_messages
 from luthier.registry import default_registry
 from luthier.serving.alone import AloneContext
+from luthier.serving.chat_request import ChatRequest
 from luthier.serving.chat_server import HOST, ChatServer
 
 UNBOUNDED = 1 << 20
-
-
-def _in_one_text(message: Any) -> Any:
-    """A message as OpenAI's clients may send it, its text in parts, with one text."""
-    parts: Any = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(parts, list) or not all(isinstance(part, dict) and part.get("type") == "text" for part in parts):
-        return message
-    return {**message, "content": "".join(str(part.get("text", "")) for part in parts)}
+SEEDS = 1 << 63
+WAITED = 0.2
+"""Seconds after which an answer that waits for its turn looks whether its client is still there."""
 
 
 class TransformersBackend:
@@ -64,75 +60,136 @@ class TransformersBackend:
             DataError: the chat template refuses it.
             ModelError: it is longer than the model's context.
         """
-        ids: list[int] = self._encoder.prompt(checked_messages([_in_one_text(item) for item in messages], "messages"))
+        ids: list[int] = self._encoder.prompt(checked_messages(messages, "messages"))
         if len(ids) >= self._length:
             raise ModelError(f"the prompt has {len(ids)} tokens, the context is {self._length}")
         return ids
 
-    def answer(self, ids: list[int], limit: int, temperature: float, top_p: float) -> StreamedAnswer:
-        """Answer with at most so many tokens; greedily where the temperature is 0."""
+    def answer(self, ids: list[int], request: ChatRequest, number: int, left: Callable[[], bool]) -> StreamedAnswer:
+        """Answer as a request says; greedily where the temperature is 0."""
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        if not request.greedy:
+            sampling = {
+                "do_sample": True,
+                "temperature": request.temperature,
+                "top_p": request.top_p,
+                "top_k": 0,
+            }
         options = {
-            "max_new_tokens": min(limit, self._length - len(ids)),
+            "max_new_tokens": min(request.limit, self._length - len(ids)),
             "eos_token_id": self._stops or None,
             "pad_token_id": self._padding,
             "repetition_penalty": None,
             **sampling,
         }
-        return StreamedAnswer(self, ids, options)
+        seed = None if request.seed is None else (request.seed + number) % SEEDS
+        return StreamedAnswer(self, ids, options, request.stop, seed, left)
 
     def pieces(self, ids: list[int], options: dict[str, Any], answer: StreamedAnswer) -> Iterator[str]:
         """Have the model write what `answer` is; it ends early when the reader has left."""
+        while not self._lock.acquire(timeout=WAITED):
+            if answer.left():
+                raise ConnectionAbortedError("the client has left")
+        try:
+            if answer.left():
+                raise ConnectionAbortedError("the client has left")
+            yield from answer.cut(self._written(ids, options, answer))
+        finally:
+            self._lock.release()
+
+    def _written(self, ids: list[int], options: dict[str, Any], answer: StreamedAnswer) -> Iterator[str]:
         torch = self._torch
         gone = threading.Event()
         failures: list[BaseException] = []
-        with self._lock:
-            streamer = self._transformers.TextIteratorStreamer(
-                self._tokenizer, skip_prompt=True, skip_special_tokens=True
-            )
+        streamer = self._transformers.TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
 
-            def given_up(ids: Any, scores: Any) -> Any:
-                return torch.full((ids.shape[0],), gone.is_set(), device=ids.device)
-
-            def work() -> None:
-                try:
-                    with torch.no_grad():
-                        (written,) = self._model.generate(
-                            input_ids=torch.tensor([ids], device=self._model.device),
-                            streamer=streamer,
-                            stopping_criteria=[given_up],
-                            **options,
-                        ).tolist()
-                    answer.tokens = len(written) - len(ids)
-                    answer.finish_reason = "stop" if written[-1] in self._stops else "length"
-                # It is raised where the answer is read.
-                except BaseException as error:  # noqa: BLE001
-                    failures.append(error)
-                    streamer.end()
-
-            thread = threading.Thread(target=work)
-            thread.start()
-            try:
-                yield from streamer
-            finally:
+        def given_up(so_far: Any, scores: Any) -> Any:
+            if answer.left():
                 gone.set()
-                thread.join()
-            if failures:
-                raise ModelError(f"the model fails: {failures[0]}")
+            done = gone.is_set()
+            if answer.stops and not done:
+                text = self._tokenizer.decode(so_far[0, len(ids) :], skip_special_tokens=True)
+                done = any(stop in text for stop in answer.stops)
+            return torch.full((so_far.shape[0],), done, device=so_far.device)
+
+        def work() -> None:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(enabled=answer.seed is not None):
+                    if answer.seed is not None:
+                        torch.manual_seed(answer.seed)
+                    (written,) = self._model.generate(
+                        input_ids=torch.tensor([ids], device=self._model.device),
+                        streamer=streamer,
+                        stopping_criteria=[given_up],
+                        **options,
+                    ).tolist()
+                answer.tokens = len(written) - len(ids)
+                answer.finish_reason = "stop" if written[-1] in self._stops else "length"
+            # It is raised where the answer is read.
+            except BaseException as error:  # noqa: BLE001
+                failures.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            gone.set()
+            thread.join()
+        if failures:
+            raise ModelError(f"the model fails: {failures[0]}")
 
 
 class StreamedAnswer:
     """An answer of `TransformersBackend`, written while it is read."""
 
-    def __init__(self, backend: TransformersBackend, ids: list[int], options: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        backend: TransformersBackend,
+        ids: list[int],
+        options: dict[str, Any],
+        stops: tuple[str, ...],
+        seed: int | None,
+        left: Callable[[], bool],
+    ) -> None:
         self.tokens = 0
         self.finish_reason: Literal["stop", "length"] = "length"
+        self.stops = stops
+        self.seed = seed
+        self.left = left
         self._backend, self._ids, self._options = backend, ids, options
 
     def __iter__(self) -> Iterator[str]:
         return self._backend.pieces(self._ids, self._options, self)
+
+    def cut(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces up to the first of the texts that end an answer."""
+        if not self.stops:
+            yield from pieces
+            return
+        waiting = ""
+        for piece in pieces:
+            waiting += piece
+            found = [place for stop in self.stops if (place := waiting.find(stop)) >= 0]
+            if found:
+                yield waiting[: min(found)]
+                # The model ends by itself: the number of tokens is known then.
+                for _ in pieces:
+                    pass
+                self.finish_reason = "stop"
+                return
+            kept = _beginning(waiting, self.stops)
+            yield waiting[: len(waiting) - kept]
+            waiting = waiting[len(waiting) - kept :]
+        yield waiting
+
+
+def _beginning(text: str, stops: Sequence[str]) -> int:
+    """How many of a text's last characters may be the beginning of one of these texts."""
+    longest = max(map(len, stops)) - 1
+    lengths = range(min(longest, len(text)), 0, -1)
+    return next((length for length in lengths if any(stop.startswith(text[-length:]) for stop in stops)), 0)
 
 
 def serve_artifact(artifact: Artifact, variant: str | None, port: int) -> None:

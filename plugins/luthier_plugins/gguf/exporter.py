@@ -222,7 +222,7 @@ class Gguf(Exporter[GgufConfig]):
             finally:
                 path.unlink()
         return ModelError(
-            f"{error.message}; a file in which nothing is rounded ({exact}) is no better: llama.cpp computes this model "
+            f"{error.message}; a file in which nothing is rounded ({exact}) is no better: llama.cpp computes the model "
             "otherwise",
             where=error.where,
             hint="is there something unusual in config.json, such as rotary settings? serve it from the exporter "

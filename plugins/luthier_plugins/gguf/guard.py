@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
+from luthier.serving.http_body import BodyError, has_left, read_body
+
 HOST = "127.0.0.1"
 SECONDS = 600
+WATCHED = 0.2
+"""Seconds between two looks at whether a client is still there."""
 PIECE = 1 << 16
 """Bytes of an answer that are passed on at a time, at most."""
 RAW = ("/completion", "/completions", "/tokenize", "/detokenize", "/embedding", "/embeddings", "/infill")
@@ -38,6 +43,27 @@ def guarded(server: str, port: int, obeys: Callable[[str], bool]) -> Generator[s
     finally:
         guard.shutdown()
         guard.server_close()
+        thread.join()
+
+
+@contextmanager
+def _left_behind(client: socket.socket, connection: http.client.HTTPConnection) -> Generator[None]:
+    """Hang up on llama.cpp as soon as the client has left, while its answer is waited for."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCHED):
+            if has_left(client) and connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
         thread.join()
 
 
@@ -67,10 +93,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._pass_on(None)
 
     def do_POST(self) -> None:
-        if self.headers.get("Content-Length") is None:
-            self._refuse(411, "the request says no Content-Length")
+        try:
+            body = read_body(self)
+        except BodyError as error:
+            self._refuse(error.status, str(error))
             return
-        body = self.rfile.read(int(self.headers["Content-Length"]))
         if not self.path.partition("?")[0].endswith(RAW) or self.path.endswith("/chat/completions"):
             try:
                 odd = next((text for text in _texts(json.loads(body)) if self._guard.obeys(text)), None)
@@ -87,7 +114,8 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name: value for name, value in self.headers.items() if name.lower() not in OWN}
         try:
             connection.request(self.command, self.path, body, headers)
-            reply = connection.getresponse()
+            with _left_behind(self.connection, connection):
+                reply = connection.getresponse()
             self.send_response(reply.status)
             for name, value in reply.getheaders():
                 if name.lower() not in OWN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +19,11 @@ from luthier.artifacts.models import model_facts
 from luthier.modeling.calibration import tuned_on
 from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import full_weights
-from luthier.modeling.quantizing import check_folder, quantize, write_folder_texts
+from luthier.modeling.loading import full_weights, model_folder
+from luthier.modeling.quantizing import check_folder, computed_in, quantize, write_folder_texts
 from luthier.modeling.weights import write_weights
 from luthier.serving.bundle import write_bundle
-from luthier_plugins.hf.config import HfConfig
+from luthier_plugins.hf.config import NOT_FOR_TGI, HfConfig
 
 DEFAULT_CONTEXT = 4096
 """The context of a model that states none."""
@@ -32,6 +32,13 @@ LARGEST_KL = 0.01
 SUMS = "SHA256SUMS"
 SHARD = 2_000_000_000
 """The largest size of one file, in bytes, unless `shard_size` says otherwise."""
+NOT_IN_HALF = ("gemma2", "gemma3", "gemma3_text", "plamo2", "glm4")
+"""Types of models that vLLM refuses in float16."""
+IN_HALF = ("awq", "gptq")
+"""Quantizers whose kernels compute in float16."""
+SAID = ("kl", "top1", "perplexity", "reference_perplexity", "positions", "texts", "layers", "calibration",
+        "quantized_parameters", "kl_computed_in")  # fmt: skip
+"""What of a quantized model's facts an export says itself."""
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -40,6 +47,7 @@ class Hf(Exporter[HfConfig]):
 
     def export(self, model: Artifact) -> Facts:
         data = self.context.artifacts([self.config.calibration]) if self.config.calibration else tuned_on(model)
+        self._check_targets(model)
         if "quantization" in model.facts:
             facts = self._as_it_is(model)
         elif self.config.quantize is not None:
@@ -54,6 +62,35 @@ class Hf(Exporter[HfConfig]):
         _card(self.context.out, model, facts, next(iter(facts["files"])))
         _sums(self.context.out)
         return facts
+
+    def _check_targets(self, model: Artifact) -> None:
+        """Refuse what a server that is named would refuse, before anything is computed."""
+        config = read_json(model_folder(model) / "config.json")
+        kind, name = str(config.get("model_type")), self._dtype(model, config)
+        method: str | None = (config.get("quantization_config") or {}).get("quant_method")
+        problem: str | None = None
+        if name == "float16" and kind in NOT_IN_HALF:
+            problem = f"vLLM does not serve a {kind} in float16, in which it is numerically unstable"
+        elif name == "bfloat16" and method == "awq":
+            problem = "vLLM's kernels for AWQ compute in float16, and config.json says bfloat16"
+        if problem and "vllm" in self.config.serve:
+            raise ModelError(problem, where=str(model.path), hint="store it as bfloat16, or choose int8, fp8 or GGUF")
+        if problem:
+            self.context.warn(problem)
+        if "tgi" in self.config.serve and model.facts.get("quantization", {}).get("method") in NOT_FOR_TGI:
+            raise ModelError(
+                f"TGI does not load {model.facts['quantization']['method']}",
+                where=str(model.path),
+                hint="choose awq, gptq, int8 or fp8",
+            )
+
+    def _dtype(self, model: Artifact, config: Mapping[str, Any]) -> str:
+        """What weights that are not quantized will be stored as, and computed in."""
+        if "quantization" in model.facts:
+            return str(config.get("dtype") or config.get("torch_dtype"))
+        if self.config.quantize is not None and self.config.quantize.name in IN_HALF:
+            return "float16"
+        return self.config.dtype or DTYPES[model.facts["dtype"]]
 
     def _as_it_is(self, model: Artifact) -> Facts:
         """A model that the stage `quantize` made, or that came quantized: its folder is what servers load."""
@@ -89,9 +126,9 @@ class Hf(Exporter[HfConfig]):
             self.context.progress(done, total, "tensors")
         write_folder_texts(model, source, name, {}, self.context)
         limit = LARGEST_KL if self.config.max_kl is None else self.config.max_kl
-        verdict = check_folder(model, limit, "store it as bfloat16 or float32", self.context)
+        verdict = check_folder(model, limit, "store it as bfloat16 or float32", self.context, computed_in({}, name))
         files = {name: {"file": ".", "dtype": name, "bytes": _size(self.context.out)}}
-        return {**model_facts(self.context.out), **verdict.facts(), "parameters": parameters, "files": files}
+        return {**model_facts(self.context.out), **verdict, "parameters": parameters, "files": files}
 
     def _bundle(self, model: Artifact, data: Sequence[Artifact], length: int) -> list[str]:
         written = replace(model, kind="model", path=self.context.out)
@@ -118,11 +155,7 @@ def _loaded(export: Artifact) -> Iterator[Generator[Any]]:
 def _quantized_facts(facts: Facts, folder: Path) -> Facts:
     """What an export says of a quantized model's folder."""
     about: Facts = facts["quantization"]
-    stored = {
-        key: about[key]
-        for key in ("kl", "top1", "perplexity", "reference_perplexity", "positions", "texts", "layers", "calibration")
-        if key in about
-    }
+    stored = {key: about[key] for key in SAID if key in about}
     dtype = facts.get("stored_as") or read_json(folder / "config.json").get("dtype")
     files = {about["method"]: {"file": ".", "dtype": dtype, "bytes": _size(folder)}}
     return {
@@ -155,13 +188,21 @@ tags:
 
 # {model.facts["architecture"]}
 
-Made by Luthier from the model `{model.key[:12]}`. {facts["parameters"]:,} parameters as {dtype}; context:
+Made by Luthier from the model `{model.key[:12]}`. {_counted(facts, dtype)}; context:
 {facts["context_length"]:,} tokens. It stops at: {stops}.
 {compared}
 `{SUMS}` has the digests of all files.
 """,
         encoding="utf-8",
     )
+
+
+def _counted(facts: Facts, dtype: str) -> str:
+    """How many parameters there are, and as what."""
+    whole: int = facts["parameters"]
+    fewer: int = facts.get("quantized_parameters", whole)
+    rest = f", {whole - fewer:,} as {facts['files'][dtype]['dtype']}" if fewer < whole else ""
+    return f"{fewer:,} parameters as {dtype}{rest}"
 
 
 def _sums(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from luthier.api import ModelError
 from luthier.artifacts.tensors import TensorHeader
 
 NUMBER = re.compile(r"\.layers\.(\d+)\.")
-ROUTERS = re.compile(r"\.(gate|router|shared_expert_gate)\.weight$")
+ROUTERS = ("gate", "router", "gating", "wg", "shared_expert_gate")
+"""Parts of the names of what chooses experts: small, and a changed choice is another answer."""
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -21,21 +23,28 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
     Raises:
         ModelError: a pattern to skip is found in no name, or nothing is left.
     """
-    linear = [
-        name
-        for name, header in headers.items()
-        if len(header.shape) == 2
-        and name.endswith(".weight")
-        and ".layers." in name
-        and not ROUTERS.search(name)
-        and "norm" not in name
-    ]
+    linear = [name for name in _matrices(headers) if not _is_router(name)]
+    stacked = stacked_experts(headers)
     for pattern in skip:
-        if not any(re.search(pattern, name) for name in linear):
+        if any(re.search(pattern, name) for name in _matrices(headers) if _is_router(name)):
+            # They are left as they are in any case.
+            continue
+        if not any(re.search(pattern, name) for name in [*linear, *stacked]):
             raise ModelError(
                 f"`skip` has {pattern!r}, which matches no linear layer",
                 hint=f"names are like {', '.join(linear[:3])}",
             )
+    left = [name for name in stacked if not any(re.search(pattern, name) for pattern in skip)]
+    if left:
+        entries = sum(math.prod(headers[name].shape) for name in left)
+        whole = sum(math.prod(header.shape) for header in headers.values())
+        raise ModelError(
+            f"the experts of a layer lie in one tensor of three dimensions ({left[0]} {list(headers[left[0]].shape)} "
+            f"and {len(left) - 1} more), for which this layout has no form: {entries / whole:.0%} of the weights would "
+            "stay as they are",
+            hint="export GGUF, where llama.cpp knows the architecture; or leave them as they are, with a pattern for "
+            "their names in `skip`",
+        )
     chosen = [name for name in linear if not any(re.search(pattern, name) for pattern in skip)]
     _check_fused(linear, set(chosen))
     if not chosen:
@@ -47,14 +56,28 @@ def layers_of(headers: Mapping[str, TensorHeader], skip: Sequence[str]) -> list[
 def kept_of(headers: Mapping[str, TensorHeader], chosen: Sequence[str]) -> list[str]:
     """The matrices inside the model's layers that stay unchanged, routers among them: names of modules."""
     quantized = set(chosen)
+    return [name.removesuffix(".weight") for name in _matrices(headers) if name not in quantized]
+
+
+def _matrices(headers: Mapping[str, TensorHeader]) -> list[str]:
+    """The weights inside the model's layers that inputs are multiplied with."""
     return [
-        name.removesuffix(".weight")
+        name
         for name, header in headers.items()
-        if len(header.shape) == 2
-        and name.endswith(".weight")
-        and ".layers." in name
-        and "norm" not in name
-        and name not in quantized
+        if len(header.shape) == 2 and name.endswith(".weight") and ".layers." in name and "norm" not in name
+    ]
+
+
+def _is_router(name: str) -> bool:
+    return any(part in ROUTERS for part in name.split("."))
+
+
+def stacked_experts(headers: Mapping[str, TensorHeader]) -> list[str]:
+    """The matrices of experts that lie in one tensor for each layer, whatever they are called."""
+    return [
+        name
+        for name, header in headers.items()
+        if len(header.shape) == 3 and min(header.shape[1:]) > 1 and ".layers." in name and "conv" not in name
     ]
 
 
