@@ -108,6 +108,9 @@ class StageConfig(Config):
     """Whether the recipe's seed changes the result."""
     dated: ClassVar[bool] = False
     """Whether the recipe's date does: chat templates that ask for the day are told it."""
+    quick: ClassVar[bool] = False
+    """Whether the stage takes little time, and may well fail: such stages run before others, so that what is wrong is
+    known before hours are spent."""
     several_ranks: ClassVar[bool] = False
     """Whether several processes can compute the stage together: rank 0 alone writes, in `context.out` and in
     `context.scratch`."""

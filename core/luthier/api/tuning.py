@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, model_validator
@@ -141,7 +142,23 @@ class TrainingConfig(StageConfig):
         return [
             *schema_problems(f"the objective {self.objective.name}", inputs, self.schemas),
             *full_precision_problems(inputs, ("model",), "train the full-precision model, and quantize what comes out"),
+            *_no_training_rows(inputs),
+            *self._unknown_targets(inputs),
         ]
+
+    def _unknown_targets(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        """A problem for each layer that the adapter is to go on and that a model does not have."""
+        wanted: Any = getattr(self.adapter.config, "target_modules", None) if self.adapter is not None else None
+        listed = cast("list[str]", wanted) if isinstance(wanted, list) else []
+        names = [name.rpartition(".")[2] for name in listed]
+        found: list[str] = []
+        for facts in inputs.get("model", []):
+            known: Sequence[str] = facts.get("layer_names", ())
+            for name in (name for name in names if known and name not in known):
+                near = get_close_matches(name, known, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"it has: {', '.join(known)}"
+                found.append(f"`target_modules` names '{name}', which the model has not: {hint}")
+        return found
 
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = self.early_problems(inputs)
@@ -164,6 +181,15 @@ class TrainingConfig(StageConfig):
             memory=16 * parameters or None,
             disk=14 * parameters or None,
         )
+
+
+def _no_training_rows(inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A problem for each dataset without rows to train on."""
+    return [
+        f"the data has no rows in the split 'train' (it has: {', '.join(facts['rows']) or 'none'})"
+        for facts in inputs.get("data", [])
+        if "rows" in facts and not facts["rows"].get("train")
+    ]
 
 
 def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:

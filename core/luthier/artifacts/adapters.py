@@ -6,14 +6,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from luthier.api.artifact import Artifact
+from luthier.api.artifact import BASE, Artifact
 from luthier.api.errors import ModelError
 from luthier.artifacts.digest import digest_value
-from luthier.artifacts.json_files import read_json
+from luthier.artifacts.json_files import read_json, write_json
 from luthier.artifacts.texts import chat_template, stop_token_ids, stop_tokens, tokenizer_digest
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HUB = "hf:"
+SETS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
+"""Settings of PEFT whose order means nothing."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -45,6 +48,26 @@ def adapter_facts(out: Path, base: str, source: Artifact) -> dict[str, Any]:
         "stop_tokens": stop_tokens(out),
         "stop_token_ids": stops,
     }
+
+
+def write_adapter_config(folder: Path, base: Artifact) -> None:
+    """Write an adapter's config the same whenever and wherever it is written: PEFT has sets of names in any order, and
+    the folder that the model was loaded from.
+
+    Args:
+        folder: The adapter's folder, with the config as PEFT wrote it.
+        base: The model that it sits on: named by its hub id, or as the folder beside the weights that an adapter which
+            leaves the store brings it in.
+    """
+    config = read_json(folder / ADAPTER_CONFIG)
+    repository, _, revision = str(base.facts.get("source", "")).partition("@")
+    on_hub = repository.startswith(HUB)
+    for name in SETS:
+        if isinstance(config.get(name), list):
+            config[name] = sorted(config[name])
+    config["base_model_name_or_path"] = repository.removeprefix(HUB) if on_hub else BASE
+    config["revision"] = (revision or None) if on_hub else None
+    write_json(folder / ADAPTER_CONFIG, config)
 
 
 def named_base(adapter: Path, folder: Path) -> str:

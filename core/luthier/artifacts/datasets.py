@@ -62,4 +62,5 @@ def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
         "characters": sum(len(text) for rows in splits.values() for row in rows for text in texts_of(row)),
         "dropped": dict(dropped),
+        "columns": sorted({name for rows in splits.values() for row in rows for name in row}),
     }

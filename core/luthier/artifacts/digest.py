@@ -27,8 +27,9 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_in(folder: Path) -> Iterator[Path]:
-    """All files below a folder, sorted by relative path; hidden files and folders are left out."""
-    for path in sorted(folder.rglob("*")):
+def files_in(folder: Path, *, sort: bool = True) -> Iterator[Path]:
+    """All files below a folder, by default sorted by relative path; hidden files and folders are left out."""
+    found = folder.rglob("*")
+    for path in sorted(found) if sort else found:
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts):
             yield path

@@ -96,6 +96,12 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def layer_names(headers: Mapping[str, TensorHeader]) -> list[str]:
+    """The last parts of the names of layers with a matrix, such as ``q_proj``."""
+    wide = [name for name, header in headers.items() if len(header.shape) > 1 and name.endswith(".weight")]
+    return sorted({name.split(".")[-2] for name in wide if name.count(".") > 1})
+
+
 def architecture_of(config: Mapping[str, Any]) -> str:
     """The class that a config names, or else its type."""
     known: Any = config.get("architectures")
@@ -130,6 +136,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "parameters": sum(sizes.values()),
         "tensors": len(own),
         "vocab_size": config.get("vocab_size"),
+        "layer_names": layer_names(own),
         "tokenizer": tokenizer_digest(folder),
         "chat_template": digest_value(template) if template is not None else None,
         "stop_tokens": stop_tokens(folder),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from luthier.artifacts.digest import digest_file, digest_value, files_in
 
 STORE_VARIABLE = "LUTHIER_STORE"
 DEFAULT_STORE = ".luthier"
+DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +61,70 @@ class Store:
         return self.artifacts / key
 
     def find(self, key: str) -> Artifact | None:
-        """The finished artifact of a key, or None."""
-        return Artifact.load(self.folder(key)) if (self.folder(key) / MANIFEST).exists() else None
+        """The finished artifact of a key, or None; one that lacks a file is none."""
+        return self._looked_at(key)[0]
+
+    def broken(self, key: str) -> str | None:
+        """What is wrong with what is stored under a key, by names and sizes; None where nothing is, or nothing is
+        there."""
+        return self._looked_at(key)[1]
+
+    def _looked_at(self, key: str) -> tuple[Artifact | None, str | None]:
+        if not self.folder(key).exists():
+            return None, None
+        try:
+            found = Artifact.load(self.folder(key))
+        except StoreError as error:
+            return None, error.message
+        problem = found.damage() if found.key == key else "it is the artifact of another key"
+        return (None, problem) if problem else (found, None)
 
     def __iter__(self) -> Iterator[Artifact]:
-        for path in sorted(self.artifacts.glob(f"*/{MANIFEST}")):
-            yield Artifact.load(path.parent)
+        for key in self.stored_keys():
+            found = self.find(key)
+            if found is not None:
+                yield found
+
+    def stored_keys(self) -> list[str]:
+        """The keys under which something is stored, whole or not."""
+        return sorted(path.name for path in self.artifacts.glob("*") if path.is_dir())
+
+    def damage(self, artifact: Artifact, *, anew: bool = False) -> str | None:
+        """What is wrong with an artifact: its files are not what they were, or the model that it sits on is not.
+
+        Args:
+            artifact: The artifact.
+            anew: Read every file, also those that have not changed since they were read.
+        """
+        problem = artifact.damage()
+        if problem:
+            return problem
+        for name, about in artifact.manifest["files"].items():
+            path = artifact.path / name
+            if (digest_file(path) if anew else self._digest_file(path)) != about["sha256"]:
+                return f"{name} has another content than it was made with"
+        return None
+
+    def intact(self, artifact: Artifact) -> Artifact:
+        """An artifact whose files are what they were.
+
+        Raises:
+            StoreError: they are not.
+        """
+        problem = self.damage(artifact)
+        if problem:
+            raise StoreError(
+                f"this artifact is damaged: {problem}",
+                where=str(artifact.path),
+                hint="run its recipe again, which makes it anew; `luthier verify-store` looks at all of them",
+            )
+        return artifact
+
+    def discard(self, key: str) -> None:
+        """Remove what is stored under a key."""
+        # Without its manifest a folder is no longer an artifact, should this be interrupted.
+        (self.folder(key) / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.folder(key), ignore_errors=True)
 
     def resolve(self, text: str) -> Artifact:
         """The artifact meant by a key, the beginning of one (six digits at least), a folder, or
@@ -74,7 +134,7 @@ class Store:
             StoreError: nothing, or more than one artifact, answers to it.
         """
         if is_artifact(Path(text)):
-            return Artifact.load(Path(text).absolute())
+            return self.intact(Artifact.load(Path(text).absolute()))
         recipe, _, stage = text.partition("/")
         if Path(text).is_absolute():
             raise StoreError("there is no artifact here", where=text, hint="see `luthier show` for what there is")
@@ -85,11 +145,12 @@ class Store:
         if len(found) != 1:
             what = "no artifact answers" if not found else f"{len(found)} artifacts answer"
             raise StoreError(f"{what} to '{text}'", where=str(self.root), hint="see `luthier show` for what there is")
-        return Artifact.load(found[0])
+        return self.intact(Artifact.load(found[0]))
 
     def last_keys(self, recipe: str) -> dict[str, Any]:
         """Key and key payload of every stage the last time this recipe was run, by stage id."""
-        return _read_object(self.root / "refs" / f"{recipe}.json")
+        found = _read_object(self.root / "refs" / f"{recipe}.json")
+        return {stage: payload for stage, payload in found.items() if _is_payload(payload)}
 
     def recipes(self) -> list[str]:
         """The names of all recipes that were run on this store."""
@@ -126,15 +187,27 @@ class Store:
         return self._digest_file(path, keep=False)
 
     def _digest_file(self, path: Path, *, keep: bool = True) -> str:
+        memory = self._memory_of(path)
+        try:
+            found = memory.read_text(encoding="ascii")
+            if DIGEST.fullmatch(found):
+                return found
+        except (OSError, ValueError):
+            pass
+        digest = digest_file(path)
+        if keep:
+            self.remember(path, digest)
+        return digest
+
+    def _memory_of(self, path: Path) -> Path:
+        """Where the digest of a file is kept as long as it is not changed."""
         stat = path.stat()
         stamp = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
-        memory = self.root / "digests" / digest_value(stamp)
-        try:
-            return memory.read_text(encoding="ascii")
-        except OSError:
-            digest = digest_file(path)
-        if not keep:
-            return digest
+        return self.root / "digests" / digest_value(stamp)
+
+    def remember(self, path: Path, digest: str) -> None:
+        """Keep the digest of a file."""
+        memory = self._memory_of(path)
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
@@ -142,14 +215,21 @@ class Store:
             temporary.replace(memory)
         except OSError:
             # Only a speed-up: planning has to work with a store that is read-only or full.
-            return digest
-        return digest
+            return
+
+
+def _is_payload(value: Any) -> bool:
+    """Whether a value is what a key is made of."""
+    if not isinstance(value, dict):
+        return False
+    inputs: Any = cast("dict[str, Any]", value).get("inputs")
+    return isinstance(inputs, dict) and all(isinstance(keys, list) for keys in cast("dict[str, Any]", inputs).values())
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 

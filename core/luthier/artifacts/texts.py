@@ -47,15 +47,27 @@ def read_vocabulary(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         else:
             # Unigram: pairs of a token and its score, in the order of their ids.
             ids = {str(pair[0]): place for place, pair in enumerate(vocabulary)}
-        ids |= {entry["content"]: entry["id"] for entry in added}
+        ids |= {str(entry["content"]): entry["id"] for entry in added}
+        merges: Any = cast("dict[str, Any]", model).get("merges") or []
+        odd = next((merge for merge in merges if not _is_merge(merge)), None)
     except (KeyError, IndexError, TypeError) as error:
         raise ModelError(
             "its tokens are not listed as in a tokenizer", where=str(path), hint="copy or download it again"
         ) from error
+    if odd is not None:
+        raise ModelError(f"{str(odd)[:40]!r} is no pair of tokens to merge", where=str(path), hint="download it again")
     for token, place in ids.items():
         if not isinstance(place, int) or isinstance(place, bool) or place < 0:
             raise ModelError(f"the id of the token {token!r} is {str(place)[:40]!r}, not a number", where=str(path))
     return tokenizer, ids
+
+
+def _is_merge(value: Any) -> bool:
+    """Whether it is two tokens: as one text with a space between, or as a pair."""
+    if isinstance(value, str):
+        return " " in value
+    pair = cast("list[Any]", value) if isinstance(value, list) else []
+    return len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], str)
 
 
 def vocabulary_size(folder: Path) -> int | None:

@@ -26,26 +26,31 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
     place = Store.at(store)
     total = 0
     for path in garbage(place, scratch=scratch):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
         total += size
         click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
         if not dry_run:
             # Without its manifest a folder is no longer an artifact, should this be interrupted.
             (path / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
     click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")
 
 
 def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
-    """The folders that can go: unused artifacts, and scratch folders that no run is working in."""
+    """The folders that can go: unused and damaged artifacts, and scratch folders that no run is working in."""
     needed = _needed(store)
     locked = {path.stem for path in store.locks.glob("*.lock") if is_held(path)}
-    found = [artifact.path for artifact in store if artifact.key not in needed | locked]
+    found = [store.folder(key) for key in store.stored_keys() if key not in locked and _is_useless(store, key, needed)]
     for path in sorted((store.root / "work").glob("*")):
-        resumable = bool(checkpoints(path)[0])
+        # Once a stage is done, nothing resumes from what its last run left.
+        resumable = bool(checkpoints(path)[0]) and store.find(path.name) is None
         if path.name not in locked and (scratch or not resumable):
             found.append(path)
     return found
+
+
+def _is_useless(store: Store, key: str, needed: set[str]) -> bool:
+    return key not in needed or store.broken(key) is not None
 
 
 def _needed(store: Store) -> set[str]:

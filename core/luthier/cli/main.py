@@ -23,6 +23,7 @@ VERBS = {
     "schema": ("luthier.cli.plugin_verbs:schema_command", "Print the JSON Schema of recipes."),
     "show": ("luthier.cli.show:show_command", "Show a run, a stage, an artifact, or what there is."),
     "serve": ("luthier.cli.serve:serve_command", "Serve a model or an export on this machine, for trying out."),
+    "verify-store": ("luthier.cli.verify_store:verify_store_command", "Read every artifact again, and compare."),
     "verify": ("luthier.cli.verify:verify_command", "Compare a running server with a golden file."),
 }
 
@@ -81,6 +82,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
         sys.exit(130)
     except LuthierError as error:
         # Click has left its context by now, so the flag is read where it was given.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 
@@ -37,19 +37,27 @@ def show_command(what: str | None, store: Path | None, as_json: bool) -> None:
 def _everything(store: Store) -> None:
     from luthier.reporting.tables import describe
 
-    for artifact in store:
-        click.echo(f"{artifact.manifest['stage']:<20} {describe(artifact)}")
+    for key in store.stored_keys():
+        artifact = store.find(key)
+        if artifact is None:
+            click.echo(f"{'?':<20} damaged  {key[:12]}  {store.broken(key)}")
+        else:
+            click.echo(f"{artifact.manifest['stage']:<20} {describe(artifact)}")
     for path in sorted(store.runs.glob("*")):
         click.echo(f"run {path.name}")
 
 
 def _run(path: Path, as_json: bool) -> None:
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if as_json:
         click.echo("\n".join(lines))
         return
+    odd = 0
     for line in lines:
-        event: dict[str, Any] = json.loads(line)
+        event = _event_of(line)
+        if event is None:
+            odd += 1
+            continue
         kind, stage = event["event"], event.get("stage", "")
         match kind:
             case "stage_cached" | "stage_skipped" | "stage_started":
@@ -69,6 +77,35 @@ def _run(path: Path, as_json: bool) -> None:
                 click.echo(f"ended with exit code {event['exit_code']}")
             case _:
                 pass
+    if odd:
+        click.echo(f"{odd} lines cannot be read: the disk was full, or the run was ended while it wrote them")
+
+
+FIELDS = {
+    "stage_finished": ("stage", "seconds", "key"),
+    "stage_failed": ("stage", "message"),
+    "stage_interrupted": ("stage", "message"),
+    "warning": ("message",),
+    "gate": ("stage", "metric", "required", "value", "ok"),
+    "run_finished": ("exit_code",),
+}
+"""What events that are shown say at least."""
+
+
+def _event_of(line: str) -> dict[str, Any] | None:
+    """The event that a line is; None where it was cut off, or is something else."""
+    try:
+        found: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or not isinstance(cast("Any", found).get("event"), str):
+        return None
+    event = cast("dict[str, Any]", found)
+    seconds: Any = event.get("seconds")
+    timed = event["event"] != "stage_finished" or (
+        isinstance(seconds, dict) and isinstance(cast("Any", seconds).get("total"), int | float)
+    )
+    return event if timed and all(name in event for name in FIELDS.get(event["event"], ())) else None
 
 
 def _artifact(store: Store, artifact: Artifact) -> None:
@@ -82,9 +119,10 @@ def _artifact(store: Store, artifact: Artifact) -> None:
     manifest = artifact.manifest
     console.print(f"[bold]{escape(manifest['stage'])}[/]  {escape(describe(artifact))}")
     console.print(escape(str(artifact.path)))
-    if "component" in manifest:
-        component = manifest["component"]
-        console.print(f"made by {component['name']} of {component['provider']} in {manifest['seconds']['total']:.1f} s")
+    component: Any = manifest.get("component")
+    seconds: Any = manifest.get("seconds")
+    if component and seconds:
+        console.print(f"made by {component['name']} of {component['provider']} in {seconds['total']:.1f} s")
     for warning in manifest["warnings"]:
         console.print(f"[yellow]warning: {escape(warning)}[/]")
     for title, content in (("facts", artifact.facts), ("config", manifest.get("config", {}))):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from luthier.api.artifact import Artifact
 from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
-from luthier.artifacts.adapters import adapter_facts
+from luthier.artifacts.adapters import adapter_facts, write_adapter_config
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import carry_text_files, model_facts, positions_in
@@ -247,6 +247,8 @@ def save_adapter(
     model.save_pretrained(out, selected_adapters=["default"])
     (out / "README.md").unlink(missing_ok=True)
     carry_text_files(source.path, out)
+    base = source.base if source.kind == "adapter" else source
+    write_adapter_config(out, base)
     # The folder it was loaded from means nothing elsewhere; the key says which model it is.
     facts = adapter_facts(out, source.facts["base"] if source.kind == "adapter" else source.key, source)
     return {**facts, "load_options": dict(load_options)} if load_options else facts

@@ -98,6 +98,21 @@ class Plan:
         """The finished artifact of a stage or from outside; None while it is to be made."""
         return self.outside[name] if name in self.outside else self.store.find(self.nodes[name].key)
 
+    def likely_facts(self, node: Node) -> dict[str, list[Mapping[str, Any]]]:
+        """The facts of a stage's inputs by field path: of finished artifacts, and what others are expected to have."""
+
+        def facts(name: str) -> Mapping[str, Any]:
+            artifact = self.artifact_of(name)
+            return self.nodes[name].expected_facts if artifact is None else artifact.facts
+
+        return {path: [facts(name) for name in names] for path, names in node.inputs.items()}
+
+    def input_problems(self, node: Node) -> list[str]:
+        """What is wrong with a stage's inputs, as far as it can be known by now."""
+        done = all(self.artifact_of(name) is not None for names in node.inputs.values() for name in names)
+        facts = self.likely_facts(node)
+        return node.config.input_problems(facts) if done else node.config.early_problems(facts)
+
     def needed_for(self, targets: Iterable[str]) -> set[str]:
         """The stages needed to make `targets`, themselves included."""
         found: set[str] = set()
@@ -213,7 +228,7 @@ class _Planner:
                 if node.names.setdefault(value, name) != name:
                     self._fail(node, path, f"'{value}' is used in two ways: as {node.names[value]} and as {name}")
         for value in node.config.after:
-            if value not in self.recipe.stages:
+            if value not in self.recipe.stages and value not in self.left_out:
                 self._fail(node, "after", f"there is no stage '{value}'", near(value, self.recipe.stages))
 
     def _provider(self, node: Node, path: str, value: str) -> str:
@@ -255,21 +270,25 @@ class _Planner:
         return name
 
     def _order(self) -> list[str]:
-        """A topological order that keeps to the file's order where inputs leave the choice."""
+        """A topological order: quick stages first, else the file's order where inputs leave the choice."""
         position = {name: index for index, name in enumerate(self.nodes)}
         waiting = {name: {need for need in node.needs if need in self.nodes} for name, node in self.nodes.items()}
-        ready = [position[name] for name, needs in waiting.items() if not needs]
-        heapq.heapify(ready)
         names = list(self.nodes)
+
+        def rank(name: str) -> tuple[bool, int]:
+            return not self.nodes[name].config.quick, position[name]
+
+        ready = [rank(name) for name, needs in waiting.items() if not needs]
+        heapq.heapify(ready)
         order: list[str] = []
         while ready:
-            done = names[heapq.heappop(ready)]
+            done = names[heapq.heappop(ready)[1]]
             order.append(done)
             for name, needs in waiting.items():
                 if done in needs:
                     needs.remove(done)
                     if not needs:
-                        heapq.heappush(ready, position[name])
+                        heapq.heappush(ready, rank(name))
         stuck = [name for name in names if name not in order]
         if stuck:
             node = self.nodes[stuck[0]]
@@ -292,9 +311,16 @@ class _Planner:
                 if kind not in marker.kinds:
                     wanted = " or ".join(map(_a, marker.kinds))
                     self._fail(node, path, f"'{name}' makes {_a(kind)}, but here {wanted} is needed")
-        for message in node.config.kind_problems(kinds):
-            self._fail(node, "", message)
+        if not self._blind(node):
+            for message in node.config.kind_problems(kinds):
+                self._fail(node, "", message)
         node.produces = node.config.produces(kinds)
+
+    def _blind(self, node: Node) -> bool:
+        """Whether one of a stage's inputs is not known: what would be said of it might not be so."""
+        return any(
+            name not in self.nodes and name not in self.outside for items in node.inputs.values() for name in items
+        )
 
     def _resolve_sources(self, node: Node) -> None:
         for path, marker, values in references(node.config, Source):
@@ -335,30 +361,23 @@ class _Planner:
             if node.changed_code:
                 node.reason += f"; the code of {', '.join(node.changed_code)} changed since, the revision did not"
             return
-        known = {path: [result.artifact_of(name) for name in names] for path, names in node.inputs.items()}
-        facts = {path: [item.facts for item in items if item is not None] for path, items in known.items()}
-        likely = {
-            path: [
-                item.facts if item is not None else self.nodes[name].expected_facts
-                for item, name in zip(known[path], names, strict=True)
-            ]
-            for path, names in node.inputs.items()
-        }
+        likely = result.likely_facts(node)
         node.expected_facts = node.config.expected_facts(likely, node.places)
         node.estimate = node.config.estimate(likely)
-        if all(item is not None for items in known.values() for item in items):
-            for message in node.config.input_problems(facts):
-                self._fail(node, "", message)
-        else:
-            for message in node.config.early_problems(likely):
-                self._fail(node, "", message)
+        for message in result.input_problems(node):
+            self._fail(node, "", message)
+        broken = self.store.broken(node.key)
         whole, _ = checkpoints(self.store.work(node.key))
         node.status = "resume" if whole else "run"
-        node.reason = reason_to_run(
-            node.payload,
-            last,
-            inputs,
-            {name: result.key_of(name) for name in node.needs if name in result.nodes or name in result.outside},
+        node.reason = (
+            f"the result in the store is damaged: {broken}"
+            if broken
+            else reason_to_run(
+                node.payload,
+                last,
+                inputs,
+                {name: result.key_of(name) for name in node.needs if name in result.nodes or name in result.outside},
+            )
         )
 
     def seed_of(self, node: Node) -> int | None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import yaml
 
 from luthier.api.errors import LuthierError, ModelError
+from luthier.artifacts.adapters import ADAPTER_CONFIG
+from luthier.artifacts.digest import files_in
 from luthier.artifacts.store import Store
 from luthier.recipe.document import parse
 
 HUB = "hf:"
 EMBEDDED = "embedded:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
+MOST_FILES = 10_000
+"""Files of a folder that a recipe names, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,41 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
     if value.startswith(EMBEDDED):
         return _embedded(value, store)
     path = (folder / Path(value).expanduser()).absolute()
-    if not path.exists():
-        raise LuthierError(f"there is no file or folder '{value}'", hint=f"searched for {path}")
+    try:
+        there = path.exists()
+    except (OSError, ValueError):
+        # A name that no file can have.
+        there = False
+    if not there:
+        raise LuthierError(f"there is no file or folder '{value[:200]}'", hint=f"searched for {str(path)[:200]}")
+    if path.is_dir():
+        _check_folder(path, value, kind)
+    elif not path.is_file():
+        raise LuthierError(f"'{value}' is neither a file nor a folder", hint="name a file that can be read again")
+    elif kind == "model":
+        raise LuthierError(f"'{value}' is a file", hint="name the model's folder, which holds config.json")
     return ResolvedSource(store.digest_source(path), str(path))
+
+
+def _check_folder(path: Path, value: str, kind: str) -> None:
+    """Refuse a folder that is not meant, before all that is in it is read.
+
+    Raises:
+        LuthierError: it is no model's, or holds more files than anybody's data.
+    """
+    if kind == "model" and not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise LuthierError(
+            f"'{value}' is no folder of a model: it has no config.json", hint="name the folder that holds it"
+        )
+    try:
+        count = sum(1 for _ in islice(files_in(path, sort=False), MOST_FILES + 1))
+    except OSError as error:
+        raise LuthierError(f"'{value}' cannot be read: {error}") from error
+    if count > MOST_FILES:
+        raise LuthierError(
+            f"'{value}' holds more than {MOST_FILES:,} files, all of which would be read",
+            hint="name the folder of the data or the model itself",
+        )
 
 
 def _embedded(value: str, store: Store) -> ResolvedSource:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -86,6 +87,9 @@ class Recipe:
         cls, value: Mapping[str, Any], *, folder: str | Path = ".", registry: Registry | None = None
     ) -> Recipe:
         """A recipe from plain Python values, as a YAML file would hold them."""
+        odd = next(_odd_values(value), None)
+        if odd is not None:
+            raise RecipeError(f"{odd[1]!r} is no value that a recipe may have", where=".".join(odd[0]))
         document = Document("<recipe>", dict(value))
         return cls._from_document(document, Path(folder), "recipe", (), registry)
 
@@ -97,6 +101,18 @@ class Recipe:
         for override in overrides:
             _override(document.value, override)
         return _Reader(document, folder, name, registry).recipe()
+
+
+def _odd_values(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """What YAML could not hold among plain Python values, and where it is."""
+    if isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            yield from _odd_values(item, (*path, str(key)))
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(cast("Sequence[Any]", value)):
+            yield from _odd_values(item, (*path, str(place)))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield path, value
 
 
 def _override(value: Any, override: str) -> None:

@@ -8,8 +8,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from luthier.api.artifact import MANIFEST, Artifact, ArtifactKind
+from luthier.api.artifact import CHECKSUM, MANIFEST, Artifact, ArtifactKind, manifest_digest
 from luthier.api.errors import StoreError
+from luthier.artifacts.completeness import check_complete
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.store import Store
 
@@ -21,6 +22,7 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
         StoreError: it cannot be written; then nothing is in the store under this key.
     """
     manifest: dict[str, Any] = {"luthier": 1, "key": key, "kind": kind, **about}
+    check_complete(kind, out, manifest["facts"])
     try:
         manifest["files"] = {
             str(path.relative_to(out)): {"sha256": store.digest_once(path), "size": path.stat().st_size}
@@ -28,9 +30,15 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
         }
         for path in files_in(out):
             _sync(path)
-        (out / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str), encoding="utf-8")
+        # As it will be read again, whatever plain values it was made of.
+        manifest = json.loads(json.dumps(manifest, default=str))
+        manifest[CHECKSUM] = manifest_digest(manifest)
+        (out / MANIFEST).write_text(json.dumps(manifest, indent=2, ensure_ascii=False), encoding="utf-8")
         _sync(out / MANIFEST)
         store.artifacts.mkdir(parents=True, exist_ok=True)
+        if store.folder(key).exists():
+            # Damaged, or it would have been taken.
+            store.discard(key)
         out.rename(store.folder(key))
         _sync(store.artifacts)
     except OSError as error:
@@ -41,6 +49,8 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
             hint="free some space (`luthier clean`) or choose another store with --store, then run again: "
             "what was finished is kept",
         ) from error
+    for name, about_file in manifest["files"].items():
+        store.remember(store.folder(key) / name, about_file["sha256"])
     shutil.rmtree(store.work(key), ignore_errors=True)
     return Artifact.load(store.folder(key))
 
@@ -53,6 +63,8 @@ def adopt(store: Store, artifact: Artifact) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(store.verified(artifact).path, scratch)
     store.artifacts.mkdir(parents=True, exist_ok=True)
+    if store.folder(artifact.key).exists():
+        store.discard(artifact.key)
     scratch.rename(store.folder(artifact.key))
     shutil.rmtree(store.work(artifact.key), ignore_errors=True)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,8 @@ class Lock:
         self.path = folder / f"{key}.lock"
         self._say = say
         self._said = False
+        self._owner: Owner | None = None
+        self._seen: tuple[float, float] | None = None
         self._stop = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -58,7 +62,7 @@ class Lock:
             self._beat.start()
         elif not self._said:
             self._said = True
-            self._say(f"waiting for {_who(_read(self.path))}, which makes the same artifact")
+            self._say(f"waiting for {self._owner}, which makes the same artifact")
         return taken
 
     def release(self) -> None:
@@ -71,15 +75,28 @@ class Lock:
 
     def _try(self) -> bool:
         with self._guard():
-            if self.path.exists():
-                owner = _read(self.path)
-                if not _stale(owner, self.path):
+            with suppress(FileNotFoundError):
+                self._owner = _read(self.path)
+                if self._owner is not None and not self._owner.ended and not self._silent():
                     return False
-                self._say(f"taking over the lock that {_who(owner)} left behind")
+                self._say(f"taking over the lock that {self._owner or 'an unknown process'} left behind")
             me = psutil.Process()
             owner = {"host": socket.gethostname(), "pid": me.pid, "started": me.create_time()}
             self.path.write_text(json.dumps(owner), encoding="utf-8")
             return True
+
+    def _silent(self) -> bool:
+        """Whether the owner, on another machine, has given no sign for so long that it counts as gone.
+
+        What counts is that the time of the file changes, whatever it is: clocks differ.
+        """
+        if self._owner is None or self._owner.host == socket.gethostname():
+            return False
+        stamp, now = self.path.stat().st_mtime, time.monotonic()
+        if self._seen is None or self._seen[0] != stamp:
+            self._seen = (stamp, now)
+        age = time.time() - stamp
+        return age > STALE_AFTER or now - self._seen[1] > STALE_AFTER
 
     @contextmanager
     def _guard(self) -> Generator[None]:
@@ -98,27 +115,63 @@ class Lock:
 def is_held(path: Path) -> bool:
     """Whether a lock file belongs to a run that is alive."""
     try:
-        return not _stale(_read(path), path)
+        owner = _read(path)
+        if owner is None or owner.ended:
+            return False
+        if owner.host == socket.gethostname():
+            return True
+        stamp = path.stat().st_mtime
+        if stamp > time.time() + STALE_AFTER:
+            # From the future: only whether it goes on says whether anybody is there.
+            time.sleep(2 * HEARTBEAT)
+            return path.stat().st_mtime != stamp
+        return time.time() - stamp <= STALE_AFTER
     except FileNotFoundError:
         return False
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who holds a lock, as the lock file says.
 
+    Attributes:
+        host: The machine.
+        pid: The process.
+        started: When it was started, in seconds since 1970: the same number may be another process by now.
+    """
 
-def _stale(owner: dict[str, Any], path: Path) -> bool:
-    if owner.get("host") == socket.gethostname():
+    host: str
+    pid: int
+    started: float
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is a process of this machine that is no more, or has ended and was not waited for."""
+        if self.host != socket.gethostname():
+            return False
         try:
-            # The same pid may belong to another process by now: compare its start time too.
-            return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1.0
+            process = psutil.Process(self.pid)
+            return process.status() == psutil.STATUS_ZOMBIE or abs(process.create_time() - self.started) > 1.0
         except psutil.NoSuchProcess:
             return True
-    return time.time() - path.stat().st_mtime > STALE_AFTER
+        except psutil.AccessDenied:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
 
 
-def _who(owner: dict[str, Any]) -> str:
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+def _read(path: Path) -> Owner | None:
+    """The owner of a lock; None where the file says none, which only a process leaves that ended while it wrote.
+
+    Raises:
+        FileNotFoundError: there is no lock.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        owner = Owner(str(found["host"]), int(found["pid"]), float(found["started"]))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        return None
+    return owner if owner.pid > 0 and math.isfinite(owner.started) else None

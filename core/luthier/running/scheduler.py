@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,7 @@ from luthier.artifacts.store import Store
 from luthier.planning import Node, Plan
 from luthier.running.commit import adopt, commit
 from luthier.running.events import Events, Listener
-from luthier.running.lock import Lock
+from luthier.running.lock import Lock, is_held
 from luthier.running.results import RunResult, StageResult
 from luthier.running.signals import Signals
 from luthier.running.slots import OpenSlot, OpenSlots
@@ -60,6 +61,12 @@ class Scheduler:
         self.slots = OpenSlots.of(the_plan.recipe.executor, the_plan.recipe.registry, self.folder)
         self._running: dict[OpenSlot, _Running] = {}
         self._locks: dict[str, Lock] = {}
+        self._again: list[Node] = []
+        """Stages whose artifacts turned out to be damaged: they are made again, ..."""
+        self._remade: set[str] = set()
+        """... but only once in a run."""
+        self._news = False
+        """Whether something was made since it was last looked at what that means for the stages behind it."""
         self.interrupts = 0
 
     def run(self, only: Sequence[str]) -> RunResult:
@@ -71,7 +78,9 @@ class Scheduler:
         with Signals(self._interrupt):
             try:
                 while waiting or self._running:
+                    self._look_ahead(waiting)
                     waiting = [node for node in waiting if not self._advance(node)]
+                    waiting, self._again = [*self._again, *waiting], []
                     if self._running or waiting:
                         self._handle_event()
             finally:
@@ -100,10 +109,22 @@ class Scheduler:
         if problems:
             raise RecipeError(problems)
 
+    def _look_ahead(self, waiting: Sequence[Node]) -> None:
+        """Fail stages of which it is known by now that they cannot be made, before others are paid for in vain."""
+        if not self._news:
+            return
+        self._news = False
+        for node in waiting:
+            problems = self.plan.input_problems(node) if self.store.find(node.key) is None else []
+            if problems and node.id not in self.results:
+                self._settle(self._failed(node, StageError("; ".join(problems))), time.perf_counter())
+
     # -- what is next ------------------------------------------------------------------------------
 
     def _advance(self, node: Node) -> bool:
         """Start, skip or finish a waiting stage if that can be done now; whether it need not wait any more."""
+        if node.id in self.results:
+            return True
         broken = [
             name
             for name, stage in self.results.items()
@@ -125,11 +146,14 @@ class Scheduler:
 
     def _begin(self, node: Node, started: float) -> bool:
         """Take a stage from the store, or start it; whether that was possible now."""
-        cached = self.store.find(node.key)
+        cached = self._usable(node)
         if cached is not None:
             self._give_up_lock(node)
+            self._tidy(node)
             self._settle(self._cached(node, cached), started)
             return True
+        if self._remakes_inputs(node):
+            return False
         if any(running.node.key == node.key for running in self._running.values()):
             # The same stage under another name: it will be in the store.
             return False
@@ -160,6 +184,67 @@ class Scheduler:
         self._running[slot] = _Running(node, job, lock, started)
         return True
 
+    def _usable(self, node: Node) -> Artifact | None:
+        """A stage's artifact, where it is in the store and what it was."""
+        found = self.store.find(node.key)
+        problem = self.store.broken(node.key) if found is None else self.store.damage(found)
+        if problem:
+            self._distrust(node, problem)
+            return None
+        return found
+
+    def _distrust(self, node: Node, problem: str) -> None:
+        """Have a stage made again whose artifact is damaged.
+
+        Raises:
+            StoreError: it was made in this run already.
+        """
+        message = f"the artifact of '{node.id}' is damaged: {problem}"
+        if node.id in self._remade or any(running.node.key == node.key for running in self._running.values()):
+            raise StoreError(message, where=str(self.store.folder(node.key)), hint="is the disk failing?")
+        self._remade.add(node.id)
+        self.events("warning", stage=node.id, message=f"{message}; it is made again")
+        self.store.discard(node.key)
+
+    def _remakes_inputs(self, node: Node) -> bool:
+        """Whether a stage has to wait until what it reads, or what that sits on, is made again.
+
+        Raises:
+            StoreError: it is damaged, and no stage of the recipe makes it.
+        """
+        makers = {other.key: other for other in self.plan.nodes.values()}
+        for name in (name for names in node.inputs.values() for name in names):
+            key, artifact = self.plan.key_of(name), self.plan.artifact_of(name)
+            problem = self._damage(artifact, key)
+            if problem is None and artifact is not None and artifact.kind == "adapter":
+                key = str(artifact.facts["base"])
+                under = self.store.find(key)
+                # Outside of the store, an adapter brings its base.
+                problem = self._damage(under, key) if artifact.path.parent == self.store.artifacts else None
+            if problem is None:
+                continue
+            maker = makers.get(key)
+            if maker is None:
+                raise StoreError(
+                    f"an artifact that '{node.id}' reads is damaged: {problem}",
+                    where=str(self.store.folder(key)),
+                    hint="run the recipe again that made it",
+                )
+            self._distrust(maker, problem)
+            self.results.pop(maker.id, None)
+            self._again.append(maker)
+            return True
+        return False
+
+    def _damage(self, artifact: Artifact | None, key: str) -> str | None:
+        return (self.store.broken(key) or "it has vanished") if artifact is None else self.store.damage(artifact)
+
+    def _tidy(self, node: Node) -> None:
+        """Remove what a run left that was ended between the last two steps of storing an artifact."""
+        work = self.store.work(node.key)
+        if work.exists() and not is_held(self.store.locks / f"{node.key}.lock"):
+            shutil.rmtree(work, ignore_errors=True)
+
     def _give_up_lock(self, node: Node) -> None:
         self._locks.pop(node.key, None)
 
@@ -188,6 +273,7 @@ class Scheduler:
         """Keep how a stage ended, and judge what it made."""
         result.seconds = time.perf_counter() - started
         self.results[result.node.id] = result
+        self._news = self._news or result.outcome == "done"
         # At once, so that `clean` in another terminal sees that the artifact is needed.
         self._remember()
         if result.artifact is None:
@@ -335,6 +421,14 @@ class Scheduler:
 
     def _commit(self, node: Node, running: _Running, answer: Event) -> Artifact:
         self._check_sources(node)
+        for name in (name for names in node.inputs.values() for name in names):
+            # Whatever was read after it vanished was read in part.
+            if self.plan.artifact_of(name) is None:
+                raise StoreError(
+                    f"the artifact of '{name}' was removed or damaged while '{node.id}' read it",
+                    where=str(self.store.root),
+                    hint="nothing was stored; run again",
+                )
         about: dict[str, Any] = {
             "stage": node.id,
             "component": {
@@ -382,6 +476,15 @@ class Scheduler:
 
 def _new_run(store: Store, recipe: str) -> tuple[str, Path]:
     """The id of a new run, and its folder, which no other run has."""
+    try:
+        # A link to nowhere is there, and is no folder.
+        store.runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the store cannot be written: {error.strerror}",
+            where=str(store.root),
+            hint="is it a file, or a link to a folder that is gone? choose another place with --store",
+        ) from error
     head = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe}-{os.getpid()}"
     for number in itertools.count():
         name = f"{head}-{number}" if number else head

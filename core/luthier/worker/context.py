@@ -69,7 +69,7 @@ class JobContext(PluginAccess):
         folder = self._job.artifacts.get(value) if value is not None else None
         if folder is None:
             raise self._unknown("artifact", value, "Input")
-        return Artifact.load(Path(folder))
+        return Artifact.intact(Path(folder))
 
     def path(self, value: str) -> Path:
         place = self._job.sources.get(value)

@@ -9,6 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 from luthier.api import Input, ModelError, ModelSource, StageConfig, full_precision_problems
 from luthier.api.artifact import ArtifactKind
+from luthier.api.config import Components
+from luthier.artifacts.adapters import is_adapter
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import layer_names
 from luthier.artifacts.tensors import tensor_headers
 
 
@@ -17,10 +21,19 @@ class BaseConfig(StageConfig):
 
     kind_made: ClassVar[ArtifactKind] = "model"
     seeded: ClassVar[bool] = False
+    quick: ClassVar[bool] = True
 
     source: ModelSource = "embedded:nano-base"
     """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``; or the
     small model that comes with Luthier, for trying things out on a CPU."""
+
+    def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
+        for place in sources.get("source", []):
+            if not is_adapter(Path(place)):
+                # What is wrong with a folder is said before anything is run.
+                read_json(Path(place) / "config.json")
+                tensor_headers(Path(place))
+        return self
 
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
@@ -31,7 +44,10 @@ class BaseConfig(StageConfig):
         except (ModelError, OSError):
             # The stage itself says what is wrong with it.
             return {}
-        return {"parameters": sum(math.prod(item.shape) for found in headers for item in found.values())}
+        return {
+            "parameters": sum(math.prod(item.shape) for found in headers for item in found.values()),
+            "layer_names": sorted({name for found in headers for name in layer_names(found)}),
+        }
 
 
 class AdapterConfig(StageConfig):
@@ -39,6 +55,7 @@ class AdapterConfig(StageConfig):
 
     kind_made: ClassVar[ArtifactKind] = "adapter"
     seeded: ClassVar[bool] = False
+    quick: ClassVar[bool] = True
 
     source: ModelSource
     """A folder with ``adapter_config.json`` and ``adapter_model.safetensors``; or ``hf:org/name``."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from luthier.api import Config, Field, FileSource, FormatUse, StageConfig
+from luthier.api import Config, Field, FileSource, FormatUse, Schema, StageConfig
+from luthier.api.config import Components
 from luthier.artifacts.rows import RESERVED
-from pydantic import field_validator
+from pydantic import PrivateAttr, field_validator
 
 
 class SplitConfig(Config):
@@ -22,6 +23,8 @@ class SplitConfig(Config):
 
 class DataConfig(StageConfig):
     """Reads a data file into a dataset; every row is checked."""
+
+    quick: ClassVar[bool] = True
 
     source: FileSource
     """The file: ``.jsonl`` with one row per line, or ``.txt`` with one text per paragraph."""
@@ -37,6 +40,8 @@ class DataConfig(StageConfig):
     limit: int | None = Field(default=None, gt=0)
     """Read only that many rows."""
 
+    _schema: Schema | None = PrivateAttr(default=None)
+
     @field_validator("keep")
     @classmethod
     def _not_reserved(cls, value: list[str]) -> list[str]:
@@ -45,14 +50,22 @@ class DataConfig(StageConfig):
             raise ValueError(f"'{reserved[0]}' is a column of a schema and would change what rows mean: rename the key")
         return value
 
-    def resolved(self, sources: Mapping[str, Sequence[str]], components: Any) -> StageConfig:
+    def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
         files = [Path(place) for place in sources.get("source", [])]
         if self.format is not None or not files:
-            return self
+            return self._of_schema(components)
         # Only where it is needed: a recipe that names its formats reads no data to be planned.
         from luthier_plugins.data.recognise import recognised
 
-        return self.model_copy(update={"format": recognised(files[0], components)})
+        return self.model_copy(update={"format": recognised(files[0], components)})._of_schema(components)
+
+    def _of_schema(self, components: Components) -> DataConfig:
+        """This config, which knows the schema of the rows that it makes."""
+        if self.format is None:
+            return self
+        made = self.model_copy()
+        made._schema = getattr(components.build(self.format, None), "schema", None)
+        return made
 
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
@@ -63,6 +76,16 @@ class DataConfig(StageConfig):
         with path.open("rb") as file:
             rows = sum(1 for line in file if line.strip())
         rows = min(rows, self.limit or rows)
-        held_out = self.split.validation + self.split.test if isinstance(self.split, SplitConfig) else 0.0
-        split = "train" if isinstance(self.split, SplitConfig) else self.split
-        return {"rows": {split: round(rows * (1 - held_out))}, "characters": path.stat().st_size}
+        return {
+            "rows": self._expected_rows(rows),
+            "characters": path.stat().st_size,
+            **({} if self._schema is None else {"schema": self._schema}),
+        }
+
+    def _expected_rows(self, rows: int) -> dict[str, int]:
+        """About how many rows each split will have; a split that is not named will have none."""
+        if not isinstance(self.split, SplitConfig):
+            return {self.split: rows}
+        shares = {"validation": self.split.validation, "test": self.split.test}
+        held_out = {name: max(1, round(rows * share)) for name, share in shares.items() if share}
+        return {"train": rows - sum(held_out.values()), **held_out}

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from luthier.api import DataError, Row
+
+DEEPEST = 100
+"""Levels of a row, at most; libraries call themselves for each of them."""
+BRACKETS = re.compile(r'\\.|["\[\]{}]', re.DOTALL)
+"""What decides how deep JSON is nested; a sign behind a backslash does not."""
 
 
 def raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
@@ -36,15 +42,35 @@ def raw_rows(path: Path, errors: list[DataError]) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
+            if _nesting(line) > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} levels deep")
             raw = json.loads(line, object_pairs_hook=_object)
             # Half a surrogate pair is valid JSON, but no text that can be stored.
             json.dumps(raw, ensure_ascii=False).encode("utf-8")
-            yield number, raw
         except ValueError as error:
             where = f"{path}:{number}"
             errors.append(
                 DataError(f"is not valid JSON ({error})", where=where, hint="each line has to be one JSON object")
             )
+        else:
+            yield number, raw
+
+
+def _nesting(line: str) -> int:
+    """How deep a line of JSON may be nested, at most."""
+    if line.count("[") + line.count("{") <= DEEPEST:
+        return 0
+    depth = deepest = 0
+    inside = False
+    for sign in BRACKETS.findall(line):
+        if sign == '"':
+            inside = not inside
+        elif not inside and sign in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif not inside and sign in "]}":
+            depth -= 1
+    return deepest
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -105,11 +105,14 @@ class EvaluateConfig(StageConfig):
             return ["`variant` names a file of an export, but the model is not one: leave it out"]
         return []
 
-    def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = schema_problems("evaluate", inputs, ("messages", "preference"))
         for facts in inputs.get("data", []):
-            if not facts["rows"].get("test"):
+            if "rows" in facts and not facts["rows"].get("test"):
                 found.append("the data has no split 'test': give its stage `split: {test: 0.1}`")
+            columns: Sequence[str] = facts.get("columns", ())
+            if self.by is not None and columns and self.by not in columns:
+                found.append(f"the data has no column '{self.by}', which `by` names: its stage has to `keep` it")
         for facts in inputs.get("model", []):
             if self.variant is not None and self.variant not in facts.get("files", [self.variant]):
                 found.append(f"the export has no file '{self.variant}'; it has: {', '.join(facts['files'])}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from luthier.api import Artifact, Facts, ModelError
-from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS, adapter_facts, write_adapter_config
 from luthier.artifacts.models import carry_text_files
 from luthier.merging.devices import best_device, with_cpu_fallback
 from luthier.merging.lowrank import WRAPPED
@@ -86,6 +86,7 @@ def write_adapter(
         for letter, tensor in (("B", pair[0]), ("A", pair[1]))
     }
     save_file(tensors, out / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    write_adapter_config(out, base)
     check_adapter(out, base.path)
     carry_text_files(text.path, out)
     return adapter_facts(out, base.key, text)
