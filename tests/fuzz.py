@@ -58,9 +58,11 @@ ODD: tuple[Any, ...] = (
     "hf:a/b", "hf:", "embedded:", "embedded:x", "~", "\x00", "a\nb", "é" * 300, [], {}, [[]], [None], {"uses": "base"},
     {"uses": None}, {"uses": {"uses": "lora"}}, ["chats", "chats"], {"": 1}, list(range(50)), "1e3", "NaN", "!!int x",
 )  # fmt: skip
-SNIPPETS = ("&a ", "*a", "<<: *a", "!!int x", "!!timestamp 2024-99-99", "!!binary x", "!!set {x}", "!!python/name:x",
-            ".inf", "\t", "{", "}", "[", "]", ":", "- ", "? ", "|", ">", "'", '"', "#", "%", "@", "`", "---\n", "\u2028",
-            "\ufeff", "<<: {a: 1}", "&s {x: *s}", "0o9", "2024-13-45", "{{", "}}", "!", "!!null x", "!!float x")  # fmt: skip
+SNIPPETS = (
+    "&a ", "*a", "<<: *a", "<<: {a: 1}", "&s {x: *s}", "!!int x", "!!float x", "!!null x", "!!set {x}", "!!binary x",
+    "!!timestamp 2024-99-99", "!!python/name:x", "!", ".inf", "0o9", "2024-13-45", "\t", "{", "}", "[", "]", ":", "- ",
+    "? ", "|", ">", "'", '"', "#", "%", "@", "`", "---\n", "{{", "}}", "\u2028", "\ufeff",
+)  # fmt: skip
 
 
 def run_forked(arguments: list[str], folder: Path, output: Path) -> tuple[int, float, int]:

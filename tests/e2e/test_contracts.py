@@ -104,6 +104,8 @@ def test_an_objective_on_pairs_is_refused_where_text_is_packed(
 ) -> None:
     stages = {"base": {"uses": "base"}, "x": {"uses": stage, "model": "base", "data": "./chats.jsonl"}}
     stages["x"]["objective"] = "dpo"
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    (tmp_path / "chats.jsonl").write_text(f"{json.dumps(pair)}\n" * 4)
     if message is None:
         assert planned(tmp_path, **stages).nodes["x"].status == "run"
     else:

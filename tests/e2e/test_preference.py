@@ -106,9 +106,7 @@ def test_validation_and_regularizers_count_in_preference_training(tmp_path: Path
         }
         for n in range(4)
     ]
-    data = tiny_dataset(tmp_path, rows)
-    held_out = tiny_dataset(tmp_path, rows, split="validation")
-    (data.path / "validation.parquet").write_bytes((held_out.path / "validation.parquet").read_bytes())
+    data = tiny_dataset(tmp_path, rows, validation=rows)
     config = {"steps": 6, "learning_rate": 1e-3, "save_every": 3}
     inputs = {"model": model, "data": [data]}
     free = run_stage(tmp_path, "dpo", config, inputs=inputs, registry=registry)

@@ -31,7 +31,10 @@ def test_numbers_with_a_zero_in_front_are_decimal() -> None:
     [
         ("luthier: 1\nstages: &a {base: *a}\n", "does an anchor contain itself"),
         ("luthier: 1\ntrackers: jsonl\nstages: {base: base}\n", "expected a list of trackers"),
-        ("luthier: 1\nstages:\n  x: {uses: sft, model: m, data: d, learning_rate: .inf}\n", "finite number"),
+        (
+            "luthier: 1\nstages:\n  x: {uses: sft, model: m, data: d, learning_rate: .inf}\n",
+            "no number that a recipe may have",
+        ),
         (
             "luthier: 1\nstages:\n  x: {uses: augment, data: d, method: {uses: template, templates: [{text: a}], "
             "count: 1, slots: {n: {range: [5, 1]}}}}\n",

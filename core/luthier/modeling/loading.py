@@ -75,6 +75,8 @@ def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[
         if options and "quantization" in options:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = PeftModel.from_pretrained(model, artifact.path, is_trainable=trainable)
+        # Where PEFT looks whether the vocabulary was changed; what is stored names no folder.
+        model.peft_config["default"].base_model_name_or_path = str(model_folder(artifact))
     return model
 
 

@@ -59,7 +59,6 @@ def parse_scalar(text: str) -> Any:
         RecipeError: it is YAML, and its value none that a recipe may have.
     """
     try:
-        _check_depth(text, "the command line")
         return parse(text, "the command line").value
     except RecipeError as error:
         if isinstance(error.__cause__, yaml.YAMLError):

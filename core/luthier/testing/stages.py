@@ -202,23 +202,28 @@ def _put(values: Any, path: str, value: Any) -> None:
     values[last] = value
 
 
-def tiny_dataset(folder: Path, rows: Sequence[Row] | None = None, *, split: Split = "train") -> Artifact:
+def tiny_dataset(
+    folder: Path, rows: Sequence[Row] | None = None, *, split: Split = "train", validation: Sequence[Row] = ()
+) -> Artifact:
     """A dataset artifact of these rows; by default three short texts.
 
     Args:
         folder: A store.
         rows: Rows of one schema.
         split: Where they go.
+        validation: Rows that are held out beside them.
     """
     rows = list(rows or [{"text": text} for text in TEXTS])
     schema = _schema_of(rows[0])
-    key = digest_value({"rows": rows, "split": split})
+    splits: dict[Split, Sequence[Row]] = {split: rows, **({"validation": list(validation)} if validation else {})}
+    key = digest_value({"rows": rows, "split": split, "validation": list(validation)})
     store = Store(folder)
     if store.find(key) is None:
         out = store.work(key) / "out"
         out.mkdir(parents=True, exist_ok=True)
-        write_split(out, split, rows)
-        facts = dataset_facts(schema, {split: rows}, {})
+        for name, part in splits.items():
+            write_split(out, name, part)
+        facts = dataset_facts(schema, splits, {})
         commit(store, key, "dataset", out, {"stage": "data", "facts": facts, "warnings": [], "inputs": {}})
     return Artifact.load(store.folder(key))
 
