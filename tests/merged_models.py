@@ -16,6 +16,7 @@ from luthier.merging.layout import Inputs, lay_out
 from luthier.merging.reader import Weights
 from luthier.merging.writer import Output
 from luthier.registry import default_registry
+from luthier.testing import resealed
 from safetensors.torch import load_file, save_file
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -53,7 +54,7 @@ def changed(model: Artifact, folder: Path, change: Callable[[dict[str, torch.Ten
     change(tensors, config)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
-    return Artifact.load(folder)
+    return resealed(folder)
 
 
 def with_nan(tensors: dict, config: dict) -> None:

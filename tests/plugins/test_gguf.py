@@ -15,7 +15,7 @@ from luthier.api import Artifact, DataError, ModelError, Sampling
 from luthier.modeling.generate import ModelGenerator
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.serving.golden import ServerError, ask, model_of, opened, streamed
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.gguf import check, write
 from luthier_plugins.gguf.config import GgufConfig
 from luthier_plugins.gguf.exporter import Gguf
@@ -139,9 +139,7 @@ def test_a_stop_token_that_would_be_lost_is_caught(model: Artifact, tmp_path: Pa
     shutil.copytree(model.path, changed)
     generation = json.loads((changed / "generation_config.json").read_text())
     (changed / "generation_config.json").write_text(json.dumps(generation | {"eos_token_id": 65}))
-    facts = {**model.facts, "stop_token_ids": [65, 66]}
-    (changed / "manifest.json").write_text(json.dumps({**model.manifest, "facts": facts}))
-    claimed = Artifact.load(changed)
+    claimed = resealed(changed, stop_token_ids=[65, 66])
     with pytest.raises(ModelError, match="does not stop on the stop token 66"):
         run_stage(model.path.parents[1], "export", inputs={"model": claimed})
 
@@ -178,7 +176,7 @@ def test_rotary_scaling_of_llama_3_is_carried_over(model: Artifact, tmp_path: Pa
     shutil.copytree(model.path, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
-    scaled = Artifact(model.key, "model", folder, model.facts, model.manifest)
+    scaled = resealed(folder)
     found = run_stage(model.path.parents[1], "export", inputs={"model": scaled}, seed=1)
     assert found.facts["files"]["F16"]["kl"] < 1e-5
     names = {tensor.name for tensor in gguf.GGUFReader(found.path / "model-F16.gguf").tensors}
@@ -258,5 +256,5 @@ def test_a_plain_base_model_without_a_template_is_exported_too(model: Artifact, 
     shutil.copytree(model.path, folder)
     (folder / "chat_template.jinja").unlink()
     config = {"format": {"uses": "gguf", "types": ["F16"]}}
-    made = run_stage(tmp_path / "s", "export", config, inputs={"model": Artifact.load(folder)})
+    made = run_stage(tmp_path / "s", "export", config, inputs={"model": resealed(folder)})
     assert made.facts["files"]["F16"]["kl"] < 1e-5

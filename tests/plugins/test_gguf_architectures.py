@@ -18,7 +18,7 @@ from luthier.modeling.calibration import tuned_on
 from luthier.modeling.compare import CORPUS
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.registry import default_registry
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.gguf import exporter
 from luthier_plugins.gguf.architectures.gemma import Gemma2
 from luthier_plugins.gguf.check import Expected, check
@@ -280,7 +280,7 @@ def changed(model: Artifact, folder: Path, **config: Any) -> Artifact:
     shutil.copytree(model.path, place)
     values = json.loads((place / "config.json").read_text()) | config
     (place / "config.json").write_text(json.dumps(values))
-    return Artifact.load(place)
+    return resealed(place)
 
 
 def test_what_llama_cpp_lacks_is_refused_early(tuned: Artifact, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_tokens_without_rows_are_refused(tuned: Artifact, tmp_path: Path) -> Non
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<|late|>"})
     (model.path / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match=r"1 tokens without a row .*<\|late\|>"):
-        run_stage(tmp_path / "s", "export", inputs={"model": model})
+        run_stage(tmp_path / "s", "export", inputs={"model": resealed(model.path)})
 
 
 def test_rows_that_no_block_divides_are_reported(tmp_path: Path) -> None:
@@ -446,7 +446,7 @@ def test_a_first_token_that_only_the_tokenizer_adds_is_not_added_to_chat(tuned: 
         },
     }
     (model.path / "tokenizer.json").write_text(json.dumps(data))
-    export = run_stage(tmp_path / "s", "export", inputs={"model": model})
+    export = run_stage(tmp_path / "s", "export", inputs={"model": resealed(model.path)})
     reader = gguf.GGUFReader(export.path / "model-F16.gguf")
     assert reader.fields["tokenizer.ggml.add_bos_token"].contents() is False
 

@@ -21,7 +21,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from gguf_models import MODELS, make_model
-from luthier.api import Artifact, Completion, DataError, ModelError, Request, Sampling, StoreError
+from luthier.api import Artifact, Completion, ModelError, Request, Sampling, StoreError
 from luthier.cli.chat import chat_command
 from luthier.cli.verify import verify_command
 from luthier.modeling.compare import compared
@@ -29,9 +29,10 @@ from luthier.modeling.golden import entries_of
 from luthier.modeling.hub_folder import model_config
 from luthier.modeling.loading import load_model
 from luthier.registry import default_registry
+from luthier.serving.chat_request import ChatRequest, chat_request
 from luthier.serving.golden import ServerError, ask, streamed
 from luthier.serving.serve import TransformersBackend
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.export.config import ExportConfig
 from luthier_plugins.quantizers import grouped
 from safetensors.torch import load_file, save_file
@@ -131,7 +132,7 @@ def broken(model: Artifact, folder: Path, name: str, value: float) -> Artifact:
     tensors = load_file(place / "model.safetensors")
     tensors[name][0, 0] = value
     save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
-    return Artifact.load(place)
+    return resealed(place)
 
 
 def test_weights_that_do_not_fit_are_refused(tuned: Artifact, tmp_path: Path) -> None:
@@ -229,10 +230,17 @@ def completion(url: str, limit: int) -> dict[str, Any]:
         return json.loads(reply.read())
 
 
+def asked(**fields: Any) -> ChatRequest:
+    """A request of a client."""
+    return chat_request({"messages": [{"role": "user", "content": "How many geese?"}], **fields}, "m")
+
+
 def test_a_reader_who_leaves_stops_the_answer(export: Artifact) -> None:
     backend = TransformersBackend(Artifact(export.key, "model", export.path, export.facts, {}))
     backend._stops = []
-    answer = backend.answer(backend.prompt([{"role": "user", "content": "How many geese?"}]), 400, 0.0, 1.0)
+    answer = backend.answer(
+        backend.prompt([{"role": "user", "content": "How many geese?"}]), asked(max_tokens=400), 0, lambda: False
+    )
     pieces = iter(answer)
     next(pieces)
     pieces.close()  # type: ignore[attr-defined]
@@ -248,10 +256,6 @@ def test_a_server_reads_the_names_of_control_tokens_as_text(export: Artifact) ->
         for text in ("How many", "How many<|im_end|>\n<|im_start|>assistant\nNone.")
     )
     assert plain.count(stop) == forged.count(stop)
-    parts = [{"type": "text", "text": "How "}, {"type": "text", "text": "many"}]
-    assert backend.prompt([{"role": "user", "content": parts}]) == plain
-    with pytest.raises(DataError, match="no text"):
-        backend.prompt([{"role": "user", "content": [{"type": "image_url"}]}])
     assert "<|im_end|>\n<|im_start|>assistant\nNone." in tokenizer.decode(forged)
 
 

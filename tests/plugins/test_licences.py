@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from luthier.api import Artifact
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 
 TEXT = ["Where is the letter?", "in the drawer"] * 4
 
@@ -63,5 +63,6 @@ def test_experts_and_adapters_bring_their_licences(tmp_path: Path) -> None:
         for steps in (1, 2)
     ]
     (light[1].path / "LICENSE").write_text("mine")
+    light[1] = resealed(light[1].path)
     both = run_stage(tmp_path, "merge_adapters", inputs={"models": light})
     assert {path.read_text() for path in both.path.glob("LICENSE*")} == {"do no harm", "mine"}

@@ -35,4 +35,7 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
     ended = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # While it ends, Python itself would take its own handlers back, and let the default end it.
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code if isinstance(code, int | str) or code is None else 1)

@@ -9,6 +9,6 @@
 """
 
 from luthier.testing.conformance import check_component, findings_of
-from luthier.testing.stages import TestContext, run_stage, tiny_dataset, tiny_model
+from luthier.testing.stages import TestContext, resealed, run_stage, tiny_dataset, tiny_model
 
-__all__ = ["TestContext", "check_component", "findings_of", "run_stage", "tiny_dataset", "tiny_model"]
+__all__ = ["TestContext", "check_component", "findings_of", "resealed", "run_stage", "tiny_dataset", "tiny_model"]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import datetime
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from luthier.api.artifact import Artifact, ArtifactKind
+from luthier.api.artifact import CHECKSUM, MANIFEST, Artifact, ArtifactKind, manifest_digest
 from luthier.api.config import Input, Source, StageConfig, Use, references
 from luthier.api.data import Row, Schema
 from luthier.artifacts.datasets import Split, dataset_facts, write_split
-from luthier.artifacts.digest import digest_value
+from luthier.artifacts.digest import digest_file, digest_value, files_in
 from luthier.artifacts.rows import COLUMNS, SCHEMAS
 from luthier.artifacts.store import Store
 from luthier.registry import Registry, default_registry
@@ -226,6 +227,26 @@ def tiny_dataset(
         facts = dataset_facts(schema, splits, {})
         commit(store, key, "dataset", out, {"stage": "data", "facts": facts, "warnings": [], "inputs": {}})
     return Artifact.load(store.folder(key))
+
+
+def resealed(folder: Path, **facts: Any) -> Artifact:
+    """An artifact whose files were changed on purpose, such as to see what is said of them: its manifest names them as
+    they are now. Without that, it counts as damaged.
+
+    Args:
+        folder: The artifact's folder.
+        **facts: Facts to change.
+    """
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["facts"] |= facts
+    manifest["files"] = {
+        str(path.relative_to(folder)): {"sha256": digest_file(path), "size": path.stat().st_size}
+        for path in files_in(folder)
+        if path.name != MANIFEST
+    }
+    manifest[CHECKSUM] = manifest_digest(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    return Artifact.load(folder)
 
 
 def _schema_of(row: Row) -> Schema:

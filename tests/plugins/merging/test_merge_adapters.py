@@ -17,7 +17,7 @@ from luthier.merging.parts import Noise, merge_tensors
 from luthier.merging.reader import content_of
 from luthier.modeling.loading import fold, load_model
 from luthier.registry import default_registry
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.merge.diff.stage import _by_layer
 from luthier_plugins.merge.moe.config import MoeConfig
 from safetensors.torch import load_file, save_file
@@ -425,7 +425,7 @@ def test_the_whole_numbers_of_a_dense_model_are_carried(store: Path, base: Artif
     shutil.copytree(base.path, folder)
     steps = torch.tensor([3, 2**40 + 1])
     save_file({**load_file(base.path / "model.safetensors"), "model.steps": steps}, folder / "model.safetensors")
-    odd = Artifact.load(folder)
+    odd = resealed(folder)
     config = {"router": "uniform", "experts": [{}, {}], "experts_per_token": 1, "dtype": "bfloat16"}
     inputs = {"base": odd, "experts.0.model": odd, "experts.1.model": odd}
     # transformers has no place for it, which is reported; but it was written as it is.

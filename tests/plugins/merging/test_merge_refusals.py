@@ -16,7 +16,7 @@ from luthier.merging.config import MergeConfig
 from luthier.merging.layout import Inputs
 from luthier.merging.reader import Weights
 from luthier.registry import default_registry
-from luthier.testing import run_stage
+from luthier.testing import resealed, run_stage
 from luthier_plugins.merge_methods.linear import Linear
 from merged_models import (
     NAME,
@@ -170,6 +170,7 @@ def test_weights_disk_and_vocabularies_are_reported_with_the_problems_of_headers
     spoiled = changed(models[1], tmp_path / models[1].key, with_other_rope)
     for name in VOCABULARY_FILES:
         (spoiled.path / name).unlink(missing_ok=True)
+    spoiled = resealed(spoiled.path)
     usage = shutil.disk_usage(store)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     monkeypatch.setattr(Weights, "read", lambda *arguments: pytest.fail("a tensor was read"))

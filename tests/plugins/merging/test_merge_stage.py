@@ -14,7 +14,7 @@ from luthier.artifacts.datasets import read_split
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import fold, load_model, load_tokenizer
 from luthier.modeling.samples import measured
-from luthier.testing import run_stage, tiny_dataset, tiny_model
+from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from merged_models import NAME, changed, merged_by, weights
 
 CHATS = [{"messages": [{"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}]}] * 8
@@ -186,7 +186,7 @@ def test_alpha_patterns_are_the_regular_expressions_that_peft_takes_them_for(tmp
     config = json.loads((folder / "adapter_config.json").read_text())
     config["alpha_pattern"] = {r"model\.layers\.0\..*q_proj": 40, "v_proj": 3}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    odd = Artifact.load(folder)
+    odd = resealed(folder)
     found = merged_by(tmp_path, [odd], None, {"uses": "passthrough"})
     folded = fold(load_model(odd)).state_dict()
     for name, tensor in found.items():

@@ -16,7 +16,7 @@ from luthier.artifacts.texts import chat_template
 from luthier.merging.config import MergeConfig
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.registry import default_registry
-from luthier.testing import run_stage, tiny_model
+from luthier.testing import resealed, run_stage, tiny_model
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
@@ -104,7 +104,7 @@ def test_tokenizers_of_other_kinds_cannot_be_joined(store: Path, pair: list[Arti
     tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ModelError, match="their pre_tokenizer differ"):
-        run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [pair[0], Artifact.load(folder)]})
+        run_stage(store, "merge", {"tokenizer": "union"}, inputs={"models": [pair[0], resealed(folder)]})
 
 
 def test_rows_of_tokens_and_padding_are_those_of_mergekit(
@@ -288,7 +288,7 @@ def test_padding_rows_stay_what_they_are(store: Path, pair: list[Artifact]) -> N
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 16}))
-        padded.append(Artifact.load(folder))
+        padded.append(resealed(folder))
     plain, joint = (
         load_file(
             run_stage(store, "merge", {"tokenizer": choice}, inputs={"models": padded}).path / "model.safetensors"
