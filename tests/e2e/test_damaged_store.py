@@ -1,4 +1,4 @@
-"""A store that was damaged, removed, locked or cut off: nothing wrong is taken from it, nothing is waited for in vain."""
+"""A store that was damaged, removed, locked or cut off: nothing wrong is taken from it, nobody waits in vain."""
 
 from __future__ import annotations
 
