@@ -53,3 +53,18 @@ def test_the_schema_accepts_what_recipes_accept(recipe: Path, cli) -> None:
     value["stages"]["more"]["method"]["cuont"] = 1
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(value, schema)
+
+
+@pytest.mark.parametrize(
+    ("text", "types"),
+    [("F16", ["F16"]), ("F16,Q8_0", ["F16", "Q8_0"]), ("[F16]", ["F16"]), ("[F16, Q8_0]", ["F16", "Q8_0"])],
+)
+def test_one_value_is_enough_for_a_list_wherever_its_key_stands(tmp_path: Path, text: str, types: list[str]) -> None:
+    from luthier.artifacts.store import Store
+    from luthier.cli.do import _config
+
+    given = ("format.uses=gguf", f"format.types={text}")
+    assert _config("export", given, Store.at(tmp_path))["format"] == {"uses": "gguf", "types": types}
+    # A key that holds one word, or a list, takes the word as it is.
+    adapter = _config("sft", ("adapter.uses=lora", "adapter.target_modules=all-linear"), Store.at(tmp_path))["adapter"]
+    assert adapter == {"uses": "lora", "target_modules": "all-linear"}

@@ -6,7 +6,8 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import NoneType
+from typing import Any, cast, get_origin
 
 import click
 from pydantic import BaseModel
@@ -108,6 +109,9 @@ def _placed(config_class: type[BaseModel], values: dict[str, Any], store: Store,
             result[name] = _each(value, lambda item, kind=used.kind: inside(item, _of_component(item, kind, registry)))
         elif len(kinds) == 1:
             result[name] = _each(value, lambda item, kind=kinds[0]: inside(item, kind))
+        if get_origin(config_class.model_fields[name].annotation) is list and not isinstance(value, (list, NoneType)):
+            # One value alone for a key that holds a list, wherever the key stands.
+            result[name] = [result[name]]
     return result
 
 

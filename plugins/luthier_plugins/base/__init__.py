@@ -12,6 +12,7 @@ def luthier_components() -> list[Component]:
             summary="Take a model from a folder or the hub, checked before anything is trained",
             config="luthier_plugins.base.config:BaseConfig",
             impl="luthier_plugins.base.stage:Base",
+            revision=2,
         ),
         Component(
             kind="stage",
@@ -19,5 +20,6 @@ def luthier_components() -> list[Component]:
             summary="Take an adapter from a folder or the hub, checked against the model it sits on",
             config="luthier_plugins.base.config:AdapterConfig",
             impl="luthier_plugins.base.adapter:BaseAdapter",
+            revision=2,
         ),
     ]

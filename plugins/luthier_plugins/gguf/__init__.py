@@ -12,6 +12,7 @@ def luthier_components() -> list[Component]:
             summary="GGUF files for llama.cpp, quantized with its kernels and checked in it",
             config="luthier_plugins.gguf.config:GgufConfig",
             impl="luthier_plugins.gguf.exporter:Gguf",
+            revision=2,
         )
     ]
 

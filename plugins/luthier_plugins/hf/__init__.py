@@ -12,5 +12,6 @@ def luthier_components() -> list[Component]:
             summary="A folder that transformers 4 and 5, vLLM, TGI and SGLang load alike",
             config="luthier_plugins.hf.config:HfConfig",
             impl="luthier_plugins.hf.exporter:Hf",
+            revision=2,
         )
     ]

@@ -5,12 +5,12 @@ from luthier.api import Component, hookimpl
 PACKAGE = "luthier_plugins.merge"
 STAGES = (
     ("merge", "Merge models of one architecture, in a stream",
-     "luthier.merging.config:MergeConfig", "stage:MergeStage", 1),
+     "luthier.merging.config:MergeConfig", "stage:MergeStage", 2),
     ("merge_adapters", "Merge adapters into one: exact, or in a smaller rank",
      f"{PACKAGE}.adapters.config:MergeAdaptersConfig", "adapters.merge:MergeAdapters", 1),
     ("extract_lora", "The difference between a tuned model and its ancestor as a LoRA adapter",
      f"{PACKAGE}.adapters.config:ExtractLoraConfig", "adapters.extract:ExtractLora", 1),
-    ("moe", "A mixture of experts made from dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 1),
+    ("moe", "A mixture of experts made from dense models", f"{PACKAGE}.moe.config:MoeConfig", "moe.stage:Moe", 2),
     ("search", "Find the weights and parameters of a merge on a validation set",
      f"{PACKAGE}.search.config:SearchConfig", "search.stage:Search", 2),
     ("diff", "Compare models parameter by parameter", f"{PACKAGE}.diff.config:DiffConfig", "diff.stage:Diff", 1),
