@@ -93,6 +93,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "deepseek-v2": ("DeepseekV2Config", {**LATENT, "q_lora_rank": 256}),
     "deepseek-v2-lite": ("DeepseekV2Config", {**LATENT, "q_lora_rank": None, "num_hidden_layers": 27}),
+    "llama-yarn-factor": ("LlamaConfig", {"head_dim": 32, "rope_parameters": {**YARN, "attention_factor": 1.0}}),
+    "llama-yarn-mscale": (
+        "LlamaConfig",
+        {"head_dim": 32, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    ),
     "qwen2-yarn": ("Qwen2Config", {"rope_parameters": YARN}),
     "deepseek-v2-yarn": (
         "DeepseekV2Config",

@@ -22,7 +22,7 @@ from luthier.modeling.quantizing import refuse_quantized
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import Expected, UnlikeError, check, expected_of
-from luthier_plugins.gguf.config import FileType, GgufConfig
+from luthier_plugins.gguf.config import LARGEST_KL, FileType, GgufConfig
 from luthier_plugins.gguf.guard import guarded
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.lora import write_lora
@@ -215,7 +215,7 @@ class Gguf(Exporter[GgufConfig]):
                 self.context.progress(done, len(source.parts), f"tensors of {exact}, to find out why")
             try:
                 with LlamaServer(path, context_length=max(CHECK_CONTEXT, expected.longest + 1), exact=True) as server:
-                    check(server, expected, self.config.largest_kl(file_type))
+                    check(server, expected, max(self.config.largest_kl(file_type), LARGEST_KL[exact]))
                 return error
             except UnlikeError as same:
                 error = same
