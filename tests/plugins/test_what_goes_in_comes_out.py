@@ -217,8 +217,8 @@ def test_normal_forms_are_named_and_other_normalizers_refused(folder: Path, tmp_
         exported(taken(lower, tmp_path), tmp_path)
 
 
-def test_a_finer_type_is_advised_only_where_rounding_is_the_cause(folder: Path, tmp_path: Path) -> None:
-    base = taken(folder, tmp_path)
+def test_a_finer_type_is_advised_only_where_rounding_is_the_cause(tmp_path: Path) -> None:
+    base = taken(make_model(tmp_path / "model", "llama"), tmp_path)
     with pytest.raises(ModelError, match="does not behave like the model") as rounded:
         exported(base, tmp_path, types=["Q2_K"], max_kl=1e-9)
     assert "finer type" in str(rounded.value)
