@@ -248,7 +248,11 @@ def test_signals_end_with_130_from_the_first_moment_on(
 ) -> None:
     recipe.write_text(recipe.read_text().replace("count: 20", "count: 60000").replace("[100, 999]", "[1, 99999999]"))
     # Its first moment is when the program itself begins, whatever Python needs before.
-    code = "import sys; sys.stderr.write('up\\n'); sys.stderr.flush(); from luthier.cli.entry import main; main()"
+    # A shell may have started these tests in the background, where programs are told to ignore Ctrl-C.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); print('up', file=sys.stderr, "
+        "flush=True); from luthier.cli.entry import main; main()"
+    )
     command = [sys.executable, "-c", code, "run", recipe.name]
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     child = subprocess.Popen(command, cwd=tmp_path, **pipes)

@@ -48,7 +48,9 @@ def test_a_kill_in_each_stage_loses_only_that_stage(chats: Path, tmp_path: Path)
         code, errors = run_and_kill(tmp_path, victim)
         assert code == 1
         assert "SIGKILL" in errors
-        assert len(list(store)) == done, victim
+        # A stage may be quicker than the signal, which then ends the next one.
+        made = {artifact.manifest["stage"] for artifact in store}
+        assert made in (set(STAGES[:done]), set(STAGES[: done + 1])), victim
         assert not list(store.locks.glob("*.lock"))
     code, errors = run_and_kill(tmp_path, None)
     assert code == 0, errors
