@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from luthier import run
+from luthier import Recipe, plan, run
+from luthier.api import RecipeError
 from luthier.artifacts.datasets import read_split
 from luthier.artifacts.store import Store
 
@@ -158,3 +159,49 @@ def test_a_killed_worker_is_a_failed_stage_not_a_dead_run(recipe: Path, tmp_path
     assert process.returncode == 1
     assert "SIGKILL" in errors
     assert len(list(store)) == 1
+
+
+def test_what_is_known_of_the_data_is_said_before_training(chats: Path, tmp_path: Path) -> None:
+    stages = {
+        "base": {"uses": "base"},
+        "tuned": {"uses": "sft", "model": "base", "data": "talks", "steps": 500},
+        "talks": {"uses": "data", "source": "chats.jsonl", "split": {"test": 0.2}},
+        "scored": {"uses": "evaluate", "model": "tuned", "data": "talks", "by": "topic"},
+    }
+    recipe = Recipe.from_mapping({"luthier": 1, "stages": stages}, folder=tmp_path)
+    made = plan(recipe, tmp_path / "s")
+    # What is quick comes first, wherever it stands in the file.
+    assert list(made.nodes) == ["base", "talks", "tuned", "scored"]
+    started: list[str] = []
+
+    def note(event: dict) -> None:
+        if event["event"] == "stage_started":
+            started.append(event["stage"])
+
+    result = run(made, listeners=[note])
+    assert result.exit_code == 1
+    assert "the data has no column 'topic', which `by` names" in str(result.stages["scored"].error)
+    assert result.stages["tuned"].outcome == "skipped"
+    assert sorted(started) == ["base", "talks"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"talks": {"split": {}}}, "the data has no split 'test'"),
+        ({"talks": {"split": "test"}}, "no rows in the split 'train'"),
+        ({"tuned": {"adapter": {"uses": "lora", "target_modules": ["v_prj"]}}}, "did you mean 'v_proj'"),
+        ({"tuned": {"uses": "dpo"}}, "reads rows of the schema preference, not messages"),
+        ({"base": {"source": "."}}, "no folder of a model: it has no config.json"),
+    ],
+)
+def test_what_files_tell_is_known_while_planning(chats: Path, tmp_path: Path, change: dict, message: str) -> None:
+    stages = {
+        "base": {"uses": "base"},
+        "talks": {"uses": "data", "source": "chats.jsonl", "split": {"test": 0.2}},
+        "tuned": {"uses": "sft", "model": "base", "data": "talks", "steps": 5},
+        "scored": {"uses": "evaluate", "model": "tuned", "data": "talks"},
+    }
+    changed = {name: {**stage, **change.get(name, {})} for name, stage in stages.items()}
+    with pytest.raises(RecipeError, match=message):
+        plan(Recipe.from_mapping({"luthier": 1, "stages": changed}, folder=tmp_path), tmp_path / "s")
