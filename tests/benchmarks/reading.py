@@ -1,7 +1,7 @@
 """How much of a run goes into checking what it reads from the store: python tests/benchmarks/reading.py [--gigabytes G]
 
-A model of some size is taken in, trained for a step by LoRA and quantized, in one run in this process with every check of
-the store timed: names and sizes at each read, and the digest of each file once.
+A model of some size is taken in, trained for a step by LoRA and quantized, in one run in this process with every check
+of the store timed: names and sizes at each read, and the digest of each file once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
 from luthier.api.artifact import Artifact
 from luthier.artifacts.store import Store
 from luthier.cli.main import luthier
 from luthier.testing import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 RECIPE = """
 luthier: 1
