@@ -9,10 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from luthier.api import CompletionBatch
-from luthier_plugins.objectives.config import CrossEntropyConfig, DpoConfig, OrpoConfig
+from luthier_plugins.objectives.config import CpoConfig, CrossEntropyConfig, DpoConfig, OrpoConfig, SimpoConfig
+from luthier_plugins.objectives.cpo import Cpo
 from luthier_plugins.objectives.cross_entropy import CrossEntropy
 from luthier_plugins.objectives.dpo import Dpo
 from luthier_plugins.objectives.orpo import Orpo, log_odds
+from luthier_plugins.objectives.simpo import Simpo
+from pydantic import ValidationError
 
 log_probabilities = st.lists(st.floats(-60, -0.01), min_size=2, max_size=6)
 
@@ -84,3 +87,63 @@ def test_values_of_targets_are_added_up_by_completion(chosen: list[float], rejec
     ]  # fmt: skip
     losses = CrossEntropy(CrossEntropyConfig(), None).loss(pairs).losses
     torch.testing.assert_close(losses, -pairs.logps)
+
+
+def losses_of_trl(kind: str, policy: tuple[torch.Tensor, torch.Tensor], **settings: float) -> torch.Tensor:
+    """TRL's CPO losses, which SimPO is one of."""
+    from trl.experimental.cpo import CPOTrainer
+
+    known = {"alpha": 0.0, "simpo_gamma": 0.0, "label_smoothing": 0.0, **settings}
+    stand_in = SimpleNamespace(loss_type=kind, accelerator=SimpleNamespace(device="cpu"), **known)
+    return CPOTrainer.cpo_loss(stand_in, *policy)[0]
+
+
+@given(log_probabilities, log_probabilities, st.floats(0.05, 3), st.floats(0, 2))
+def test_simpo_is_trl_s(chosen: list[float], rejected: list[float], beta: float, gamma: float) -> None:
+    pairs = batch(chosen, rejected)
+    means = [sums / lengths for sums, lengths in zip(pairs.sides(pairs.sums), pairs.sides(pairs.lengths), strict=True)]
+    theirs = losses_of_trl("simpo", (means[0], means[1]), beta=beta, simpo_gamma=gamma)
+    mine = Simpo(SimpoConfig(beta=beta, gamma=gamma), None).loss(pairs).losses
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@given(log_probabilities, log_probabilities, st.floats(0.05, 3), st.floats(0, 0.4), st.floats(0, 2))
+def test_cpo_is_trl_s_and_the_chosen_answer_s_own_loss(
+    chosen: list[float], rejected: list[float], beta: float, smoothing: float, alpha: float
+) -> None:
+    pairs = batch(chosen, rejected)
+    theirs = losses_of_trl("sigmoid", pairs.sides(pairs.sums), beta=beta, label_smoothing=smoothing)
+    own = -pairs.sides(pairs.sums)[0] / pairs.sides(pairs.lengths)[0]
+    mine = Cpo(CpoConfig(beta=beta, alpha=alpha, label_smoothing=smoothing), None).loss(pairs).losses
+    torch.testing.assert_close(mine, theirs + alpha * own, rtol=1e-5, atol=1e-5)
+
+
+@given(log_probabilities, log_probabilities, st.floats(0, 2))
+def test_a_weighted_sum_is_the_sum_of_its_parts(chosen: list[float], rejected: list[float], weight: float) -> None:
+    pairs = batch(chosen, rejected, reference=-5.0)
+    parts = [Dpo(DpoConfig(loss=name), None).loss(pairs).losses for name in ("sigmoid", "nll")]  # type: ignore[arg-type]
+    both = Dpo(DpoConfig(loss={"sigmoid": 1.0, "nll": weight}), None).loss(pairs)
+    torch.testing.assert_close(both.losses, parts[0] + weight * parts[1])
+    torch.testing.assert_close(both.logs["loss/nll"], parts[1])
+    torch.testing.assert_close(parts[1], -pairs.sides(pairs.sums)[0] / 3)
+
+
+def test_a_small_alpha_is_the_reverse_divergence() -> None:
+    pairs = batch([-3.0, -9.0], [-4.0, -2.0], reference=-5.0)
+    usual = Dpo(DpoConfig(), None).loss(pairs).losses
+    near = Dpo(DpoConfig(divergence="alpha", divergence_alpha=1e-4), None).loss(pairs).losses
+    torch.testing.assert_close(near, usual, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"loss": "nca", "divergence": "js"}, "defined for `divergence: reverse_kl` alone"),
+        ({"loss": "ipo", "label_smoothing": 0.1}, "has no `label_smoothing`"),
+        ({"loss": {}}, "names none"),
+        ({"loss": "sppo", "length_normalized": True}, "it has no lengths"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(config: dict[str, object], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        DpoConfig(**config)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ def luthier_components() -> list[Component]:
         Component(
             kind="objective",
             name="dpo",
-            summary="The DPO loss: a sigmoid of the margin to the reference",
+            summary="Preference optimization against the reference: DPO, IPO, hinge, EXO, NCA, APO, SPPO, ...",
             config="luthier_plugins.objectives.config:DpoConfig",
             impl="luthier_plugins.objectives.dpo:Dpo",
         ),
@@ -26,5 +26,19 @@ def luthier_components() -> list[Component]:
             summary="The ORPO loss: fine-tuning on the chosen answer, and the odds ratio",
             config="luthier_plugins.objectives.config:OrpoConfig",
             impl="luthier_plugins.objectives.orpo:Orpo",
+        ),
+        Component(
+            kind="objective",
+            name="simpo",
+            summary="The SimPO loss: mean log-probabilities with a margin, without a reference",
+            config="luthier_plugins.objectives.config:SimpoConfig",
+            impl="luthier_plugins.objectives.simpo:Simpo",
+        ),
+        Component(
+            kind="objective",
+            name="cpo",
+            summary="The CPO loss: log-probabilities and the chosen answers' own loss, without a reference",
+            config="luthier_plugins.objectives.config:CpoConfig",
+            impl="luthier_plugins.objectives.cpo:Cpo",
         ),
     ]
