@@ -1,4 +1,4 @@
-"""The optimizer ``adamw``."""
+"""The optimizers ``adamw`` and ``adamw8bit``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,28 @@ class Adamw(Optimizer[AdamwConfig]):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), torch's fused kernels."""
 
     def make(self, model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        groups = parameter_groups(model, schedule.weight_decay)
         betas = (self.config.beta1, self.config.beta2)
-        optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=betas, eps=self.config.eps, fused=True)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, schedule),
+            lr=schedule.learning_rate,
+            betas=betas,
+            eps=self.config.eps,
+            fused=True,
+        )
+        return optimizer, scheduler_of(optimizer, schedule)
+
+
+class Adamw8bit(Optimizer[AdamwConfig]):
+    """AdamW with its two moments in 8 bits by blocks (Dettmers et al. 2022, arXiv:2110.02861), bitsandbytes' kernels;
+    tensors below 4,096 values keep theirs in 32 bits."""
+
+    def make(self, model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, LRScheduler]:
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        optimizer = AdamW8bit(
+            parameter_groups(model, schedule),
+            lr=schedule.learning_rate,
+            betas=(self.config.beta1, self.config.beta2),
+            eps=self.config.eps,
+        )
         return optimizer, scheduler_of(optimizer, schedule)

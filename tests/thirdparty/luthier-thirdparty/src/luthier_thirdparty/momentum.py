@@ -13,6 +13,6 @@ class Momentum(Optimizer[MomentumConfig]):
     """torch's SGD."""
 
     def make(self, model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        groups = parameter_groups(model, schedule.weight_decay)
+        groups = parameter_groups(model, schedule)
         optimizer = torch.optim.SGD(groups, lr=schedule.learning_rate, momentum=self.config.momentum)
         return optimizer, scheduler_of(optimizer, schedule)
