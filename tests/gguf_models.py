@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROWS = 320
 SIZES: dict[str, Any] = {
@@ -155,4 +156,22 @@ def make_gpt2(folder: Path, *, short: bool = False) -> Path:
         save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
     for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copyfile(tiny_model(folder.parent / "t").path / text, folder / text)
+    return folder
+
+
+def architecture(folder: Path, name: str, **values: Any) -> Path:
+    """A random model of an architecture with the tokenizer of the tiny one."""
+    tokenizer = make_model(folder.parent / "tokenizer", "llama")
+    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **heads, **values})).save_pretrained(folder)
+    for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        (folder / text).write_text((tokenizer / text).read_text())
     return folder

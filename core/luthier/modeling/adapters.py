@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from luthier.api.errors import LuthierError, ModelError
 from luthier.artifacts.adapters import ADAPTER_WEIGHTS
 from luthier.artifacts.tensors import safetensors_header
+from luthier.modeling.shards import tensors_of
 
 SHOWN = 3
+INITIAL = "initial-adapter"
+"""The folder in a stage's scratch with an adapter as it began, where that changed its base."""
 MISMATCH = re.compile(r"size mismatch for (\S+): .*?Size\((\[.*?\])\) from checkpoint.*?Size\((\[.*?\])\)")
 
 
@@ -149,6 +153,109 @@ def routers(model: Any) -> list[str]:
     return [name for name, module in model.named_modules() if _is_router(module)]
 
 
+def linear_names(model: Any) -> list[str]:
+    """The names of all linear layers that take an adapter, without the output head."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and not _is_router(module) and module is not head
+    ]
+
+
+def last_names(model: Any) -> list[str]:
+    """What the layers of `linear_names` are called in their blocks."""
+    return sorted({name.rpartition(".")[2] for name in linear_names(model)})
+
+
+def fused_parameters(model: Any) -> list[str]:
+    """The ends of the names of weights that are experts of a layer in one parameter, and so no linear layers; none for
+    architectures whose experts PEFT finds by itself."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    asked: Any = LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    convert_peft_config_for_transformers(asked, model, None)
+    if asked.target_parameters:
+        return []
+    convolutions = [name for name, module in model.named_modules() if "Conv" in type(module).__name__]
+    found = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 3 and not _inside_any(name, dict.fromkeys(convolutions))
+    ]
+    return sorted({".".join(name.split(".")[-2:]) for name in found})
+
+
+def make_up_for_quantizing(model: Any, folder: Path) -> None:
+    """Begin a low-rank adapter as what quantizing its base to 4 bits took away: the best approximation of its rank to
+    the difference (Li et al. 2023, arXiv:2310.08659, algorithm 1, with the quantized base left as it is).
+
+    Args:
+        model: The quantized model with a fresh adapter.
+        folder: The model as it was before it was quantized.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from peft.tuners.lora import Linear4bit
+
+    layers = {
+        f"{name.removeprefix('base_model.model.')}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit)
+    }
+    for name, value in tensors_of(folder):
+        if name not in layers:
+            continue
+        layer: Any = layers[name]
+        weight = layer.get_base_layer().weight
+        error = value.to(weight.device).float() - dequantize_4bit(weight.data, weight.quant_state).float()
+        left, sizes, right = torch.linalg.svd(error, full_matrices=False)
+        rank, scaling = layer.r["default"], layer.scaling["default"]
+        roots = sizes[:rank].sqrt()
+        layer.lora_B["default"].weight.data = (left[:, :rank] * roots / scaling).contiguous()
+        layer.lora_A["default"].weight.data = (roots[:, None] * right[:rank]).contiguous()
+
+
+def token_ids(model: Any, tokens: Sequence[str]) -> list[int]:
+    """The ids of tokens of a model's vocabulary.
+
+    Args:
+        model: The model, loaded from a folder with its tokenizer.
+        tokens: Their texts.
+
+    Raises:
+        ModelError: names those that are no tokens.
+    """
+    if not tokens:
+        return []
+    tokenizer: Any = AutoTokenizer.from_pretrained(model.config.name_or_path, local_files_only=True)
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    unknown = [token for token in tokens if token not in vocabulary]
+    if unknown:
+        raise ModelError(
+            f"the vocabulary has no token {', '.join(map(repr, unknown))}",
+            hint="add them to the tokenizer, and rows for them to the model, first",
+        )
+    return [vocabulary[token] for token in tokens]
+
+
+def with_adapter(model: Any, config: Any) -> Any:
+    """A model with a fresh adapter.
+
+    Raises:
+        ModelError: PEFT cannot put it there.
+    """
+    import peft
+
+    try:
+        return peft.get_peft_model(model, config)
+    # PEFT knows of some architectures that its adapters do not go with.
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"PEFT cannot put the adapter on this model: {str(error).strip().partition(chr(10))[0]}",
+            hint="name other layers under `target_modules`",
+        ) from error
+
+
 def _refuse_unmatched(field: str, wanted: Iterable[str], names: set[str], known: set[str]) -> None:
     unmatched = sorted(item for item in wanted if not _matched(item, names))
     if unmatched:
@@ -177,7 +284,7 @@ def check_selectors(model: Any) -> None:
     kept = {_plain(name) for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
     parameters = {_plain(name) for name, _ in model.named_parameters()}
     for config in model.peft_config.values():
-        excluded = {name for name in names if _matched_by(config.exclude_modules, name)}
+        excluded = {name for name in names if _matched_by(getattr(config, "exclude_modules", None), name)}
         places = {
             "target_modules": adapted | excluded,
             "modules_to_save": kept,
@@ -186,6 +293,7 @@ def check_selectors(model: Any) -> None:
             "trainable_token_indices": kept,
         }
         for field, known in places.items():
+            # Each kind of adapter has some of them.
             wanted = getattr(config, field, None)
             if wanted is None or isinstance(wanted, str) or (isinstance(wanted, (list, tuple)) and not wanted):
                 continue

@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import peft
 from luthier.api import Adapter, ModelError
-from luthier.modeling.adapters import check_targets, routers
+from luthier.modeling.adapters import (
+    INITIAL,
+    check_targets,
+    fused_parameters,
+    last_names,
+    make_up_for_quantizing,
+    routers,
+    token_ids,
+    with_adapter,
+)
 from luthier_plugins.adapters.config import LoraConfig, QloraConfig
 from torch import nn
+
+INITS = {"zero": True, "gaussian": "gaussian", "pissa": "pissa", "loftq": True}
 
 
 class Lora(Adapter[LoraConfig]):
@@ -19,26 +31,46 @@ class Lora(Adapter[LoraConfig]):
 
     def wrap(self, model: Any) -> nn.Module:
         wanted = self.config.target_modules
+        everything = wanted == "all-linear"
         if isinstance(wanted, list):
             check_targets(model, wanted)
+        if self.config.init == "loftq" and not isinstance(self, Qlora):
+            raise ModelError(
+                "`init: loftq` makes up for what quantizing the base took away",
+                hint="use the adapter `qlora`, or leave `init` out",
+            )
+        fused = fused_parameters(model) if everything and not self.use_dora else []
         config = peft.LoraConfig(
             r=self.config.r,
             lora_alpha=self.config.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes floats too
-            lora_dropout=self.config.lora_dropout,
-            target_modules=wanted,
+            lora_dropout=0.0 if fused else self.config.lora_dropout,
+            target_modules=wanted if self.config.layers is None or not everything else last_names(model),
+            target_parameters=[*self.config.target_parameters, *fused] or None,
             # Routers are linear layers of a kind of their own, whose results are more than a tensor.
-            exclude_modules=routers(model) if wanted == "all-linear" else None,
+            exclude_modules=routers(model) if everything else None,
+            layers_to_transform=self.config.layers,
+            modules_to_save=self.config.modules_to_save or None,
+            trainable_token_indices=token_ids(model, self.config.tokens) or None,
+            use_rslora=self.config.rslora,
             use_dora=self.use_dora,
+            bias=self.config.bias,
+            init_lora_weights=INITS[self.config.init],  # pyright: ignore[reportArgumentType]
             task_type="CAUSAL_LM",
         )
-        try:
-            return peft.get_peft_model(model, config)
-        # PEFT knows of some architectures that its adapters do not go with.
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(
-                f"PEFT cannot put the adapter on this model: {str(error).strip().partition(chr(10))[0]}",
-                hint="name other layers under `target_modules`",
-            ) from error
+        if fused and self.config.lora_dropout:
+            self.context.warn("PEFT has no dropout before adapters of fused experts: `lora_dropout` is left out")
+        wrapped = with_adapter(model, config)
+        if self.config.init == "pissa":
+            # What it began as is taken off again when it is saved: the base in the store is the one without it.
+            folder = self.context.scratch / INITIAL
+            wrapped.peft_config["default"].init_lora_weights = True
+            wrapped.save_pretrained(folder)
+            wrapped.peft_config["default"].init_lora_weights = "pissa"
+        return wrapped
+
+    def learning_rate_scale(self, name: str) -> float:
+        ratio = self.config.lora_plus_ratio
+        return ratio if ratio is not None and ".lora_B." in name else 1.0
 
 
 class Dora(Lora):
@@ -53,10 +85,18 @@ class Qlora(Lora):
     config: QloraConfig  # type: ignore[assignment] - its own settings beside those of `lora`
 
     def load_options(self) -> dict[str, Any]:
-        double = self.config.double_quant
+        if self.config.bits == 8:
+            return {"quantization": {"load_in_8bit": True}}
         return {
-            "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double}
+            "quantization": {
+                "load_in_4bit": True,
+                "bnb_4bit_quant_type": self.config.quant_type,
+                "bnb_4bit_use_double_quant": self.config.double_quant,
+            }
         }
 
     def wrap(self, model: Any) -> nn.Module:
-        return super().wrap(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+        wrapped = super().wrap(peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False))
+        if self.config.init == "loftq":
+            make_up_for_quantizing(wrapped, Path(model.config.name_or_path))
+        return wrapped
