@@ -66,7 +66,8 @@ def once(tokenizer: Any, rows: list[dict[str, Any]]) -> float:
 def measure(uses: str, count: int, hidden: int, epochs: float) -> None:
     """Run a stage and print the shares."""
     from luthier.modeling.loading import load_tokenizer
-    from luthier.training import encoding, trainer, tuning
+    from luthier.training import rows as rows_room
+    from luthier.training import run, tuning
 
     seconds: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
@@ -84,9 +85,9 @@ def measure(uses: str, count: int, hidden: int, epochs: float) -> None:
         data = run_stage(store, "data", {"source": str(source), "split": {"validation": 0.05}})
         tokenizer = load_tokenizer(model)
         patched: list[tuple[Any, str, str]] = [
-            (trainer.ObjectiveTrainer, "prove", "shortcuts and reference"),
+            (run, "prove", "shortcuts and reference"),
             (tuning, "storage_of", "rounding"),
-            (encoding.RowEncoder, "answers", "rows"),
+            (rows_room.RowSource, "answers", "rows"),
         ]
         for place, name, label in patched:
             setattr(place, name, timed(seconds, label, getattr(place, name)))

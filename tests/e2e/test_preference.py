@@ -86,10 +86,10 @@ class Pull(Regularizer[Config]):
 
     def start(self, model, batches) -> None:
         self.before = [parameter.detach().clone() for parameter in model.parameters()]
-        self.rows = sum(len(batch.labels) for batch in batches())
+        self.rows = sum(batch.completions for batch in batches())
 
     def penalty(self, model, batch, outputs):
-        assert len(outputs.lengths) == len(batch.labels)
+        assert len(outputs.lengths) == batch.completions
         pairs = zip(model.parameters(), self.before, strict=True)
         return 1e4 * sum((now - then).square().sum() for now, then in pairs)
 

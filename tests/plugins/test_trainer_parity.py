@@ -42,11 +42,11 @@ def assert_trained_alike(mine: Artifact, trainer: Any) -> None:
     assert mine.facts["training"]["loss_last"] == pytest.approx(theirs[-1]["loss"], rel=1e-4, abs=1e-6)
     weights, state = load_file(mine.path / "model.safetensors"), trainer.model.state_dict()
     for name, tensor in weights.items():
-        torch.testing.assert_close(tensor, state[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(tensor, state[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("micro", [None, 2])
-def test_supervised_fine_tuning_is_trl_s(tmp_path: Path, micro: int | None) -> None:
+@pytest.mark.parametrize("micro", ["auto", 2])
+def test_supervised_fine_tuning_is_trl_s(tmp_path: Path, micro: Any) -> None:
     model = tiny_model(tmp_path)
     rows = [
         {"messages": [{"role": "user", "content": f"say {n}" * (1 + n % 3)}, {"role": "assistant", "content": f"{n}!"}]}
@@ -59,7 +59,8 @@ def test_supervised_fine_tuning_is_trl_s(tmp_path: Path, micro: int | None) -> N
     chat = ChatEncoder(tokenizer, model.facts["stop_token_ids"])
     encoded = [encode_row(chat, row).completions[0] for row in read_split(data, "train")]
     torch.manual_seed(0)
-    batch = {"per_device_train_batch_size": micro or 4, "gradient_accumulation_steps": 4 // (micro or 4)}
+    size = 4 if micro == "auto" else micro
+    batch = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
     trainer = SFTTrainer(
         model=load_model(model),
         args=SFTConfig(
@@ -83,21 +84,19 @@ class Tokens(DPOTrainer):
         return dataset
 
 
-def test_preference_optimization_is_trl_s(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path)
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": f"say {n}"}],
-            "chosen": [{"role": "assistant", "content": f"{n}! " * (1 + n % 2)}],
-            "rejected": [{"role": "assistant", "content": "no"}],
-        }
-        for n in range(12)
-    ]
-    data = tiny_dataset(tmp_path, rows)
-    config = {**STEPS, "batch_size": 4, "beta": 0.3, "objective": "dpo"}
-    mine = run_stage(tmp_path, "dpo", config, inputs={"model": model, "data": [data]})
-    tokenizer = load_tokenizer(model)
-    chat = ChatEncoder(tokenizer, model.facts["stop_token_ids"])
+PAIRS = [
+    {
+        "prompt": [{"role": "user", "content": f"say {n}"}],
+        "chosen": [{"role": "assistant", "content": f"{n}! " * (1 + n % 2)}],
+        "rejected": [{"role": "assistant", "content": "no"}],
+    }
+    for n in range(12)
+]
+
+
+def columns_of(model: Artifact, data: Artifact) -> dict[str, list[list[int]]]:
+    """Preferences as TRL's trainers take their tokens."""
+    chat = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"])
     columns: dict[str, list[list[int]]] = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
     for row in read_split(data, "train"):
         chosen, rejected = encode_row(chat, row).completions
@@ -108,38 +107,51 @@ def test_preference_optimization_is_trl_s(tmp_path: Path) -> None:
             ("rejected_ids", rejected.input_ids[first:]),
         ):
             columns[name].append(ids)
+    return columns
+
+
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sigmoid": ({}, {"loss_type": "sigmoid"}),
+    "hinge": ({"loss": "hinge"}, {"loss_type": "hinge"}),
+    "ipo": ({"loss": "ipo"}, {"loss_type": "ipo"}),
+    "robust": ({"loss": "robust", "label_smoothing": 0.1}, {"loss_type": "robust", "label_smoothing": 0.1}),
+    "exo": ({"loss": "exo", "label_smoothing": 0.1}, {"loss_type": "exo_pair", "label_smoothing": 0.1}),
+    "nca": ({"loss": "nca"}, {"loss_type": "nca_pair"}),
+    "sppo": ({"loss": "sppo"}, {"loss_type": "sppo_hard"}),
+    "apo_zero": ({"loss": "apo_zero"}, {"loss_type": "apo_zero"}),
+    "apo_down": ({"loss": "apo_down"}, {"loss_type": "apo_down"}),
+    "discopop": ({"loss": "discopop"}, {"loss_type": "discopop"}),
+    "by token": ({"length_normalized": True}, {"loss_type": "sigmoid_norm"}),
+    "sum": (
+        {"loss": {"sigmoid": 0.8, "ipo": 0.1, "apo_zero": 0.3}},
+        {"loss_type": ["sigmoid", "ipo", "apo_zero"], "loss_weights": [0.8, 0.1, 0.3]},
+    ),
+    "forward kl": ({"divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
+    "js": ({"divergence": "js"}, {"f_divergence_type": "js_divergence"}),
+    "alpha": (
+        {"divergence": "alpha", "divergence_alpha": 0.3},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.7},
+    ),
+}
+"""What an objective is told here, and TRL there."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_preference_optimization_is_trl_s(tmp_path: Path, name: str) -> None:
+    mine_is, theirs_is = LOSSES[name]
+    model = tiny_model(tmp_path)
+    data = tiny_dataset(tmp_path, PAIRS)
+    config = {**STEPS, "batch_size": 4, "objective": {"uses": "dpo", "beta": 0.3, **mine_is}}
+    mine = run_stage(tmp_path, "dpo", config, inputs={"model": model, "data": [data]})
     torch.manual_seed(0)
     trainer = Tokens(
         model=load_model(model),
         ref_model=load_model(model),
         args=DPOConfig(
-            beta=0.3, max_length=None, loss_type="sigmoid",
-            **arguments(tmp_path, per_device_train_batch_size=4),
+            beta=0.3, max_length=None,
+            **arguments(tmp_path, per_device_train_batch_size=4), **theirs_is,
         ),
-        train_dataset=datasets.Dataset.from_dict(columns),
-        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict(columns_of(model, data)),
+        processing_class=load_tokenizer(model),
     )  # fmt: skip
     assert_trained_alike(mine, trainer)
-
-
-def test_an_adapters_reference_is_the_adapter_it_was(tmp_path: Path) -> None:
-    from luthier.training.batches import Reference
-
-    model = tiny_model(tmp_path)
-    rows = [{"messages": [{"role": "user", "content": "say 1"}, {"role": "assistant", "content": "1"}]}]
-    data = tiny_dataset(tmp_path, rows)
-    config = {"adapter": "lora", "steps": 3, "learning_rate": 1e-2}
-    tuned = run_stage(tmp_path, "sft", config, inputs={"model": model, "data": [data]})
-    loaded = load_model(tuned, trainable=True)
-    ids = torch.arange(8)[None]
-    with torch.no_grad():
-        before = loaded(ids).logits
-        reference = Reference(loaded)
-        for parameter in loaded.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05)
-        moved = loaded(ids).logits
-        with reference:
-            assert torch.equal(loaded(ids).logits, before)
-        assert torch.equal(loaded(ids).logits, moved)
-        assert not torch.equal(moved, before)

@@ -10,10 +10,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
-from gguf_models import make_gpt2, make_model
+from gguf_models import architecture, make_gpt2, make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from luthier.api import Artifact, DataError, Message, ModelError, StageError
@@ -22,9 +23,12 @@ from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.text import IGNORED, Encoded
 from luthier.testing import TestContext, run_stage, tiny_dataset, tiny_model
-from luthier.training.batches import Reference, collate, log_probabilities
-from luthier.training.encoding import EncodedRow, encode_row, packed_rows
+from luthier.training.batches import log_probabilities
+from luthier.training.encoding import EncodedRow, block_of, encode_row
+from luthier.training.layout import Layout
 from luthier.training.proof import Proof, sample_of
+from luthier.training.rows import Blocks
+from luthier.training.run import Material, train
 from luthier.training.storing import Rounding, Survival, rounded, storage_of
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -159,7 +163,7 @@ def test_a_reference_that_is_another_model_is_refused(tmp_path: Path) -> None:
     model = Shaken(load_model(base))
     proof = proof_of(model, base, PAIRS)
     with pytest.raises(ModelError, match="not the model that training begins with"):
-        proof.check_reference(Reference(model), fused=False, packed=True)
+        proof.check_steady(fused=False)
 
 
 # -- the output head --------------------------------------------------------------------------------
@@ -205,7 +209,6 @@ class Capped(LlamaForCausalLM):
 def test_a_head_that_does_more_than_its_weight_is_computed_by_the_model_itself(tmp_path: Path) -> None:
     from luthier.api.tuning import TuningConfig
     from luthier.registry import default_registry
-    from luthier.training.trainer import train
 
     base = tiny_model(tmp_path / "s")
     encoder = encoder_of(base)
@@ -217,7 +220,7 @@ def test_a_head_that_does_more_than_its_weight_is_computed_by_the_model_itself(t
     config = use.config
     assert isinstance(config, TuningConfig)
     context = Recorder(tmp_path / "scratch")
-    result = train(model, 0, rows, [], config, context)
+    result = train(model, Material(rows, [], 0, "k"), config, context)
     assert result.facts["loss_first"] == pytest.approx(right, rel=1e-5)
     assert any("differ from the model's own" in text for text in context.warnings)
 
@@ -241,12 +244,17 @@ def test_what_a_model_adds_to_the_loss_itself_is_reported_apart(tmp_path: Path) 
     made = run_stage(store, "sft", STEP, inputs={"model": base, "data": [data]})
     assert made.facts["training"]["loss_first"] == pytest.approx(chats_loss(base), rel=1e-5)
     encoder = encoder_of(base)
-    batch = collate([encode_row(encoder, row) for row in CHATS], 0)
+    encoded = [encode_row(encoder, row) for row in CHATS]
     model = load_model(base)
-    auxiliary = log_probabilities(model, batch, fused=False).auxiliary
-    whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels)
-    assert auxiliary is not None
-    assert float(auxiliary) == pytest.approx(0.5 * float(whole.aux_loss), rel=1e-6)
+    padded = Layout(0, packed=False).batch(encoded)
+    whole = model(input_ids=padded.input_ids, attention_mask=padded.attention_mask, labels=padded.input_ids)
+    for batch in (padded, Layout(0).batch(encoded)):
+        for fused in (False, True):
+            auxiliary = log_probabilities(model, batch, fused=fused).auxiliary
+            assert auxiliary is not None
+            # Without a mask, the model's own would count padding too.
+            if fused or batch is padded:
+                assert float(auxiliary) == pytest.approx(0.5 * float(whole.aux_loss), rel=1e-5)
     # It is trained: with a larger share, the gates move further.
     quick = {**STEP, "steps": 5, "learning_rate": 1e-3}
     gates = []
@@ -330,7 +338,9 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path, name: str) -> No
 
 
 def test_blocks_lose_no_token() -> None:
-    rows = list(packed_rows([[1, 2, 3], [4], [5, 6, 7, 8, 9]], 4))
+    documents = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    lengths = np.array([len(item) for item in documents])
+    rows = list(Blocks([block_of(item) for item in documents], lengths, 4, None, across=False))
     blocks = [row.completions[0] for row in rows]
     assert [block.input_ids for block in blocks] == [[1, 2, 3, 4], [5, 6, 7, 8]]
     assert [block.labels for block in blocks] == [[IGNORED, 2, 3, IGNORED], [IGNORED, 6, 7, 8]]
@@ -361,11 +371,11 @@ def test_packing_is_proven_on_blocks_that_are_packed(tmp_path: Path) -> None:
     long = EncodedRow((Encoded(list(range(1, 49)), [IGNORED, *range(2, 49)], (48,)),))
     packed = EncodedRow((Encoded(list(range(1, 49)), [IGNORED, *range(2, 49)], (20, 28)),))
     sample = sample_of([long, long, long, packed])
-    assert any(len(item.lengths) == 2 for item in sample.completions)
+    assert any(len(row.completions[0].lengths) == 2 for row in sample)
     short = [EncodedRow((Encoded([1, 2, 3, 4][:n], [IGNORED, 2, 3, 4][:n]),)) for n in (4, 4, 3)]
-    assert {len(item.input_ids) for item in sample_of(short).completions} == {3, 4}
+    assert {len(row) for row in sample_of(short)} == {3, 4}
     prompt = EncodedRow((Encoded([7] * 5000, [IGNORED] * 4990 + [7] * 10),))
-    assert max(len(item.input_ids) for item in sample_of([prompt]).completions) < 500
+    assert max(len(row) for row in sample_of([prompt])) < 500
 
 
 def test_a_tokenizer_without_padding_and_end_is_padded_all_the_same(tmp_path: Path) -> None:
@@ -615,7 +625,9 @@ def test_experts_that_get_no_adapter_are_reported(tmp_path: Path) -> None:
             "experts" in key for key in weights
         )
 
-    (warning,), has = experts_in({"r": 2}, base)
+    assert experts_in({"r": 2}, base) == ([], True)
+    # PEFT has no DoRA for parameters.
+    (warning,), has = experts_in({"uses": "dora", "r": 2}, base)
     assert "% of the weights in the model's layers get no adapter" in warning
     assert not has
     assert experts_in({"r": 2, "target_modules": ["q_proj"]}, base) == ([], False)
@@ -629,8 +641,10 @@ def test_a_row_of_several_sequences_is_one_row() -> None:
         EncodedRow((Encoded([1, 2], [IGNORED, 2]), Encoded([3, 4, 5], [IGNORED, 4, 5]))),
         EncodedRow((Encoded([6], [6]),)),
     ]
-    batch = collate(rows, 0)
+    batch = Layout(0, packed=False).batch(rows)
     assert batch.input_ids.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
+    assert batch.owner.tolist() == [0, 1, 1]
+    assert batch.completions == 3
     assert batch.pairs is None
 
 
@@ -652,24 +666,6 @@ def test_targets_that_are_no_layers_are_refused_by_name(tmp_path: Path, targets:
     adapter = {"uses": "lora", "r": 2, "target_modules": targets}
     with pytest.raises(ModelError, match=re.escape(told)):
         run_stage(store, "sft", {**STEP, "adapter": adapter}, inputs={"model": base, "data": [data]})
-
-
-def architecture(folder: Path, name: str, **values: Any) -> Path:
-    """A random model of an architecture with the tokenizer of the tiny one."""
-    tokenizer = make_model(folder.parent / "tokenizer", "llama")
-    sizes = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-    }
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**sizes, **heads, **values})).save_pretrained(folder)
-    for text in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        (folder / text).write_text((tokenizer / text).read_text())
-    return folder
 
 
 MIXTURES: dict[str, dict[str, Any]] = {

@@ -28,6 +28,8 @@ class Context(Protocol):
         seed: The seed for everything random.
         date: The day that the recipe names, for chat templates that ask for it; None where it names none.
         scratch: A folder that survives a crash; checkpoints go here.
+        cache: A folder that all stages of a store share, for what can be made again, such as tokens: each thing under
+            a key of what it is made from.
         rank: Which of the processes that compute the stage together this is, from 0.
         world: How many there are.
     """
@@ -36,6 +38,7 @@ class Context(Protocol):
     seed: int
     date: datetime.date | None
     scratch: Path
+    cache: Path
     rank: int
     world: int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from luthier.api.component import C, Implementation
@@ -35,33 +35,76 @@ class Adapter(Implementation[C]):
         """Return the model with a fresh, trainable adapter, as a ``peft.PeftModel``."""
         raise NotImplementedError
 
+    def learning_rate_scale(self, name: str) -> float:
+        """By what the learning rate of one of its parameters is multiplied; by default nothing is changed."""
+        return 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """What goes into the model: completions, each with the prompt that it follows.
+    """What goes into the model: sequences of tokens, each of one completion with the prompt that it follows, or of
+    several that do not see each other.
 
     Attributes:
-        input_ids: Shape (completions, length), padded at the right.
+        input_ids: Shape (sequences, length), padded at the right.
         attention_mask: 1 for tokens, 0 for padding, of the same shape.
-        labels: The token's id where it is trained on, -100 elsewhere, of the same shape.
+        sources: Of each token that is trained, the position before it, from which the model predicts it: a place in the
+            flattened `input_ids`, shape (targets,).
+        targets: The ids of those tokens, shape (targets,).
+        owner: Which completion a target belongs to, shape (targets,).
+        completions: How many there are.
+        position_ids: Each token's place in its document, shape (sequences, length); None where every sequence is one
+            document.
+        documents: Which document of its sequence a token belongs to, -1 for padding, of the same shape; None where no
+            prompt is shared.
+        branches: 0 for the tokens of a prompt that several answers share, 1 and up for those of each answer, of the
+            same shape; None where no prompt is shared.
         pairs: See `CompletionBatch`.
         desirable: See `CompletionBatch`.
-        position_ids: Where documents are packed into one row: each token's place in its document, of the same shape.
+        weights: See `CompletionBatch`.
+        reference_logps: See `CompletionBatch`.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
-    labels: Tensor
+    sources: Tensor
+    targets: Tensor
+    owner: Tensor
+    completions: int
+    position_ids: Tensor | None = None
+    documents: Tensor | None = None
+    branches: Tensor | None = None
     pairs: Tensor | None = None
     desirable: Tensor | None = None
-    position_ids: Tensor | None = None
+    weights: Tensor | None = None
+    reference_logps: Tensor | None = None
+
+    def to(self, device: Any) -> TokenBatch:
+        """The batch on another device."""
+        moved = {
+            item.name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
+            for item in fields(self)
+            for value in (getattr(self, item.name),)
+        }
+        return TokenBatch(**moved)
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """What the model is called with; packed documents do not see each other."""
+        """What a causal model is called with, so that no completion sees another.
+
+        Padding at the right is seen by nothing but padding, and needs no mask. Where prompts are shared there is one
+        of true and false, of shape (sequences, 1, length, length), as scaled dot-product attention takes it.
+        """
         if self.position_ids is None:
-            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+            return {"input_ids": self.input_ids}
         # Positions that begin anew are how transformers tells documents apart, if no mask says otherwise.
-        return {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.branches is None:
+            return inputs
+        assert self.documents is not None, "both are there, or none"
+        documents, branches = self.documents, self.branches
+        seen = (documents[:, :, None] == documents[:, None, :]).tril()
+        seen &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+        return {**inputs, "attention_mask": seen[:, None]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +121,7 @@ class CompletionBatch:
         reference_sums: `reference_logps` added up by completion.
         pairs: The chosen and the rejected completion of each pair, shape (pairs, 2); None without pairs.
         desirable: Whether a completion is a good one, shape (completions,); None without such labels.
+        weights: How much each completion weighs in the loss, shape (completions,); None where all weigh the same.
     """
 
     logps: Tensor
@@ -88,6 +132,7 @@ class CompletionBatch:
     reference_sums: Tensor | None = None
     pairs: Tensor | None = None
     desirable: Tensor | None = None
+    weights: Tensor | None = None
 
     def by_completion(self, values: Tensor) -> Tensor:
         """Values of targets, shape (targets,), added up by completion, shape (completions,)."""
@@ -97,6 +142,14 @@ class CompletionBatch:
         """Values of completions, shape (completions,): those of the chosen and of the rejected ones, each (pairs,)."""
         assert self.pairs is not None, "an objective on pairs reads rows of the schema `preference`"
         return values[self.pairs[:, 0]], values[self.pairs[:, 1]]
+
+    def unit_weights(self, unit: Unit) -> Tensor | None:
+        """How much each unit weighs in the loss, shape (units,); None where all weigh the same."""
+        if self.weights is None:
+            return None
+        if unit == "token":
+            return self.weights[self.owner]
+        return self.weights if unit == "completion" else self.sides(self.weights)[0]
 
     def count(self, unit: Unit) -> int:
         """How many units there are."""
@@ -150,6 +203,10 @@ class Regularizer(Implementation[C]):
         raise NotImplementedError
 
 
+def _unscaled(name: str) -> float:
+    return 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """What a training stage says of its steps.
@@ -160,13 +217,17 @@ class Schedule:
         learning_rate: Its peak.
         shape: How it falls after the peak.
         weight_decay: The stage's weight decay.
+        decay_steps: Over how many steps at the end it falls, for the shape ``wsd``.
+        scale: By what the learning rate of a parameter is multiplied, by its name.
     """
 
     steps: int
     warmup_steps: int
     learning_rate: float
-    shape: Literal["linear", "cosine", "constant"]
+    shape: Literal["linear", "cosine", "constant", "wsd"]
     weight_decay: float
+    decay_steps: int = 0
+    scale: Callable[[str], float] = _unscaled
 
 
 class Optimizer(Implementation[C]):

@@ -57,34 +57,57 @@ class TrainingConfig(StageConfig):
     """What training minimises."""
     optimizer: OptimizerUse = Field(default=cast("Any", "adamw"))
     """How weights follow their gradients."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """What the weights of a frozen base under an adapter are loaded in; trained weights are always fp32."""
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """What the weights of a frozen base under an adapter are loaded in; trained weights are always fp32. `auto`: as
+    `precision` is."""
     epochs: float | None = Field(default=None, gt=0)
     """Passes over the training rows; 1 when neither this nor `steps` is given."""
     steps: int | None = Field(default=None, gt=0)
     """Optimizer steps; instead of `epochs`."""
     learning_rate: float = Field(default=2e-5, gt=0)
     """The peak learning rate."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after warm-up."""
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    """How the learning rate falls after warm-up; `wsd`: it stays, and falls along a line at the end."""
+    decay: float = Field(default=0.1, gt=0, le=1)
+    """The share of steps at the end over which the learning rate of `wsd` falls."""
     warmup: float = Field(default=0.0, ge=0, lt=1)
     """The share of steps over which the learning rate rises from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """The weight decay of matrices; norms and biases have none."""
     batch_size: int = Field(default=8, gt=0)
     """Rows in an optimizer step, however they are cut."""
-    micro_batch_size: Annotated[int | None, NotIdentity()] = Field(default=None, gt=0)
-    """Rows in one forward pass of one process; by default all rows of a step. It changes memory and speed, and nothing
-    else but rounding (and the loss that balances experts, where a model's config asks for it: it warns then)."""
+    micro_batch_size: Annotated[Literal["auto"] | Annotated[int, Field(gt=0)], NotIdentity()] = "auto"
+    """Rows in one forward pass of one process. `auto`: as many of a step as fit, fewer after running out of memory. It
+    changes memory and speed, and nothing else but rounding (and the loss that balances experts, where a model's config
+    asks for it: it warns then)."""
     max_length: int = Field(default=1024, gt=1)
     """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
     bad_rows: BadRows = BadRows()
     """Rows that the chat template refuses, renders without a part of them, or leaves without a stop token; pairs whose
     sides become the same tokens."""
-    gradient_checkpointing: Annotated[bool, NotIdentity()] = False
-    """Trade time for memory."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """The precision of forward and backward passes; trained weights and optimizer states stay in fp32."""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, NotIdentity()] = "auto"
+    """Compute activations twice instead of keeping them: less memory, more time. `auto`: where one row would not fit
+    otherwise."""
+    attention: Annotated[Literal["auto", "sdpa", "flash", "eager"], NotIdentity()] = "auto"
+    """How attention is computed. `auto`: as transformers does by itself; `flash` wants a GPU and flash-attn, or the
+    package `kernels`."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """The precision of forward and backward passes; trained weights and optimizer states stay in fp32. `auto`: bf16 on
+    a GPU that has it, and on a CPU where a short probe finds that it pays."""
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Gradients whose norm is larger are scaled down to it; 0: never."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """The size of noise that is added to embeddings while training (NEFTune, arXiv:2310.05914)."""
+    train: list[str] = []
+    """Patterns for the names of weights that are trained, such as `model.layers.2*.mlp.*`; the others stay as they
+    are. Each has to match something; none: all are trained."""
+    eval_every: int | None = Field(default=None, gt=0)
+    """Steps between looks at the validation split; by default once an epoch, or with `steps` as often as a checkpoint
+    is written."""
+    keep_best: bool = False
+    """Store the weights with the lowest loss on the validation split, instead of the last."""
+    patience: int | None = Field(default=None, gt=0)
+    """End training after so many looks at the validation split without a lower loss."""
     regularizers: list[RegularizerUse] = []
     """Terms added to the loss."""
     save_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -105,9 +128,14 @@ class TrainingConfig(StageConfig):
             raise ValueError(f"the config of {self.objective.name} is not an ObjectiveConfig")
         if (self.resources.gpus or 0) > 1:
             raise ValueError("training runs in one process so far: ask for one GPU at most")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+        if self.train and self.adapter is not None:
+            raise ValueError("an adapter says itself what it trains: leave `train` or `adapter` out")
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError("`warmup` and `decay` together are more than all steps")
+        if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
             raise ValueError(
-                f"`micro_batch_size` {self.micro_batch_size} does not divide `batch_size` {self.batch_size}"
+                f"`micro_batch_size` {self.micro_batch_size} is more than `batch_size` {self.batch_size}: a pass "
+                "takes a part of a step's rows"
             )
         return self
 
@@ -134,7 +162,9 @@ class TrainingConfig(StageConfig):
         found: list[str] = []
         if self.adapter is not None and "adapter" in inputs["model"]:
             found.append("the model is an adapter already: leave `adapter` out to train it further")
-        if self.dtype != "fp32" and self.adapter is None and "model" in inputs["model"]:
+        if self.train and "adapter" in inputs["model"]:
+            found.append("the model is an adapter, which says itself what is trained: leave `train` out")
+        if self.dtype == "bf16" and self.adapter is None and "model" in inputs["model"]:
             found.append("all weights are trained, and those stay in fp32: leave `dtype` out, or train an `adapter`")
         return found
 
@@ -143,8 +173,17 @@ class TrainingConfig(StageConfig):
             *schema_problems(f"the objective {self.objective.name}", inputs, self.schemas),
             *full_precision_problems(inputs, ("model",), "train the full-precision model, and quantize what comes out"),
             *_no_training_rows(inputs),
+            *self._nothing_to_look_at(inputs),
             *self._unknown_targets(inputs),
         ]
+
+    def _nothing_to_look_at(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+        """A problem where the validation split is to decide something, and there is none."""
+        data = [facts for facts in inputs.get("data", []) if "rows" in facts]
+        if not data or any(facts["rows"].get("validation") for facts in data):
+            return []
+        asked = [name for name in ("keep_best", "patience", "eval_every") if getattr(self, name)]
+        return [f"`{name}` asks for a validation split, which the data has not" for name in asked]
 
     def _unknown_targets(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         """A problem for each layer that the adapter is to go on and that a model does not have."""
@@ -162,7 +201,7 @@ class TrainingConfig(StageConfig):
 
     def input_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = self.early_problems(inputs)
-        if self.dtype != "fp32" and any("load_options" in facts for facts in inputs.get("model", [])):
+        if self.dtype != "auto" and any("load_options" in facts for facts in inputs.get("model", [])):
             found.append("the adapter says how its base is loaded: leave `dtype` out")
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,8 @@ from luthier.artifacts.rows import COLUMNS, RESERVED, texts_of
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+ROW_GROUP = 20_000
+"""Rows that are read together at least."""
 
 
 def write_split(folder: Path, split: Split, rows: Sequence[Row]) -> None:
@@ -22,7 +24,8 @@ def write_split(folder: Path, split: Split, rows: Sequence[Row]) -> None:
         # pyarrow has no type stubs, and is slow to import: not needed for planning.
         arrow: Any = import_module("pyarrow")
         parquet: Any = import_module("pyarrow.parquet")
-        parquet.write_table(arrow.Table.from_pylist(list(rows)), folder / f"{split}.parquet", compression="zstd")
+        table = arrow.Table.from_pylist(list(rows))
+        parquet.write_table(table, folder / f"{split}.parquet", compression="zstd", row_group_size=ROW_GROUP)
 
 
 def read_split(dataset: Artifact, split: Split) -> list[Row]:
@@ -32,20 +35,50 @@ def read_split(dataset: Artifact, split: Split) -> list[Row]:
     return parquet.read_table(path).to_pylist() if path.exists() else []
 
 
+def iter_rows(dataset: Artifact, split: Split, size: int) -> Iterator[list[Row]]:
+    """The rows of one split, so many at a time: never all in memory."""
+    path = dataset.path / f"{split}.parquet"
+    if path.exists():
+        parquet: Any = import_module("pyarrow.parquet")
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(size):
+                yield batch.to_pylist()
+
+
+def row_at(dataset: Artifact, split: Split, number: int) -> Row:
+    """One row of a split, counted from 0."""
+    parquet: Any = import_module("pyarrow.parquet")
+    with parquet.ParquetFile(dataset.path / f"{split}.parquet") as file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            if number < count:
+                return file.read_row_group(group).slice(number, 1).to_pylist()[0]
+            number -= count
+    raise IndexError(number)
+
+
 def require_split(dataset: Artifact, split: Split) -> list[Row]:
     """The rows of a split that must exist.
 
     Raises:
         DataError: the dataset has no such split.
     """
-    rows = read_split(dataset, split)
-    if not rows:
+    check_has(dataset, split)
+    return read_split(dataset, split)
+
+
+def check_has(dataset: Artifact, split: Split) -> None:
+    """Refuse a dataset without rows in a split.
+
+    Raises:
+        DataError: the dataset has no such split.
+    """
+    if not dataset.facts["rows"].get(split):
         has = ", ".join(name for name in SPLITS if dataset.facts["rows"].get(name)) or "none"
         raise DataError(
             f"the dataset has no rows in the split '{split}' (it has: {has})",
             hint=f"give its stage a split, such as `split: {{{split}: 0.1}}`" if split != "train" else None,
         )
-    return rows
 
 
 def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class Store:
         """One folder per run: events, logs, report."""
         return self.root / "run"
 
+    @property
+    def cache(self) -> Path:
+        """What stages share that can be made again: tokens, log-probabilities of references, what was measured."""
+        return self.root / "cache"
+
     def tracking(self, recipe: str, stage: str, key: str) -> Path:
         """Where trackers write what they keep of a stage and key: the same place in every run that works on it."""
         # An artifact from outside is a stage by its path.

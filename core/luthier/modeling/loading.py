@@ -49,7 +49,13 @@ def padding_of(tokenizer: Any) -> int:
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[str, Any] | None = None) -> Any:
+def load_model(
+    artifact: Artifact,
+    *,
+    trainable: bool = False,
+    options: Mapping[str, Any] | None = None,
+    attention: str | None = None,
+) -> Any:
     """A model in float32, with its adapter on top when the artifact is one.
 
     Args:
@@ -57,26 +63,52 @@ def load_model(artifact: Artifact, *, trainable: bool = False, options: Mapping[
         trainable: Whether an adapter will be trained further.
         options: How to load it, or an adapter's base; by default in full precision, and for an adapter that will be
             trained further as its base was before; in the plain values of `luthier.api.Adapter.load_options`.
+        attention: How attention is computed, by transformers' names; None: as it does by itself.
 
     Raises:
         ModelError: transformers cannot load it.
     """
     if options is None and trainable and artifact.kind == "adapter":
         options = artifact.facts.get("load_options")
+    if artifact.kind != "adapter":
+        return load_folder(artifact.path, options, attention)
+    return load_adapter(artifact.path, model_folder(artifact), options, attention, trainable=trainable)
+
+
+def load_folder(folder: Path, options: Mapping[str, Any] | None = None, attention: str | None = None) -> Any:
+    """A folder with a full model, see `load_model`.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            model_folder(artifact), local_files_only=True, **_arguments(options or {})
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            **_arguments(options or {}),
+            **({"attn_implementation": attention} if attention is not None else {}),
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"transformers cannot load the model: {error}", where=str(artifact.path)) from error
-    if artifact.kind == "adapter":
-        from peft import PeftModel, prepare_model_for_kbit_training
+        raise ModelError(f"transformers cannot load the model: {error}", where=str(folder)) from error
 
-        if options and "quantization" in options:
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        model = PeftModel.from_pretrained(model, artifact.path, is_trainable=trainable)
-        # Where PEFT looks whether the vocabulary was changed; what is stored names no folder.
-        model.peft_config["default"].base_model_name_or_path = str(model_folder(artifact))
+
+def load_adapter(
+    folder: Path,
+    base: Path,
+    options: Mapping[str, Any] | None = None,
+    attention: str | None = None,
+    *,
+    trainable: bool = False,
+) -> Any:
+    """A folder with an adapter on the folder of its model, see `load_model`."""
+    from peft import PeftModel, prepare_model_for_kbit_training
+
+    model = load_folder(base, options, attention)
+    if options and "quantization" in options:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    # Where PEFT looks whether the vocabulary was changed; what is stored names no folder.
+    model.peft_config["default"].base_model_name_or_path = str(base)
     return model
 
 
@@ -232,7 +264,12 @@ def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def save_adapter(
-    model: Any, source: Artifact, out: Path, load_options: Mapping[str, Any], dtype: torch.dtype = torch.float32
+    model: Any,
+    source: Artifact,
+    out: Path,
+    load_options: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    initial: Path | None = None,
 ) -> Facts:
     """Write the adapter named ``default`` and the text files; return its facts.
 
@@ -242,11 +279,14 @@ def save_adapter(
         out: The folder.
         load_options: How its base was loaded.
         dtype: What its weights are stored in.
+        initial: The adapter as it began, where that was taken off its base: what is stored is the difference, of twice
+            the rank, and sits on the base as it was.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.to(dtype)
-    model.save_pretrained(out, selected_adapters=["default"])
+    more = {"path_initial_model_for_weight_conversion": str(initial)} if initial is not None else {}
+    model.save_pretrained(out, selected_adapters=["default"], **more)
     (out / "README.md").unlink(missing_ok=True)
     carry_text_files(source.path, out)
     base = source.base if source.kind == "adapter" else source

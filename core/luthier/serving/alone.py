@@ -27,6 +27,7 @@ class AloneContext(PluginAccess):
         self.date: datetime.date | None = datetime.date.today()
         self._folder = tempfile.TemporaryDirectory()
         self.scratch = Path(self._folder.name)
+        self.cache = self.scratch / "cache"
 
     def artifact(self, value: str | None) -> Artifact:
         raise PluginError(f"no recipe names the artifact {value!r}: this component runs alone")

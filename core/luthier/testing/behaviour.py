@@ -135,7 +135,8 @@ def _batch() -> TokenBatch:
     import torch
 
     ids = torch.arange(16).view(2, 8)
-    return TokenBatch(ids, torch.ones_like(ids), ids)
+    sources = torch.tensor([*range(7), *range(8, 15)])
+    return TokenBatch(ids, torch.ones_like(ids), sources, ids.flatten()[sources + 1], sources // 8, 2)
 
 
 def check_regularizer(impl: Any, config: Any) -> None:

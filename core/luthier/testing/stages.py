@@ -160,6 +160,7 @@ class TestContext(PluginAccess):
         self._folder = None if scratch else tempfile.TemporaryDirectory()
         self.scratch = scratch or Path(cast("Any", self._folder).name)
         self.out = self.scratch / "out"
+        self.cache = self.scratch / "cache"
         self.messages: list[str] = []
         self.warnings: list[str] = []
         self._artifacts = dict(artifacts or {})

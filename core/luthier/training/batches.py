@@ -1,97 +1,23 @@
-"""Batches: padded tokens that go into the model, and ragged log-probabilities that come out."""
+"""What a model makes of a batch: ragged log-probabilities of what is trained."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 
-from luthier.api.training import CompletionBatch, TokenBatch, Unit
-from luthier.modeling.text import IGNORED, Encoded
-from luthier.training.encoding import EncodedRow
+from luthier.api.training import CompletionBatch, TokenBatch
+from luthier.training.head import Scaling, target_log_probabilities
 
 DRAWS = re.compile(r"dropout|jitter")
 """What attributes of modules are called that hold a chance, or the size of a noise."""
-
-
-def collate(rows: Sequence[EncodedRow], padding: int, *, packed: bool = True) -> TokenBatch:
-    """Rows as a batch, padded at the right. Of pairs the chosen completions come first, then the rejected ones; of
-    other rows all completions, one after the other.
-
-    Args:
-        rows: Rows, all of which are pairs or none is.
-        padding: The id of the padding token; it is masked out of attention and loss.
-        packed: Whether documents that were packed into a row stay in it; else each is a row of its own.
-    """
-    paired = rows[0].paired
-    sides = (
-        [row.completions[side] for side in range(2) for row in rows]
-        if paired
-        else [item for row in rows for item in row.completions]
-    )
-    completions = sides if packed else [item for side in sides for item in unpacked(side)]
-    width = max(len(item.input_ids) for item in completions)
-    ids = [[*item.input_ids, *[padding] * (width - len(item.input_ids))] for item in completions]
-    labels = [[*item.labels, *[IGNORED] * (width - len(item.labels))] for item in completions]
-    mask = [[1] * len(item.input_ids) + [0] * (width - len(item.input_ids)) for item in completions]
-    desirable = None if rows[0].desirable is None else torch.tensor([bool(row.desirable) for row in rows])
-    positions = [_positions(item, width) for item in completions] if any(item.lengths for item in completions) else None
-    return TokenBatch(
-        torch.tensor(ids),
-        torch.tensor(mask),
-        torch.tensor(labels),
-        torch.tensor([[place, len(rows) + place] for place in range(len(rows))]) if paired else None,
-        desirable,
-        torch.tensor(positions) if positions else None,
-    )
-
-
-def _positions(item: Encoded, width: int) -> list[int]:
-    """Each token's place in its document; padding is one of its own."""
-    lengths = [*(item.lengths or (len(item.input_ids),)), width - len(item.input_ids)]
-    return [place for length in lengths for place in range(length)]
-
-
-def unpacked(item: Encoded) -> list[Encoded]:
-    """The documents of a packed row, each alone."""
-    found: list[Encoded] = []
-    start = 0
-    for length in item.lengths or (len(item.input_ids),):
-        found.append(Encoded(item.input_ids[start : start + length], item.labels[start : start + length]))
-        start += length
-    return found
-
-
-def units_in(batch: TokenBatch, unit: Unit) -> int:
-    """How many units of an objective a batch has."""
-    if unit == "token":
-        return int((batch.labels[:, 1:] != IGNORED).sum())
-    if unit == "completion":
-        return len(batch.labels)
-    assert batch.pairs is not None, "an objective on pairs reads rows of the schema `preference`"
-    return len(batch.pairs)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass:
-    """What one pass through the model gives: all of shape (completions, length - 1) but the last.
-
-    Attributes:
-        logps: log p of the targets, 0 elsewhere.
-        mask: Where there are targets.
-        likeliest: Whether a target was the likeliest token.
-        auxiliary: The model's own further loss, weighted as its config says: a scalar; None where it has none.
-    """
-
-    logps: Tensor
-    mask: Tensor
-    likeliest: Tensor
-    auxiliary: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,61 +35,81 @@ class Outputs:
     auxiliary: Tensor | None
 
 
-def log_probabilities(
-    model: Any, batch: TokenBatch, reference: AbstractContextManager[Any] | None = None, *, fused: bool = True
-) -> Outputs:
+def log_probabilities(model: Any, batch: TokenBatch, *, fused: bool = True, alike: bool = False) -> Outputs:
     """Run a model on a batch.
 
     Args:
-        model: The model; `trl.trainer.add_fused_lm_head` has given it its head if `fused`.
-        batch: The batch.
-        reference: Makes the model the reference while it is entered; None where it is not needed.
+        model: The model.
+        batch: The batch, on its device.
         fused: Whether the output head is applied to trained positions alone; else the model's own logits are taken.
+        alike: See `luthier.training.head.target_log_probabilities`.
     """
-    forward = _fused if fused else _plain
-    before: _Pass | None = None
-    if reference is not None:
-        # Before the policy's own pass: its graph must not see other weights.
-        with torch.no_grad(), reference:
-            before = forward(model, batch)
-    found = forward(model, batch)
+    logps, likeliest, auxiliary = _fused(model, batch, alike) if fused else _plain(model, batch)
     made = CompletionBatch(
-        logps=found.logps[found.mask],
-        owner=found.mask.nonzero()[:, 0],
-        sums=found.logps.sum(1),
-        lengths=found.mask.sum(1),
-        reference_logps=None if before is None else before.logps[found.mask],
-        reference_sums=None if before is None else before.logps.sum(1),
+        logps=logps,
+        owner=batch.owner,
+        sums=_by_completion(logps, batch),
+        lengths=torch.bincount(batch.owner, minlength=batch.completions),
+        reference_logps=batch.reference_logps,
+        reference_sums=None if batch.reference_logps is None else _by_completion(batch.reference_logps, batch),
         pairs=batch.pairs,
         desirable=batch.desirable,
+        weights=batch.weights,
     )
-    return Outputs(made, found.likeliest[found.mask], found.auxiliary)
+    return Outputs(made, likeliest, auxiliary)
 
 
-def _fused(model: Any, batch: TokenBatch) -> _Pass:
-    output = model(**batch.model_inputs(), labels=batch.labels, use_cache=False, fused_lm_head=True)
-    return _Pass(output.log_probs, output.label_mask, output.is_top1, _weighted(model, output))
+def _by_completion(values: Tensor, batch: TokenBatch) -> Tensor:
+    return values.new_zeros(batch.completions).index_add(0, batch.owner, values)
 
 
-def _plain(model: Any, batch: TokenBatch) -> _Pass:
-    output = model(**batch.model_inputs(), use_cache=False)
-    labels = batch.labels[:, 1:]
-    mask = labels != IGNORED
-    logits = output.logits[:, :-1][mask].float()
-    logps = logits.log_softmax(-1).gather(1, labels[mask][:, None])[:, 0]
-    sums, likeliest = logps.new_zeros(mask.shape), torch.zeros_like(mask)
-    sums = sums.masked_scatter(mask, logps)
-    likeliest[mask] = logits.argmax(-1) == labels[mask]
-    return _Pass(sums, mask, likeliest, _weighted(model, output))
+def backbone_of(model: Any) -> tuple[Any, Any]:
+    """A causal language model without its output head, and the head."""
+    inside: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return inside.base_model, inside.get_output_embeddings()
 
 
-def _weighted(model: Any, output: Any) -> Tensor | None:
-    """The loss that balances experts, where the model's config asks for it."""
-    config = model.config.get_text_config()
+def _fused(model: Any, batch: TokenBatch, alike: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    backbone, head = backbone_of(model)
+    balanced = _balances_experts(model)
+    output = backbone(**batch.model_inputs(), use_cache=False, **({"output_router_logits": True} if balanced else {}))
+    hidden = output.last_hidden_state.flatten(0, 1)[batch.sources]
+    logps, likeliest = target_log_probabilities(head, hidden, batch.targets, Scaling.of(model.config), alike=alike)
+    return logps, likeliest, _balance(model, output.router_logits, batch) if balanced else None
+
+
+def _plain(model: Any, batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+    inputs = batch.model_inputs()
+    if _balances_experts(model) and batch.position_ids is None:
+        # The balance of experts is that of tokens, without padding.
+        inputs["attention_mask"] = batch.attention_mask
+    output = model(**inputs, use_cache=False)
+    logits = output.logits.flatten(0, 1)[batch.sources].float()
+    logps = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
     auxiliary: Any = getattr(output, "aux_loss", None)
-    if not isinstance(auxiliary, Tensor) or not getattr(config, "output_router_logits", False):
-        return None
-    return getattr(config, "router_aux_loss_coef", 0.0) * auxiliary
+    if not isinstance(auxiliary, Tensor) or not _balances_experts(model):
+        auxiliary = None
+    else:
+        auxiliary = _coefficient(model) * auxiliary
+    return logps, logits.argmax(-1) == batch.targets, auxiliary
+
+
+def _balances_experts(model: Any) -> bool:
+    """Whether the model's config asks for the loss that balances its experts."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
+def _coefficient(model: Any) -> float:
+    return getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0)
+
+
+def _balance(model: Any, router_logits: Any, batch: TokenBatch) -> Tensor:
+    """The loss that balances experts, as the model's own module defines it, over tokens without padding."""
+    inside = model.get_base_model() if isinstance(model, PeftModel) else model
+    function: Any = sys.modules[type(inside).__module__].load_balancing_loss_func  # type: ignore[attr-defined]
+    return _coefficient(model) * function(
+        router_logits, inside.num_experts, inside.num_experts_per_tok, batch.attention_mask
+    )
 
 
 def draws(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, float]]:
@@ -198,28 +144,3 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         for module, name, value in found:
             setattr(module, name, value)
         model.train(training)
-
-
-class Reference(AbstractContextManager[None]):
-    """The model as it was given: while entered, its trained parameters have the values they had at the beginning.
-
-    One copy of what is trained, whatever that is: all weights, or an adapter on a frozen base.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self._model = model
-        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._values = [parameter.detach().clone() for parameter in self._parameters]
-        self._stack = ExitStack()
-
-    def __enter__(self) -> None:
-        self._stack.enter_context(evaluating(self._model))
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-        self._stack.close()
-
-    def _swap(self) -> None:
-        for place, parameter in enumerate(self._parameters):
-            parameter.data, self._values[place] = self._values[place], parameter.data

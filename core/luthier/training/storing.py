@@ -29,12 +29,19 @@ class Survival:
 
     kept: float = 0.0
     change: float = 0.0
+    size: float = 0.0
 
     def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
         """Take one tensor: as it was, as it was trained, and as it would be stored."""
         change = after.double() - before.double()
         self.kept += float(((rounded.double() - before.double()) * change).sum())
         self.change += float((change * change).sum())
+        self.size += float((before.double() ** 2).sum())
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """The norm of the change, and of what was changed."""
+        return {"change": math.sqrt(self.change), "before": math.sqrt(self.size)}
 
     @property
     def share(self) -> float:
@@ -162,18 +169,27 @@ def storage_of(
     else:
         dtype = DTYPES[wanted]
         dtypes = dict.fromkeys(parameters, dtype)
-    if set(dtypes.values()) == {torch.float32}:
-        return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0})
     survival = Survival()
     for name, value in before:
         if name in parameters:
             after = parameters[name].detach().cpu().float()
-            survival.add(value.cpu().float(), after, rounding(name, after, dtypes[name]))
-    receipt = {"dtype": str(dtype).removeprefix("torch."), "survived": survival.share, "rounding": rounding.how}
+            stored = after if dtypes[name] == torch.float32 else rounding(name, after, dtypes[name])
+            survival.add(value.cpu().float(), after, stored)
+    norms = survival.norms
+    if set(dtypes.values()) == {torch.float32}:
+        return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0, "norms": norms})
+    receipt = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "survived": survival.share,
+        "rounding": rounding.how,
+        "norms": norms,
+    }
     # It is infinite, or no number, where a value is beyond the dtype's range.
     if wanted == "auto" and not SURVIVES <= survival.share < math.inf:
-        told = {**receipt, "survived": survival.share if math.isfinite(survival.share) else 0.0}
-        return Storage(whole, torch.float32, {"dtype": "float32", "survived": 1.0, "instead_of": told})
+        told = {name: value for name, value in receipt.items() if name != "norms"}
+        told["survived"] = survival.share if math.isfinite(survival.share) else 0.0
+        kept = {"dtype": "float32", "survived": 1.0, "instead_of": told, "norms": norms}
+        return Storage(whole, torch.float32, kept)
     check_finite_weights(model, dtypes)
     for name, parameter in parameters.items():
         value = parameter.detach()

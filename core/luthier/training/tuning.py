@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,10 +16,11 @@ from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.api.training import Adapter
 from luthier.api.tuning import TrainingConfig, TuningConfig
-from luthier.artifacts.datasets import Split, read_split, require_split
+from luthier.artifacts.datasets import Split, check_has
+from luthier.artifacts.digest import digest_value
+from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import positions_of
-from luthier.modeling.adapters import check_selectors, without_adapter
-from luthier.modeling.chat import ChatEncoder
+from luthier.modeling.adapters import INITIAL, check_selectors, without_adapter
 from luthier.modeling.loading import (
     load_model,
     load_tokenizer,
@@ -28,24 +31,24 @@ from luthier.modeling.loading import (
     stored_dtype,
     stored_dtypes,
 )
+from luthier.modeling.precision import Precision, best_precision
 from luthier.modeling.text import UNDATED, template_of, uses_clock
-from luthier.training.encoding import EncodedRow, RowEncoder
+from luthier.training.encoding import EncodedRow
+from luthier.training.receipt import check_reloads, logits_of, probe_of, shown_rows
+from luthier.training.rows import RowSource
+from luthier.training.run import Material, Trained, train
 from luthier.training.storing import Rounding, Storage, storage_of, trained
-from luthier.training.trainer import Trained, train
 
 LOST = 0.05
 """The share of a change that may be rounded away without a warning."""
-Encode = Callable[[RowEncoder, Sequence[Artifact], Split], list[EncodedRow]]
-"""Makes training rows of a split of datasets."""
+Encode = Callable[[RowSource, Sequence[Artifact], Split], Sequence[EncodedRow]]
+"""Gives the training rows of a split of datasets."""
 
 
 def tune(config: TuningConfig, context: StageContext) -> Facts:
     """Run a stage that trains on the answers of its rows."""
 
-    def encode(rows: RowEncoder, datasets: Sequence[Artifact], split: Split) -> list[EncodedRow]:
-        return list(chain.from_iterable(rows.answers(item, split, read_split(item, split)) for item in datasets))
-
-    return run_training(config, context, encode)
+    return run_training(config, context, RowSource.answers)
 
 
 def run_training(config: TrainingConfig, context: StageContext, encode: Encode) -> Facts:
@@ -54,38 +57,48 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     Args:
         config: Its config.
         context: Its context.
-        encode: Makes tokens of its rows.
+        encode: Gives its rows as tokens.
     """
     source = context.artifact(config.model)
     datasets = context.artifacts(config.data)
     for item in datasets:
-        require_split(item, "train")
+        check_has(item, "train")
     tokenizer: Any = load_tokenizer(source)
     if uses_clock(template_of(tokenizer)) and context.date is None:
         context.warn(
             f"the chat template writes the day: it is told {UNDATED.isoformat()}; "
             "`date: YYYY-MM-DD` in the recipe sets it"
         )
-    chat = ChatEncoder(tokenizer, source.facts["stop_token_ids"], context.date)
-    encoder = RowEncoder(chat, config, context, positions_of(model_folder(source)))
-    rows, validation = encode(encoder, datasets, "train"), encode(encoder, datasets, "validation")
-    model, options = _load(config, source, context)
+    source_of = RowSource(source, config, context, positions_of(model_folder(source)))
+    rows, validation = encode(source_of, datasets, "train"), encode(source_of, datasets, "validation")
+    precision = _precision(config, source, context)
+    model, options = _load(config, source, context, precision)
+    if config.train:
+        choose_weights(model, config.train, context)
     adapter = config.adapter is not None or source.kind == "adapter"
     # An adapter is small; a full model is read once more when it is needed.
     start = [(name, value.detach().cpu().clone()) for name, value in trained(model)] if adapter else []
-    result = train(model, padding_of(tokenizer), rows, validation, config, context)
+    key = _key(config, context, options, precision)
+    material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context))
+    result = train(model, material, config, context, precision)
     natural, usual = ({}, torch.float32) if adapter else (stored_dtypes(source), stored_dtype(source))
     before = iter(start) if adapter else _weights_of(source)
     rounding = Rounding(config.rounding, context.seed)
     storage = storage_of(model, before, natural, usual, config.save_dtype, rounding)
-    facts = _stored(storage, result, context)
+    facts = {**_stored(storage, result, context), "first_rows": shown_rows(rows, tokenizer)}
+    probe = probe_of(rows)
+    logits = logits_of(model, probe)
     if adapter:
-        made = save_adapter(model, source, context.out, options, storage.dtype)
+        initial = context.scratch / INITIAL
+        made = save_adapter(model, source, context.out, options, storage.dtype, initial if initial.exists() else None)
     else:
         # Buffers are not trained: they stay what they were.
         made = save_model(model, source, context.out, {**natural, **storage.dtypes}, storage.dtype)
-    counts = {"rows": len(rows), "tokens": sum(row.targets for row in rows)}
-    found = {"left_out": dict(encoder.left_out), "notes": dict(encoder.notes)}
+    # Two models would not fit where one does.
+    del model, result
+    facts["reload_difference"] = check_reloads(context.out, source, options, probe, logits, adapter=adapter)
+    counts = {"rows": len(rows), "tokens": _targets(rows), "precision": precision}
+    found = {"left_out": dict(source_of.left_out), "notes": dict(source_of.notes)}
     return {**made, "training": {**facts, **counts, **{name: value for name, value in found.items() if value}}}
 
 
@@ -114,19 +127,82 @@ def _weights_of(source: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, value.detach()
 
 
-def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tuple[Any, dict[str, Any]]:
+def _scale_of(config: TrainingConfig, context: StageContext) -> Callable[[str], float]:
+    """By what the learning rate of a parameter is multiplied."""
+    if config.adapter is None:
+        return lambda name: 1.0
+    adapter: Adapter[Any] = context.build(config.adapter)
+    return adapter.learning_rate_scale
+
+
+def _targets(rows: Sequence[EncodedRow]) -> int:
+    """How many tokens are trained."""
+    known = getattr(rows, "targets", None)
+    return sum(row.targets for row in rows) if known is None else int(known.sum(dtype="int64"))
+
+
+def _key(config: TrainingConfig, context: StageContext, options: Mapping[str, Any], precision: Precision) -> str:
+    """Identifies the model as it is before training, and its rows: what their reference log-probabilities come from."""
+    adapter = None if config.adapter is None else [config.adapter.name, config.adapter.config.model_dump(mode="json")]
+    return digest_value(
+        {
+            "model": context.artifact(config.model).key,
+            "adapter": [adapter, context.seed if adapter else None],
+            "options": dict(options),
+            "precision": precision,
+            "rows": [item.key for item in context.artifacts(config.data)],
+            "of": [config.max_length, config.trained_answers, str(context.date)],
+        }
+    )
+
+
+def _precision(config: TrainingConfig, source: Artifact, context: StageContext) -> Precision:
+    """What passes are computed in; a stage that is resumed computes as it did before."""
+    if config.precision != "auto":
+        return config.precision
+    noted = context.scratch / "precision"
+    if not noted.exists():
+        width = read_json(model_folder(source) / "config.json").get("hidden_size") or 0
+        noted.write_text(best_precision(context.device, width, context.cache), encoding="utf-8")
+    return "bf16" if noted.read_text(encoding="utf-8") == "bf16" else "fp32"
+
+
+def _attention(config: TrainingConfig, context: StageContext) -> str | None:
+    """transformers' name for how attention is computed; None: as it does by itself.
+
+    Raises:
+        ModelError: this device cannot.
+    """
+    if config.attention == "auto":
+        return None
+    if config.attention != "flash":
+        return config.attention
+    if context.device == "cpu":
+        raise ModelError("flash attention wants a GPU", hint="leave `attention` out, or set `attention: sdpa`")
+    if find_spec("flash_attn") is not None:
+        return "flash_attention_2"
+    if find_spec("kernels") is not None:
+        return "kernels-community/flash-attn2"
+    raise ModelError("flash attention is not installed", hint="pip install flash-attn, or pip install kernels")
+
+
+def _load(
+    config: TrainingConfig, source: Artifact, context: StageContext, precision: Precision
+) -> tuple[Any, dict[str, Any]]:
     """The model to train, and how its base was loaded."""
-    chosen = {"dtype": "bfloat16"} if config.dtype == "bf16" else {}
+    attention = _attention(config, context)
+    dtype = precision if config.dtype == "auto" else config.dtype
+    chosen = {"dtype": "bfloat16"} if dtype == "bf16" else {}
     if config.adapter is None:
         # An adapter is trained further on its base as it was loaded when the adapter was made; of one from outside
         # that is not known, and the recipe says it.
         options = dict(source.facts.get("load_options", chosen if source.kind == "adapter" else {}))
-        model: Any = load_model(source, trainable=True, options=options)
+        model: Any = load_model(source, trainable=True, options=options, attention=attention)
         _check_precision(model)
         return model, options
     adapter: Adapter[Any] = context.build(config.adapter)
     options = {**chosen, **adapter.load_options()}
-    model = adapter.wrap(load_model(source, options=options))
+    model = adapter.wrap(load_model(source, options=options, attention=attention))
     check_selectors(model)
     _check_precision(model)
     everything = getattr(config.adapter.config, "target_modules", None) == "all-linear"
@@ -134,6 +210,29 @@ def _load(config: TrainingConfig, source: Artifact, context: StageContext) -> tu
     if missed:
         context.warn(missed)
     return model, options
+
+
+def choose_weights(model: Any, patterns: Sequence[str], context: StageContext) -> None:
+    """Train the weights whose names match a pattern, and none besides.
+
+    Raises:
+        ModelError: a pattern matches nothing.
+    """
+    parameters = dict(model.named_parameters())
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not found:
+            kinds = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in parameters})
+            raise ModelError(
+                f"`train` has the pattern '{pattern}', which no weight matches",
+                hint=f"they are called {', '.join(kinds[:8])}{', ...' if len(kinds) > 8 else ''}",
+            )
+        count = sum(parameters[name].numel() for name in found)
+        context.log(f"`{pattern}` trains {len(found)} tensors with {count / 1e6:.3g} M weights")
+        chosen |= set(found)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in chosen)
 
 
 def _check_precision(model: Any) -> None:

@@ -44,6 +44,7 @@ class JobContext(PluginAccess):
         self.seed = job.seed
         self.date = None if job.date is None else datetime.date.fromisoformat(job.date)
         self.scratch = Path(job.scratch)
+        self.cache = Store(Path(job.store)).cache
         self.rank = rank
         self.world = world
         self._job = job

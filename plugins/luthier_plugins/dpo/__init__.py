@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Preference optimization against the model it was given, adapter included",
             config="luthier_plugins.dpo.config:DpoConfig",
             impl="luthier_plugins.dpo.stage:Dpo",
-            revision=2,
+            revision=3,
         )
     ]

@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Learn the chosen answers and push the rejected ones away at once, without a reference",
             config="luthier_plugins.orpo.config:OrpoConfig",
             impl="luthier_plugins.orpo.stage:Orpo",
-            revision=2,
+            revision=3,
         )
     ]

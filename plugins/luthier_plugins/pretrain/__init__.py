@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="(Continual) pre-training on texts and conversations, packed into blocks",
             config="luthier_plugins.pretrain.config:PretrainConfig",
             impl="luthier_plugins.pretrain.stage:Pretrain",
-            revision=2,
+            revision=3,
         )
     ]

@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Supervised fine-tuning on conversations, full or with an adapter",
             config="luthier_plugins.sft.config:SftConfig",
             impl="luthier_plugins.sft.stage:Sft",
-            revision=2,
+            revision=3,
         )
     ]
