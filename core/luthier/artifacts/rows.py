@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
@@ -22,10 +23,13 @@ __all__ = [
     "taught_by",
     "texts_of",
     "trainable_text",
+    "weight_of",
 ]
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 RESERVED = frozenset(column for columns in COLUMNS.values() for column in columns)
 """Names that mean the same in every dataset: a row has those of its schema, and no others."""
+WEIGHT = "weight"
+"""The column that says how much a row weighs in the loss, beside rows of 1."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -83,7 +87,12 @@ def _message(item: Any, index: int) -> Message:
         raise DataError(f"message {index} has the unknown role {role!r}", hint=f"roles are {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise DataError(f"message {index} has no text under 'content'")
-    return Message(role=role, content=content)
+    made = Message(role=role, content=content)
+    if message.get("train") is not None:
+        if not isinstance(message["train"], bool):
+            raise DataError(f"message {index} has no true or false under 'train'")
+        made["train"] = message["train"]
+    return made
 
 
 def conversation(value: Any, field: str) -> list[Message]:
@@ -144,6 +153,20 @@ def conversations(row: Row) -> list[list[Message]]:
         return [row["messages"]]
     answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
     return [[*row["prompt"], *answer] for answer in answers]
+
+
+def weight_of(row: Mapping[str, Any]) -> float:
+    """How much a row weighs in the loss; 1 where it does not say.
+
+    Raises:
+        DataError: it is no number from 0 up.
+    """
+    value = row.get(WEIGHT)
+    if value is None:
+        return 1.0
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        raise DataError(f"has {value!r} under '{WEIGHT}', which is no number from 0 up")
+    return float(value)
 
 
 def prompt_of(row: Row) -> list[Message]:

@@ -85,7 +85,9 @@ class ChatEncoder:
         return render(self.tokenizer, messages, open_turn=open_turn, date=self.date)
 
     def _shielded(self, messages: Sequence[Message]) -> list[Message]:
-        found = [cast("Message", {**item, "content": self.controls.shielded(item["content"])}) for item in messages]
+        # Templates are told what a server tells them.
+        kept = [{name: value for name, value in item.items() if name != "train"} for item in messages]
+        found = [cast("Message", {**item, "content": self.controls.shielded(str(item["content"]))}) for item in kept]
         if any(one["content"] != other["content"] for one, other in zip(found, messages, strict=True)):
             self.notes[CONTROL] += 1
         return found
@@ -129,6 +131,8 @@ class ChatEncoder:
         ids: list[int] = []
         labels: list[int] = []
         for place in turns:
+            if messages[place].get("train") is False:
+                continue
             if not shielded[place]["content"].strip():
                 self.notes[EMPTY] += 1
                 continue

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier.api.data import Row
 from luthier.api.errors import DataError
-from luthier.artifacts.rows import conversations, schema_of, trainable_text
+from luthier.artifacts.rows import conversations, schema_of, trainable_text, weight_of
 from luthier.modeling.chat import Answers, ChatEncoder
 from luthier.modeling.text import IGNORED, Encoded
 
@@ -53,24 +53,23 @@ def encode_row(encoder: ChatEncoder, row: Row, answers: Answers = "all") -> Enco
         DataError: the chat template cannot render it so that it could be trained; or it teaches nothing: it is a prompt
             alone, or a pair whose sides are the same tokens.
     """
-    schema = schema_of(row)
+    schema, weight = schema_of(row), weight_of(row)
     if not trainable_text(schema):
         raise DataError(f"a row of the schema {schema} has nothing to be trained on")
     if schema == "text":
-        ids = encoder.document(row)
-        return block_of(ids)
+        return replace(block_of(encoder.document(row)), weight=weight)
     if schema == "messages":
         made = encoder.conversation(row["messages"], answers)
         if not made:
-            raise DataError("no turn of the assistant says anything")
-        return EncodedRow(tuple(made))
+            raise DataError("no turn of the assistant says anything that is trained")
+        return EncodedRow(tuple(made), weight=weight)
     sides = [encoder.answer(messages) for messages in conversations(row)]
     if len(sides) == 2 and sides[0].input_ids == sides[1].input_ids:
         raise DataError(
             "the chosen and the rejected answer are the same tokens in the chat template",
             hint="they differ only in what it changes or leaves out, such as white space at the ends",
         )
-    return EncodedRow(tuple(sides), row.get("label"), paired=len(sides) == 2)
+    return EncodedRow(tuple(sides), row.get("label"), paired=len(sides) == 2, weight=weight)
 
 
 def block_of(ids: Sequence[int]) -> EncodedRow:

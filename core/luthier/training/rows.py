@@ -80,6 +80,7 @@ class RowSource:
         self, datasets: Sequence[Artifact], split: Split, of: Literal["answers", "documents"], limit: int | None
     ) -> TokenRows:
         labelling = replace(self._labelling, of=of)
+        datasets = [item for item in datasets if item.facts["rows"].get(split)]
         files = [token_file(item, split, labelling, self._context) for item in datasets]
         return TokenRows(files, [self._kept(*pair, split, limit) for pair in zip(datasets, files, strict=True)])
 

@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Read, check and split a data file (JSON lines or text)",
             config="luthier_plugins.data.config:DataConfig",
             impl="luthier_plugins.data.stage:Data",
-            revision=2,
+            revision=3,
         )
     ]

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from luthier.api import DataError, Facts, Format, Row, Stage
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, write_split
-from luthier.artifacts.rows import RESERVED, checked, taught_by
+from luthier.artifacts.rows import RESERVED, WEIGHT, checked, taught_by, weight_of
 from luthier_plugins.data.config import DataConfig, SplitConfig
 from luthier_plugins.data.reading import raw_rows
 
@@ -43,7 +43,7 @@ class Data(Stage[DataConfig]):
             self.context.progress(len(rows), None, "rows")
             try:
                 rows += self._rows(raw, form)
-                ignored.update(_unread(raw, {*form.keys_read(raw), *self.config.keep}))
+                ignored.update(_unread(raw, {*form.keys_read(raw), *self.config.keep, WEIGHT}))
             except DataError as error:
                 errors.append(DataError(error.message, where=f"{path}:{line}", hint=error.hint))
             if self.config.limit is not None and len(rows) >= self.config.limit:
@@ -69,9 +69,10 @@ class Data(Stage[DataConfig]):
                 raise DataError(f"has no text under '{key}'", hint="`keep` names keys that every row has")
             kept[key] = values[key]
         made: list[Row] = []
+        weight = {WEIGHT: weight_of(values)} if values.get(WEIGHT) is not None else {}
         for row in form.parse(values):
             beside = {key: value for key, value in row.items() if key not in RESERVED}
-            made.append({**checked(form.schema, row), **beside, **kept})
+            made.append({**checked(form.schema, row), **beside, **kept, **weight})
         return made
 
 

@@ -22,4 +22,4 @@ class Messages(Format[MessagesConfig]):
         yield {"messages": conversation(raw.get(self.config.field), self.config.field)}
 
     def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
-        return {self.config.field, f"{self.config.field}.role", f"{self.config.field}.content"}
+        return {self.config.field, *(f"{self.config.field}.{key}" for key in ("role", "content", "train"))}
