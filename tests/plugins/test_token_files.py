@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -115,8 +116,12 @@ def test_stages_that_would_make_the_same_share_them(tmp_path: Path) -> None:
     run_stage(tmp_path, "pretrain", {**step, "max_length": 64}, inputs=inputs)
     run_stage(tmp_path, "sft", step, inputs={**inputs, "data": [tiny_dataset(tmp_path, CHATS[:7])]})
     turns = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    (tmp_path / "t.jinja").write_text(f"{turns}{{% if add_generation_prompt %}}<|im_start|>assistant: {{% endif %}}")
-    other = run_stage(tmp_path, "template", {"file": str(tmp_path / "t.jinja")}, inputs={"model": model})
+    source = tmp_path / "copy"
+    shutil.copytree(model.path, source)
+    (source / "manifest.json").unlink()
+    opened = "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    (source / "chat_template.jinja").write_text(turns + opened)
+    other = run_stage(tmp_path, "base", {"source": str(source)})
     run_stage(tmp_path, "sft", step, inputs={**inputs, "model": other})
     assert len(files_in(tmp_path)) == 5
 
