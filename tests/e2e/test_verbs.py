@@ -107,6 +107,22 @@ def test_clean_keeps_what_the_last_run_needs(done: Path, tmp_path: Path) -> None
     assert statuses == {"cached"}
 
 
+def test_clean_removes_the_cache_when_asked_and_what_is_half_written_in_it_always(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(done, folder)
+    cache = Store.at(folder / ".luthier").cache
+    whole = list((cache / "tokens").iterdir())
+    assert whole
+    (cache / "tokens" / "new-abc").mkdir()
+    (cache / "tokens" / "new-abc" / "tokens.arrow").write_bytes(b"half")
+    assert luthier(folder, "clean").returncode == 0
+    assert list((cache / "tokens").iterdir()) == whole
+    assert "cache" in luthier(folder, "clean", "--cache", "--dry-run").stdout
+    assert luthier(folder, "clean", "--cache").returncode == 0
+    assert not cache.exists()
+    assert luthier(folder, "run", "small.yaml").returncode == 0
+
+
 def test_clean_leaves_a_run_alone_that_goes_on(done: Path, tmp_path: Path) -> None:
     store = Store.at(tmp_path / "s")
     seen: list[list[str]] = []

@@ -32,6 +32,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "generator-url": {"url": "http://127.0.0.1:1"},
     "stage-sft": {"model": "m", "data": "d"},
     "merge_method-fisher": {"data": "d"},
+    "regularizer-ewc": {"data": "d", "rows": 2},
     "merge_method-regmean": {"data": "d"},
     "augmenter-template": {
         "templates": [{"messages": [{"role": "user", "content": "{{ n }}"}, {"role": "assistant", "content": "ok"}]}],

@@ -18,6 +18,8 @@ from luthier.artifacts.digest import digest_file, digest_value, files_in
 
 STORE_VARIABLE = "LUTHIER_STORE"
 DEFAULT_STORE = ".luthier"
+UNFINISHED = "new-"
+"""How names begin of what is being written into the cache."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

@@ -10,22 +10,25 @@ import click
 from luthier.api.artifact import MANIFEST
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
-from luthier.artifacts.store import Store
+from luthier.artifacts.store import UNFINISHED, Store
 from luthier.running.lock import is_held
 
 
 @click.command("clean", epilog="Example: luthier clean --dry-run")
 @click.option("--dry-run", is_flag=True, help="Only show what would be removed.")
 @click.option("--scratch", is_flag=True, help="Also remove scratch folders that a stage could resume from.")
+@click.option(
+    "--cache", is_flag=True, help="Also remove what can be made again: tokens, log-probabilities of references."
+)
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
-def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
+def clean_command(dry_run: bool, scratch: bool, cache: bool, store: Path | None) -> None:
     """Remove artifacts that no recipe's last run made or used, and scratch folders without a checkpoint.
 
     What is being made right now is left alone.
     """
     place = Store.at(store)
     total = 0
-    for path in garbage(place, scratch=scratch):
+    for path in garbage(place, scratch=scratch, cache=cache):
         size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
         total += size
         click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
@@ -36,8 +39,9 @@ def clean_command(dry_run: bool, scratch: bool, store: Path | None) -> None:
     click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")
 
 
-def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
-    """The folders that can go: unused and damaged artifacts, and scratch folders that no run is working in."""
+def garbage(store: Store, *, scratch: bool = False, cache: bool = False) -> list[Path]:
+    """The folders that can go: unused and damaged artifacts, and scratch folders that no run is working in; the cache
+    where it is asked for and no stage is being made, and always what was left half written in it."""
     needed = _needed(store)
     locked = {path.stem for path in store.locks.glob("*.lock") if is_held(path)}
     found = [store.folder(key) for key in store.stored_keys() if key not in locked and _is_useless(store, key, needed)]
@@ -46,6 +50,8 @@ def garbage(store: Store, *, scratch: bool = False) -> list[Path]:
         resumable = bool(checkpoints(path)[0]) and store.find(path.name) is None
         if path.name not in locked and (scratch or not resumable):
             found.append(path)
+    if not locked:
+        found += [store.cache] if cache and store.cache.exists() else sorted(store.cache.glob(f"*/{UNFINISHED}*"))
     return found
 
 

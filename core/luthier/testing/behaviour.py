@@ -146,13 +146,13 @@ def check_regularizer(impl: Any, config: Any) -> None:
     from luthier.modeling.loading import load_model
     from luthier.testing.stages import tiny_model
 
-    with tempfile.TemporaryDirectory() as folder:
-        model = load_model(tiny_model(Path(folder)))
     owner = torch.arange(2).repeat_interleave(7)
     logps = torch.full((14,), -1.0, requires_grad=True)
     outputs = CompletionBatch(logps, owner, logps.view(2, 7).sum(1), torch.tensor([7, 7]))
-    impl.start(model, lambda: iter([_batch()]))
-    penalty = impl.penalty(model, _batch(), outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(tiny_model(Path(folder)))
+        impl.start(model, lambda: iter([_batch()]))
+        penalty = impl.penalty(model, _batch(), outputs)
     assert penalty.ndim == 0, "the penalty is not a scalar"
     assert bool(torch.isfinite(penalty)), "the penalty is NaN or infinite"
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from luthier.api.component import Component
+from luthier.api.config import Input, references
 from luthier.api.descriptions import descriptions
 from luthier.api.hooks import hookimpl
 from luthier.api.kinds import KINDS, imported
 from luthier.registry import Provider, Registry, default_registry
 from luthier.registry.registry import members
-from luthier.testing.stages import TestContext
+from luthier.testing.stages import TestContext, tiny_dataset
 
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft")
 
@@ -110,9 +113,17 @@ def _checks(
             _same_parameters(kind_class, made["impl"], name)
 
     def behave() -> None:
-        context = TestContext(registry=registry)
         check = imported(KINDS[component.kind].example)
-        check(made["impl"](made["config"], context), made["config"])
+        with tempfile.TemporaryDirectory() as folder:
+            # What its config names as data is a small dataset.
+            named = {
+                value: tiny_dataset(Path(folder))
+                for _, marker, values in references(made["config"], Input)
+                for value in values
+                if "dataset" in marker.kinds
+            }
+            context = TestContext(artifacts=named, registry=registry)
+            check(made["impl"](made["config"], context), made["config"])
 
     yield "the descriptor is complete", describe
     yield "the config class is documented", config_class

@@ -26,6 +26,7 @@ from luthier.api.errors import DataError
 from luthier.artifacts.datasets import Split, iter_rows
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.rows import texts_of
+from luthier.artifacts.store import UNFINISHED
 from luthier.artifacts.texts import TOKENIZER_FILES
 from luthier.modeling.chat import Answers, ChatEncoder
 from luthier.modeling.loading import load_tokenizer
@@ -235,7 +236,7 @@ def token_file(dataset: Artifact, split: Split, labelling: Labelling, context: C
     folder = context.cache / "tokens" / labelling.key(dataset, split)
     if not (folder / FACTS).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix="new-", dir=folder.parent))
+        made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
         try:
             _write(dataset, split, labelling, made, context)
             # Another stage may have made the same meanwhile.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any
@@ -20,6 +20,7 @@ from luthier.artifacts.datasets import Split, check_has
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import positions_of
+from luthier.artifacts.tensors import model_tensors
 from luthier.modeling.adapters import INITIAL, check_selectors, without_adapter
 from luthier.modeling.loading import (
     load_model,
@@ -32,6 +33,7 @@ from luthier.modeling.loading import (
     stored_dtypes,
 )
 from luthier.modeling.precision import Precision, best_precision
+from luthier.modeling.shards import tensors_of
 from luthier.modeling.text import UNDATED, template_of, uses_clock
 from luthier.training.encoding import EncodedRow
 from luthier.training.receipt import check_reloads, logits_of, probe_of, shown_rows
@@ -82,7 +84,7 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context))
     result = train(model, material, config, context, precision)
     natural, usual = ({}, torch.float32) if adapter else (stored_dtypes(source), stored_dtype(source))
-    before = iter(start) if adapter else _weights_of(source)
+    before = iter(start) if adapter else _weights_of(source, [name for name, _ in trained(model)])
     rounding = Rounding(config.rounding, context.seed)
     storage = storage_of(model, before, natural, usual, config.save_dtype, rounding)
     facts = {**_stored(storage, result, context), "first_rows": shown_rows(rows, tokenizer)}
@@ -121,8 +123,12 @@ def _stored(storage: Storage, result: Trained, context: StageContext) -> Facts:
     return facts
 
 
-def _weights_of(source: Artifact) -> Iterator[tuple[str, torch.Tensor]]:
-    """A model's parameters in float32, by their names in transformers."""
+def _weights_of(source: Artifact, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A model's parameters by their names in transformers: one after the other from its files, or all at once where
+    the files call them otherwise, as they do experts that transformers fuses."""
+    if set(names) <= model_tensors(source.path).keys():
+        yield from tensors_of(source.path)
+        return
     for name, value in load_model(source).named_parameters():
         yield name, value.detach()
 
