@@ -89,6 +89,16 @@ def test_do_runs_one_stage_and_copies_it_out(done: Path, tmp_path: Path) -> None
     assert "did you mean 'slerp'?" in wrong.stderr
 
 
+def test_show_says_what_was_trained_and_marks_it_in_the_first_rows(done: Path) -> None:
+    shown = luthier(done, "show", "small/tuned").stdout
+    assert "a gradient came to each" in shown
+    assert "tokens per second" in shown
+    assert "logits differ by" in shown
+    assert "row 1: " in shown
+    assert "<|im_end|>\u27e7" in shown
+    assert "first_rows" not in shown
+
+
 def test_clean_keeps_what_the_last_run_needs(done: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(done, folder)

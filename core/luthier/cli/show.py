@@ -113,7 +113,7 @@ def _artifact(store: Store, artifact: Artifact) -> None:
     from rich.tree import Tree
 
     from luthier.cli.display import make_console
-    from luthier.reporting.tables import describe
+    from luthier.reporting.tables import describe, receipt
 
     console = make_console()
     manifest = artifact.manifest
@@ -125,7 +125,14 @@ def _artifact(store: Store, artifact: Artifact) -> None:
         console.print(f"made by {component['name']} of {component['provider']} in {seconds['total']:.1f} s")
     for warning in manifest["warnings"]:
         console.print(f"[yellow]warning: {escape(warning)}[/]")
-    for title, content in (("facts", artifact.facts), ("config", manifest.get("config", {}))):
+    facts = dict(artifact.facts)
+    training: dict[str, Any] = dict(facts.get("training") or {})
+    if lines := receipt(training):
+        console.print("\n[bold]training[/] (what is trained stands in \u27e6\u27e7)")
+        for line in lines:
+            console.print(line)
+        facts["training"] = {name: value for name, value in training.items() if name != "first_rows"}
+    for title, content in (("facts", facts), ("config", manifest.get("config", {}))):
         console.print(f"\n[bold]{title}[/]")
         console.print(escape(json.dumps(content, indent=2, ensure_ascii=False)))
     tree = Tree(escape(f"{manifest['stage']} ({artifact.kind} {artifact.key[:12]})"))

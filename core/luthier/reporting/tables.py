@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from luthier.api.artifact import Artifact
 
@@ -47,6 +48,33 @@ def _loss(facts: dict[str, Any]) -> str:
     if "loss_first" not in training:
         return ""
     return f", loss {number(training['loss_first'], '.3g')} -> {number(training['loss_last'], '.3g')}"
+
+
+def receipt(training: dict[str, Any]) -> list[Text]:
+    """What a stage trained, as lines: its facts in words, and the first rows with what is trained of them marked."""
+    found: list[Text] = []
+    trained: dict[str, Any] = training.get("trained") or {}
+    if "parameters" in trained:
+        line = f"{trained['parameters'] / 1e6:.3g} M weights, {trained['share']:.2%} of the model"
+        idle: list[str] = trained.get("without_gradient") or []
+        line += f"; no gradient came to {len(idle)} tensors" if idle else "; a gradient came to each"
+        norms: dict[str, float] = (training.get("stored") or {}).get("norms") or {}
+        if norms:
+            line += f"; the norm of their change is {norms['change']:.3g}, theirs was {norms['before']:.3g}"
+        found.append(Text(line))
+        rate = trained.get("tokens_per_second")
+        speed = f"{rate:.0f} tokens per second, " if rate else ""
+        found.append(Text(f"{speed}{trained['peak_memory'] / 1e9:.3g} GB at most"))
+    if "reload_difference" in training:
+        found.append(Text(f"loaded again, logits differ by {training['reload_difference']:.1g} of the largest"))
+    for number_, parts in enumerate(training.get("first_rows") or [], 1):
+        line = Text(f"row {number_}: ", style="bold")
+        for part in parts:
+            # Also where there are no colours it has to be seen.
+            shown = part["text"].replace("\n", "\\n")
+            line.append(f"\u27e6{shown}\u27e7" if part["trained"] else shown, "green" if part["trained"] else "dim")
+        found.append(line)
+    return found
 
 
 def report_table(name: str, content: dict[str, Any], labels: list[str]) -> Table:
