@@ -32,7 +32,9 @@ from transformers import AutoTokenizer
 
 def rows_of(file: Path, count: int) -> list[dict[str, Any]]:
     """So many conversations, no two alike."""
-    known = [json.loads(line)["messages"] for line in file.read_text(encoding="utf-8").splitlines()]
+    # Not `splitlines`: a text may hold other characters that end lines.
+    with file.open(encoding="utf-8") as lines:
+        known = [json.loads(line)["messages"] for line in lines]
     return [
         {"messages": [{**messages[0], "content": f"{number}: {messages[0]['content']}"}, *messages[1:]]}
         for number, messages in zip(range(count), itertools.cycle(known), strict=False)

@@ -12,6 +12,7 @@ Rows are conversations (`messages`, or GSM8K's `question` and `answer`) for `sft
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -72,7 +73,8 @@ def make_model(folder: Path, tokenizer: Path, arguments: argparse.Namespace) -> 
 
 def make_data(folder: Path, file: Path, count: int, skip_prompts: bool) -> Artifact:
     """The first rows of a file, as a dataset in a store."""
-    rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:count]]
+    with file.open(encoding="utf-8") as lines:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, count)]
     for row in rows:
         if "question" in row:
             turns = [("user", row.pop("question")), ("assistant", row.pop("answer"))]
