@@ -93,6 +93,11 @@ def test_options_do_what_they_say(tmp_path: Path) -> None:
     assert configs["pissa"]["r"] == 8
     assert configs["pissa"]["init_lora_weights"] is not False
     assert configs["vera"]["peft_type"] == "VERA"
+    # PEFT keeps names as sets: what is stored has them in one order.
+    for config in configs.values():
+        for name, value in config.items():
+            if isinstance(value, list) and name != "trainable_token_indices":
+                assert value == sorted(value), name
     first = {name: item.facts["training"]["loss_first"] for name, item in made.items()}
     # None changes what the model says before it is trained, but for what quantizing does.
     for name in set(made) - {"loftq", "fp4"}:

@@ -15,7 +15,14 @@ from luthier.artifacts.texts import chat_template, stop_token_ids, stop_tokens, 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB = "hf:"
-SETS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
+SETS = (
+    "target_modules",
+    "target_parameters",
+    "feedforward_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+)
 """Settings of PEFT whose order means nothing."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
