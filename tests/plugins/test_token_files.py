@@ -140,6 +140,17 @@ def test_what_was_left_half_written_is_made_anew(tmp_path: Path, monkeypatch: py
     assert len(made(tmp_path / "c", model, data, labelling(model))) == len(CHATS)
 
 
+@pytest.mark.parametrize("name", ["tokens.arrow", "facts.json"])
+def test_files_that_were_cut_off_are_made_anew(tmp_path: Path, name: str) -> None:
+    model, data = tiny_model(tmp_path), tiny_dataset(tmp_path, CHATS)
+    whole = list(made(tmp_path / "c", model, data, labelling(model)))
+    (file,) = (tmp_path / "c" / "cache" / "tokens").glob(f"*/{name}")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    context = TestContext(tmp_path / "c")
+    assert list(token_file(data, "train", labelling(model), context)) == whole
+    assert any("damaged" in text for text in context.warnings)
+
+
 def test_rows_come_from_disk_in_pieces_and_by_number(tmp_path: Path) -> None:
     data = tiny_dataset(tmp_path, CHATS)
     pieces = list(iter_rows(data, "train", 10))

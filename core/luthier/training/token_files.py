@@ -234,6 +234,13 @@ def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
 def token_file(dataset: Artifact, split: Split, labelling: Labelling, context: Context) -> TokenFile:
     """The tokens of a split: those that were made before, or new ones."""
     folder = context.cache / "tokens" / labelling.key(dataset, split)
+    if (folder / FACTS).exists():
+        try:
+            return TokenFile(folder)
+        # pyarrow's errors are ValueErrors too.
+        except (OSError, ValueError, KeyError):
+            context.warn(f"the tokens in {folder} are damaged: they are made again")
+            shutil.rmtree(folder)
     if not (folder / FACTS).exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
