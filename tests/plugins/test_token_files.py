@@ -174,7 +174,7 @@ def test_a_row_whose_weight_is_no_number_is_a_bad_row(tmp_path: Path) -> None:
 def test_messages_say_which_of_them_are_trained(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     encoder = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"])
-    messages = [dict(message) for message in CHATS[4]["messages"]]
+    messages: list[dict[str, Any]] = [dict(message) for message in CHATS[4]["messages"]]
     both = encode_row(encoder, {"messages": messages})
     messages[1]["train"] = False
     second = encode_row(encoder, {"messages": messages})
