@@ -15,9 +15,13 @@ from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.text import IGNORED
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.training.encoding import encode_row
+from luthier.training.mismatched import Mismatched
+from luthier.training.trainer import Shuffled
 from safetensors.torch import load_file
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
+from trl.trainer.kto_config import KTOConfig
+from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -33,11 +37,11 @@ def arguments(folder: Path, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def assert_trained_alike(mine: Artifact, trainer: Any) -> None:
-    """The same first and last loss, and the same weights after ten steps: so the gradients agree."""
+def assert_trained_alike(mine: Artifact, trainer: Any, steps: int = 10) -> None:
+    """The same first and last loss, and the same weights after all steps: so the gradients agree."""
     trainer.train()
     theirs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert len(theirs) == 10
+    assert len(theirs) == steps
     assert mine.facts["training"]["loss_first"] == pytest.approx(theirs[0]["loss"], rel=1e-5)
     assert mine.facts["training"]["loss_last"] == pytest.approx(theirs[-1]["loss"], rel=1e-4, abs=1e-6)
     weights, state = load_file(mine.path / "model.safetensors"), trainer.model.state_dict()
@@ -155,3 +159,63 @@ def test_preference_optimization_is_trl_s(tmp_path: Path, name: str) -> None:
         processing_class=load_tokenizer(model),
     )  # fmt: skip
     assert_trained_alike(mine, trainer)
+
+
+LABELLED = [
+    {
+        "prompt": [{"role": "user", "content": f"say {n // 2}"}],
+        "completion": [{"role": "assistant", "content": f"{n}! " * (1 + n % 3)}],
+        "label": n % 3 != 0,
+    }
+    for n in range(12)
+]
+
+
+class LabelledTokens(KTOTrainer):
+    """TRL's trainer on ready tokens."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+
+@pytest.mark.parametrize("loss", ["kto", "apo_zero"])
+@pytest.mark.parametrize("micro", ["auto", 1])
+def test_tuning_on_labelled_answers_is_trl_s(tmp_path: Path, loss: str, micro: Any) -> None:
+    model = tiny_model(tmp_path)
+    data = tiny_dataset(tmp_path, LABELLED)
+    config = {
+        **STEPS, "steps": 6, "batch_size": 6, "micro_batch_size": micro,
+        "objective": {"uses": "kto", "beta": 0.3, "loss": loss, "desirable_weight": 0.7, "undesirable_weight": 1.3},
+    }  # fmt: skip
+    mine = run_stage(tmp_path, "kto", config, inputs={"model": model, "data": [data]})
+    chat = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"])
+    rows = [encode_row(chat, row) for row in read_split(data, "train")]
+    others = Mismatched(rows, 1024)
+    columns: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "KL_completion_ids": [], "label": []}
+    # TRL takes rows in their order here.
+    for place in [place for epoch in range(3) for place in Shuffled(rows, 0).of(epoch).tolist()]:
+        own, other = rows[place].completions[0], others[place].completions[0]
+        first = own.labels.count(IGNORED)
+        assert other.input_ids[:first] == own.input_ids[:first]
+        assert other.input_ids != own.input_ids
+        for name, value in zip(
+            columns, (own.input_ids[:first], own.input_ids[first:], other.input_ids[first:], rows[place].desirable),
+            strict=True,
+        ):  # fmt: skip
+            columns[name].append(value)
+    torch.manual_seed(0)
+    trainer = LabelledTokens(
+        model=load_model(model),
+        ref_model=load_model(model),
+        args=KTOConfig(
+            beta=0.3, max_length=None, loss_type="kto" if loss == "kto" else "apo_zero_unpaired", desirable_weight=0.7,
+            undesirable_weight=1.3,
+            **(
+                arguments(tmp_path, per_device_train_batch_size=6)
+                | {"train_sampling_strategy": "sequential", "max_steps": 6}
+            ),
+        ),
+        train_dataset=datasets.Dataset.from_dict(columns),
+        processing_class=load_tokenizer(model),
+    )  # fmt: skip
+    assert_trained_alike(mine, trainer, 6)

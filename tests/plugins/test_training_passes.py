@@ -28,6 +28,7 @@ from luthier.training.head import TILE, Scaling, target_log_probabilities
 from luthier.training.layout import Layout
 from luthier.training.passes import Limits, Passes
 from luthier.training.run import sees_all
+from luthier.training.segments import use_segments
 from luthier.training.trainer import within_memory
 from torch import nn
 
@@ -172,6 +173,17 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path: Path, name: str,
             found, other = gradients(passes_of(model, objective, layout, limits), rows)
             assert found == pytest.approx(loss, rel=1e-5)
             assert_alike(right, other)
+    # Attention by segments knows windows itself, but no soft caps.
+    assert use_segments(model) == (name != "gemma2")
+    for shared in (True, False) if name != "gemma2" else ():
+        for limits in (Limits(), Limits(rows=2), Limits(tokens=80)):
+            passes = passes_of(model, objective, Layout(0, shared=shared, segments=True), limits)
+            found, other = gradients(passes, rows)
+            assert found == pytest.approx(loss, rel=1e-5)
+            assert_alike(right, other)
+            passes.save_memory()
+            assert_alike(right, gradients(passes, rows)[1])
+            model.gradient_checkpointing_disable()
 
 
 def test_weights_of_rows_are_their_shares_of_the_loss(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ stages:
     regularizers: [{uses: confidence, strength: 0.1}]
     optimizer: momentum
   plain: {uses: sft, model: base, data: talks, steps: 20, learning_rate: 0.05, log_every: 1, optimizer: momentum}
-  liked: {uses: sft, model: tuned, data: votes, steps: 4, learning_rate: 1e-3, log_every: 1, objective: kto}
+  liked: {uses: sft, model: tuned, data: votes, steps: 4, learning_rate: 1e-3, log_every: 1, objective: approval}
   more:
     uses: augment
     data: talks
@@ -53,7 +53,7 @@ stages:
     max_new_tokens: 4
 """
 USED_BY = {
-    "dialogs": {"talks"}, "thumbs": {"votes"}, "kto": {"liked"}, "focal": {"tuned"}, "kl": {"quality"},
+    "dialogs": {"talks"}, "thumbs": {"votes"}, "approval": {"liked"}, "focal": {"tuned"}, "kl": {"quality"},
     "judged": {"quality"}, "confidence": {"tuned"}, "momentum": {"tuned", "plain"}, "asked": {"more"},
 }  # fmt: skip
 """The stages whose keys a component is part of; trackers and executors change no result."""

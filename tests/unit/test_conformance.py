@@ -16,6 +16,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-base": {"source": "./model"},
     "stage-data": {"source": "rows.jsonl"},
     "stage-dpo": {"model": "m", "data": "d"},
+    "stage-kto": {"model": "m", "data": "d"},
     "stage-evaluate": {"model": "m", "data": "d"},
     "stage-export": {"model": "m"},
     "stage-init": {"data": ["d"]},

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
 Unit = Literal["token", "completion", "pair"]
 """What an objective has one loss for; the step's loss is the mean over all of them, however the step is cut."""
-Need = Literal["reference"]
-"""What an objective wants beside the policy's log-probabilities."""
+Need = Literal["reference", "mismatched"]
+"""What an objective wants beside the policy's log-probabilities: those of the reference, and both of answers that stand
+behind the prompts of other rows."""
 
 
 class Adapter(Implementation[C]):
@@ -41,6 +42,32 @@ class Adapter(Implementation[C]):
 
 
 @dataclass(frozen=True, slots=True)
+class Segments:
+    """Runs of tokens in one sequence, and what each sees: the keys of a run end with its own tokens, and a token sees
+    those up to itself.
+
+    Attributes:
+        queries: The tokens of each run.
+        keys: What it may see: its own tokens, and what stands before them, such as a prompt that others see as well.
+        query_ends: 0 and the ends of the runs, int32, shape (runs + 1,).
+        key_ends: 0 and the ends of their keys, where these lie one behind the other, of the same shape and kind.
+        seen: The places of those keys in the sequence, shape (keys,); None where runs see themselves alone.
+    """
+
+    queries: list[int]
+    keys: list[int]
+    query_ends: Tensor
+    key_ends: Tensor
+    seen: Tensor | None
+
+    def to(self, device: Any, *, non_blocking: bool = False) -> Segments:
+        """The same on another device."""
+        query_ends, key_ends = (ends.to(device, non_blocking=non_blocking) for ends in (self.query_ends, self.key_ends))
+        seen = None if self.seen is None else self.seen.to(device, non_blocking=non_blocking)
+        return Segments(self.queries, self.keys, query_ends, key_ends, seen)
+
+
+@dataclass(frozen=True, slots=True)
 class TokenBatch:
     """What goes into the model: sequences of tokens, each of one completion with the prompt that it follows, or of
     several that do not see each other.
@@ -59,6 +86,8 @@ class TokenBatch:
             prompt is shared.
         branches: 0 for the tokens of a prompt that several answers share, 1 and up for those of each answer, of the
             same shape; None where no prompt is shared.
+        segments: What the tokens of the only sequence see, where attention is computed by it; else None, and
+            `documents` and `branches` say it.
         pairs: See `CompletionBatch`.
         desirable: See `CompletionBatch`.
         weights: See `CompletionBatch`.
@@ -74,6 +103,7 @@ class TokenBatch:
     position_ids: Tensor | None = None
     documents: Tensor | None = None
     branches: Tensor | None = None
+    segments: Segments | None = None
     pairs: Tensor | None = None
     desirable: Tensor | None = None
     weights: Tensor | None = None
@@ -88,16 +118,19 @@ class TokenBatch:
         }
         return TokenBatch(**moved)
 
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> dict[str, Any]:
         """What a causal model is called with, so that no completion sees another.
 
         Padding at the right is seen by nothing but padding, and needs no mask. Where prompts are shared there is one
-        of true and false, of shape (sequences, 1, length, length), as scaled dot-product attention takes it.
+        of true and false, of shape (sequences, 1, length, length), as scaled dot-product attention takes it, unless
+        `segments` tell attention.
         """
         if self.position_ids is None:
             return {"input_ids": self.input_ids}
         # Positions that begin anew are how transformers tells documents apart, if no mask says otherwise.
-        inputs = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        if self.segments is not None:
+            return {**inputs, "segments": self.segments}
         if self.branches is None:
             return inputs
         assert self.documents is not None, "both are there, or none"
@@ -122,6 +155,8 @@ class CompletionBatch:
         pairs: The chosen and the rejected completion of each pair, shape (pairs, 2); None without pairs.
         desirable: Whether a completion is a good one, shape (completions,); None without such labels.
         weights: How much each completion weighs in the loss, shape (completions,); None where all weigh the same.
+        mismatch: The mean, over all rows of the step, of log p under the policy less that under the reference of an
+            answer to another prompt; a scalar without a gradient, None where the objective does not need it.
     """
 
     logps: Tensor
@@ -133,6 +168,7 @@ class CompletionBatch:
     pairs: Tensor | None = None
     desirable: Tensor | None = None
     weights: Tensor | None = None
+    mismatch: Tensor | None = None
 
     def by_completion(self, values: Tensor) -> Tensor:
         """Values of targets, shape (targets,), added up by completion, shape (completions,)."""
@@ -179,7 +215,7 @@ class Objective(Implementation[C]):
 
     unit: ClassVar[Unit]
     """What there is one loss for."""
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    needs: frozenset[Need] = frozenset()
     """What it wants beside the policy's log-probabilities."""
 
     def loss(self, batch: CompletionBatch) -> LossResult:

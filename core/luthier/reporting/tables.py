@@ -64,7 +64,8 @@ def receipt(training: dict[str, Any]) -> list[Text]:
         found.append(Text(line))
         rate = trained.get("tokens_per_second")
         speed = f"{rate:.0f} tokens per second, " if rate else ""
-        found.append(Text(f"{speed}{trained['peak_memory'] / 1e9:.3g} GB at most"))
+        share = f" ({trained['mfu']:.0%} of what the GPU can do)" if "mfu" in trained else ""
+        found.append(Text(f"{speed}{trained['peak_memory'] / 1e9:.3g} GB at most{share}"))
     if "reload_difference" in training:
         found.append(Text(f"loaded again, logits differ by {training['reload_difference']:.1g} of the largest"))
     for number_, parts in enumerate(training.get("first_rows") or [], 1):

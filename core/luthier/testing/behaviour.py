@@ -91,6 +91,7 @@ def check_objective(impl: Any, config: Any) -> None:
         None if reference is None else sums(reference),
         torch.tensor([[0, 2], [1, 3]]) if "preference" in config.schemas else None,
         torch.tensor([True, False, True, False]) if "labelled" in config.schemas else None,
+        mismatch=torch.tensor(0.5) if "mismatched" in impl.needs else None,
     )
     result = impl.loss(batch)
     expected = batch.count(impl.unit)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier.api.training import CompletionBatch, TokenBatch
 from luthier.training.head import Scaling, target_log_probabilities
+from luthier.training.segments import around
 
 DRAWS = re.compile(r"dropout|jitter")
 """What attributes of modules are called that hold a chance, or the size of a noise."""
@@ -44,7 +45,8 @@ def log_probabilities(model: Any, batch: TokenBatch, *, fused: bool = True, alik
         fused: Whether the output head is applied to trained positions alone; else the model's own logits are taken.
         alike: See `luthier.training.head.target_log_probabilities`.
     """
-    logps, likeliest, auxiliary = _fused(model, batch, alike) if fused else _plain(model, batch)
+    with around(batch):
+        logps, likeliest, auxiliary = _fused(model, batch, alike) if fused else _plain(model, batch)
     made = CompletionBatch(
         logps=logps,
         owner=batch.owner,

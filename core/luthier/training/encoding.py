@@ -23,6 +23,7 @@ class EncodedRow:
         paired: Whether the completions are the two sides of a preference.
         weight: How much it weighs in the loss, beside rows of 1.
         reference_logps: Of each completion's trained tokens under the reference, in nats; None where it is not known.
+        mismatched: Its prompt with the answer to another one; None where no objective asks for it.
     """
 
     completions: tuple[Encoded, ...]
@@ -30,6 +31,7 @@ class EncodedRow:
     paired: bool = False
     weight: float = 1.0
     reference_logps: tuple[Sequence[float], ...] | None = None
+    mismatched: EncodedRow | None = None
 
     def __len__(self) -> int:
         return max(len(item.input_ids) for item in self.completions)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from luthier.api.training import TokenBatch
+from luthier.api.training import Segments, TokenBatch
 from luthier.modeling.text import IGNORED, Encoded
 from luthier.training.encoding import EncodedRow
 
@@ -21,11 +21,14 @@ class Layout:
         padding: The id of the padding token; nothing that is trained sees it.
         packed: Whether several documents may share a sequence.
         shared: Whether the two answers of a pair may share their prompt.
+        segments: Whether everything lies in one sequence, for a model that computes attention by segments; only where
+            documents may share one.
     """
 
     padding: int
     packed: bool = True
     shared: bool = True
+    segments: bool = False
 
     def cut(self, rows: Sequence[EncodedRow], tokens: int | None = None, most: int | None = None) -> list[list[int]]:
         """Rows in groups for one pass each, as their places: those of similar lengths together.
@@ -35,7 +38,7 @@ class Layout:
             tokens: The most tokens of a group, unless one row has more; None: any number.
             most: The most rows of a group; None: any number.
         """
-        costs = [sum(len(piece) for piece in self._pieces(row, 0)) for row in rows]
+        costs = [self.tokens([row]) for row in rows]
         groups: list[list[int]] = []
         held = 0
         for place in sorted(range(len(rows)), key=lambda place: -len(rows[place])):
@@ -48,6 +51,10 @@ class Layout:
             groups[-1].append(place)
             held += costs[place]
         return groups
+
+    def tokens(self, rows: Sequence[EncodedRow]) -> int:
+        """The tokens of rows as they lie in a batch, without padding."""
+        return sum(len(piece) for row in rows for piece in self._pieces(row, 0))
 
     def batch(self, rows: Sequence[EncodedRow]) -> TokenBatch:
         """One batch of rows.
@@ -62,10 +69,15 @@ class Layout:
             firsts.append(completions)
             pieces += self._pieces(row, completions)
             completions += len(row.completions)
-        bins = _bins([len(piece) for piece in pieces]) if self.packed else [[place] for place in range(len(pieces))]
-        return _filled(
-            [[pieces[place] for place in places] for places in bins], self.padding, rows, firsts, completions
-        )
+        lengths = [len(piece) for piece in pieces]
+        segments = self.packed and self.segments
+        if self.packed:
+            # Without a mask whose size is the square of it, a sequence may have any length.
+            bins = _bins(lengths, sum(lengths) if segments else max(lengths))
+        else:
+            bins = [[place] for place in range(len(pieces))]
+        some = [[pieces[place] for place in places] for places in bins]
+        return _filled(some, self.padding, rows, firsts, completions, segments=segments)
 
     def _pieces(self, row: EncodedRow, first: int) -> Iterator[_Piece]:
         """What of a row stands together in a sequence.
@@ -170,9 +182,8 @@ def unpacked(item: Encoded) -> list[Encoded]:
     return found
 
 
-def _bins(lengths: Sequence[int]) -> list[list[int]]:
-    """Places of pieces, in bins as long as the longest: best fit, longest first."""
-    capacity = max(lengths)
+def _bins(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Places of pieces, in bins that take so many tokens: best fit, longest first."""
     bins: list[list[int]] = []
     left: list[int] = []
     for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
@@ -189,7 +200,13 @@ def _bins(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _filled(
-    bins: Sequence[Sequence[_Piece]], padding: int, rows: Sequence[EncodedRow], firsts: Sequence[int], completions: int
+    bins: Sequence[Sequence[_Piece]],
+    padding: int,
+    rows: Sequence[EncodedRow],
+    firsts: Sequence[int],
+    completions: int,
+    *,
+    segments: bool,
 ) -> TokenBatch:
     width = max(sum(map(len, pieces)) for pieces in bins)
     shape = (len(bins), width)
@@ -226,8 +243,39 @@ def _filled(
         torch.from_numpy(positions) if several else None,
         torch.from_numpy(documents) if forked else None,
         torch.from_numpy(branches) if forked else None,
+        _segments(documents[0], branches[0]) if segments and several else None,
         torch.tensor([[first, first + 1] for first in firsts]) if paired else None,
         torch.tensor([bool(row.desirable) for row in rows]) if labelled else None,
         torch.tensor(weights) if any(weight != 1 for weight in weights) else None,
         torch.from_numpy(np.concatenate(known)) if known else None,
     )
+
+
+def _segments(documents: np.ndarray, branches: np.ndarray) -> Segments:
+    """What the tokens of a sequence without padding see.
+
+    Args:
+        documents: Which document each is of, shape (tokens,).
+        branches: Which answer in it, 0 for a prompt.
+    """
+    count = len(documents)
+    # The first answer follows its prompt as if there were no other.
+    begins = (np.diff(documents, prepend=-1) != 0) | (branches > 1) & (np.diff(branches, prepend=0) != 0)
+    starts = np.flatnonzero(begins)
+    queries = np.diff(np.append(starts, count))
+    prompts = [
+        np.flatnonzero((documents == documents[start]) & (branches == 0)) if branches[start] > 1 else np.zeros(0, int)
+        for start in starts
+    ]
+    seen = [
+        place
+        for prompt, start, length in zip(prompts, starts, queries, strict=True)
+        for place in (prompt, np.arange(start, start + length))
+    ]
+    keys = [len(prompt) + int(length) for prompt, length in zip(prompts, queries, strict=True)]
+
+    def ends(lengths: Sequence[int]) -> torch.Tensor:
+        return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+
+    places = torch.from_numpy(np.concatenate(seen)) if sum(keys) > count else None
+    return Segments(queries.tolist(), keys, ends(queries.tolist()), ends(keys), places)

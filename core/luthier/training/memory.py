@@ -2,36 +2,90 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 
 from luthier.api.context import Context
 from luthier.api.tuning import TrainingConfig
 from luthier.modeling.precision import Precision
-from luthier.training.passes import Limits
+from luthier.training.encoding import EncodedRow
+from luthier.training.passes import Limits, Passes
+from luthier.training.trainer import within_memory
 
-AT_MOST = 8192
-"""Tokens of a pass on a CPU: more do not make it faster."""
+AT_MOST = {"cpu": 8192, "cuda": 16384}
+"""Tokens of a pass: more do not make it faster."""
 SHARE = 0.5
-"""Of the memory that is free, what activations may take."""
+"""Of the memory that is free, what activations may take by an estimate, ..."""
+MEASURED = 0.9
+"""... and of all that is there, what a pass may take by what smaller ones took."""
+MOMENTS = 8
+"""Bytes of an optimizer's states for each weight that is trained; they are made in the first step."""
 
 
 def limits_of(config: TrainingConfig, model: Any, context: Context, precision: Precision) -> Limits:
     """How much a pass takes at the beginning; it becomes less where that does not fit."""
     if isinstance(config.micro_batch_size, int):
         return Limits(None, config.micro_batch_size)
-    if context.device != "cpu":
-        return Limits()
-    free = psutil.virtual_memory().available * SHARE
-    return Limits(max(1, min(AT_MOST, int(free / activation_bytes(model, precision)))), None)
+    most = AT_MOST[torch.device(context.device).type]
+    fitting = int(free_memory(context) * SHARE / activation_bytes(model, precision))
+    return Limits(max(1, min(most, fitting)), None)
 
 
 def fits(model: Any, longest: int, context: Context, precision: Precision) -> bool:
     """Whether the activations of the longest row are likely to fit."""
-    free = psutil.virtual_memory().available if context.device == "cpu" else torch.cuda.mem_get_info()[0]
-    return longest * activation_bytes(model, precision) < free * SHARE
+    return longest * activation_bytes(model, precision) < free_memory(context) * SHARE
+
+
+def free_memory(context: Context) -> int:
+    """Bytes that nothing uses, of the GPU where there is one."""
+    return psutil.virtual_memory().available if context.device == "cpu" else torch.cuda.mem_get_info()[0]
+
+
+def measure_limits(passes: Passes, rows: Sequence[EncodedRow]) -> None:
+    """Let passes take as many tokens as the GPU has room for, by what the longest row takes, and the two longest.
+
+    Gradients that it makes are thrown away.
+    """
+    known = getattr(rows, "lengths", None)
+    lengths = np.array([len(row) for row in rows]) if known is None else known
+    longest = [rows[int(place)] for place in np.argsort(-lengths, kind="stable")[:2]]
+    if len(longest) < 2:
+        return
+    passes.model.train()
+    passes.limits.tokens = AT_MOST["cuda"]
+    drawn = torch.get_rng_state(), torch.cuda.get_rng_state_all()
+    peaks: list[int] = []
+    tokens: list[int] = []
+    for some in (longest[:1], longest):
+        before = passes.limits.tokens
+        torch.cuda.reset_peak_memory_stats()
+        within_memory(passes, some, lambda some=some: passes.step(some, torch.Tensor.backward))
+        peaks.append(torch.cuda.max_memory_allocated())
+        tokens.append(passes.layout.tokens(some))
+        if passes.limits.tokens != before:
+            # Two do not fit: one is what there is room for.
+            break
+    else:
+        whole = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+        room = MEASURED * whole - _made_later(passes.model)
+        slope = max(1.0, (peaks[1] - peaks[0]) / (tokens[1] - tokens[0]))
+        fitting = tokens[1] + int((room - peaks[1]) / slope)
+        passes.limits.tokens = max(tokens[0], min(AT_MOST["cuda"], fitting))
+    for parameter in passes.model.parameters():
+        parameter.grad = None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch.set_rng_state(drawn[0])
+    torch.cuda.set_rng_state_all(drawn[1])
+
+
+def _made_later(model: Any) -> int:
+    """Bytes of the optimizer's states, and of gradients, as far as they are not there yet."""
+    return MOMENTS * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def activation_bytes(model: Any, precision: Precision) -> int:

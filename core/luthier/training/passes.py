@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,9 +138,10 @@ class Passes:
         """
         total = units_of(rows, self.objective.unit)
         logged = Logged()
+        mismatch = self._mismatch(rows)
         for batch in self.batches(rows):
             with self.around():
-                outputs, losses, weights = self._losses(batch, logged)
+                outputs, losses, weights = self._losses(batch, logged, mismatch)
                 added = self._added(batch, outputs, logged)
                 loss = (losses if weights is None else losses * weights).sum() / max(total, 1e-9)
                 share = (len(losses) if weights is None else float(weights.sum())) / max(total, 1e-9)
@@ -153,15 +154,31 @@ class Passes:
     def evaluate(self, rows: Sequence[EncodedRow]) -> tuple[float, Logged]:
         """The objective's mean loss of rows that are not trained on, and what is logged."""
         logged = Logged()
+        mismatch = self._mismatch(rows)
         with evaluating(self.model), torch.no_grad(), self.around():
             for batch in self.batches(rows):
-                self._losses(batch, logged)
+                self._losses(batch, logged, mismatch)
         return logged.means().get("loss", 0.0), logged
 
-    def _losses(self, batch: TokenBatch, logged: Logged) -> tuple[Outputs, Tensor, Tensor | None]:
+    def _mismatch(self, rows: Sequence[EncodedRow]) -> Tensor | None:
+        """What `CompletionBatch.mismatch` says of a step."""
+        others = [row.mismatched for row in rows if row.mismatched is not None]
+        if not others:
+            return None
+        ratios: list[Tensor] = []
+        with torch.no_grad(), self.around():
+            for batch in self.batches(others):
+                made = log_probabilities(self.model, batch, fused=self.fused).completions
+                assert made.reference_sums is not None, "it is computed together with that of the rows"
+                ratios.append(made.sums - made.reference_sums)
+        return torch.cat(ratios).mean()
+
+    def _losses(
+        self, batch: TokenBatch, logged: Logged, mismatch: Tensor | None
+    ) -> tuple[Outputs, Tensor, Tensor | None]:
         unit = self.objective.unit
         outputs = log_probabilities(self.model, batch, fused=self.fused, alike=unit == "token")
-        result = self.objective.loss(outputs.completions)
+        result = self.objective.loss(replace(outputs.completions, mismatch=mismatch))
         units = outputs.completions.count(unit)
         if tuple(result.losses.shape) != (units,):
             raise ModelError(

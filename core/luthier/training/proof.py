@@ -114,11 +114,11 @@ class Proof:
         """How many sequences there are to pack."""
         return sum(len(row.completions) for row in self._rows)
 
-    def apart(self, *, fused: bool, packed: bool = False, shared: bool = False) -> float:
+    def apart(self, *, fused: bool, packed: bool = False, shared: bool = False, segments: bool = False) -> float:
         """How far a way of computing is from the model's own logits, one document at a time; 0 within rounding."""
         try:
             with self._evaluating():
-                found = self._logps(fused=fused, packed=packed, shared=shared)
+                found = self._logps(fused=fused, packed=packed, shared=shared, segments=segments)
         except torch.OutOfMemoryError:
             raise
         # A shortcut may not know a model at all.
@@ -155,9 +155,10 @@ class Proof:
         with evaluating(self._model), torch.no_grad(), self._around():
             yield
 
-    def _logps(self, *, fused: bool, packed: bool = False, shared: bool = False) -> Tensor:
+    def _logps(self, *, fused: bool, packed: bool = False, shared: bool = False, segments: bool = False) -> Tensor:
         """log p of all targets, in the order of the rows."""
-        batch = replace(self._layout, packed=packed, shared=shared).batch(self._rows).to(self._device)
+        layout = replace(self._layout, packed=packed, shared=shared, segments=segments)
+        batch = layout.batch(self._rows).to(self._device)
         made = log_probabilities(self._model, batch, fused=fused).completions
         return made.logps.float()[torch.argsort(made.owner, stable=True)]
 

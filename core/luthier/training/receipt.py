@@ -23,6 +23,7 @@ from luthier.modeling.loading import load_adapter, load_folder, model_folder
 from luthier.modeling.text import IGNORED
 from luthier.training.batches import evaluating
 from luthier.training.encoding import EncodedRow
+from luthier.training.flops import Arithmetic, most_of
 
 SHOWN_ROWS = 2
 """Rows of the first step that are shown with what is trained of them."""
@@ -55,7 +56,9 @@ class Receipt:
             if parameter.requires_grad
         }
         self._waiting = set(self._reached)
+        self._arithmetic = Arithmetic(model)
         self._seconds = 0.0
+        self._operations = 0.0
         self._tokens = 0
         self._steps = 0
         if self._file.exists():
@@ -77,6 +80,7 @@ class Receipt:
         self._look()
         self._seconds += time.perf_counter() - started
         self._tokens += sum(len(item.input_ids) for row in rows for item in row.completions)
+        self._operations += self._arithmetic.of(rows)
         self._steps += 1
         if not any(bool(seen.any()) for seen in self._reached.values()):
             raise ModelError(
@@ -126,6 +130,9 @@ class Receipt:
             found["experts_without_gradient"] = experts
         if self._seconds:
             found["tokens_per_second"] = self._tokens / self._seconds
+            most = most_of(next(self._model.parameters()).device)
+            if most is not None:
+                found["mfu"] = self._operations / self._seconds / most
         return found
 
 

@@ -34,6 +34,12 @@ class ReferencedRows(Sequence[EncodedRow]):
         self._rows, self._logps = rows, logps
         self._starts = np.concatenate([[0], np.cumsum(targets, dtype=np.int64)])
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each row's longest completion, shape (rows,)."""
+        known = getattr(self._rows, "lengths", None)
+        return np.array([len(row) for row in self._rows]) if known is None else known
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -27,12 +27,14 @@ from luthier.training.arguments import arguments_of
 from luthier.training.batches import draws
 from luthier.training.encoding import EncodedRow
 from luthier.training.layout import Layout
-from luthier.training.memory import fits, limits_of
+from luthier.training.memory import fits, limits_of, measure_limits
+from luthier.training.mismatched import Mismatched, WithMismatched
 from luthier.training.passes import Passes
 from luthier.training.proof import Proof
 from luthier.training.receipt import LISTED, Receipt
 from luthier.training.references import with_reference
 from luthier.training.reporter import Reporter
+from luthier.training.segments import leave_segments, use_segments
 from luthier.training.trainer import ObjectiveTrainer, Shuffled
 
 
@@ -106,11 +108,13 @@ def train(
     arguments = arguments_of(config, context, steps_of(config, len(rows)), evaluates=bool(len(validation)))
     if compared:
         needed = _needed(rows, config, arguments.seed)
-        rows = with_reference(rows, needed, passes, digest_value([material.key, "train", needed.tolist()]), context)
+        mismatched = config.max_length if "mismatched" in objective.needs else None
+        key = digest_value([material.key, "train", needed.tolist()])
+        rows = _referenced(rows, needed, passes, key, context, mismatched)
         if len(validation):
             everything = np.arange(len(validation))
             key = digest_value([material.key, "validation"])
-            validation = with_reference(validation, everything, passes, key, context)
+            validation = _referenced(validation, everything, passes, key, context, mismatched)
     optimizer: Optimizer[Any] = context.build(config.optimizer)
     made = optimizer.make(model, schedule_of(config, arguments.max_steps, material.scale))
     receipt = Receipt(model, context.scratch)
@@ -124,6 +128,9 @@ def train(
 
     for regularizer in regularizers:
         regularizer.start(model, batches)
+    if device.type == "cuda" and config.micro_batch_size == "auto":
+        measure_limits(passes, rows)
+        context.log(f"a pass takes {passes.limits.tokens} tokens")
     return _run(trainer, receipt, config, context)
 
 
@@ -177,15 +184,24 @@ def prove(
         )
     if not passes.fused and (distance := proof.apart(fused=False)):
         raise ModelError(f"padded rows change the model's log-probabilities, by {distance:.3g}")
-    if proof.sequences > 1 and (distance := proof.apart(fused=passes.fused, packed=True)):
+    if proof.sequences > 1 and use_segments(model):
+        passes.layout = replace(passes.layout, segments=True)
+        if proof.apart(fused=passes.fused, packed=True, segments=True):
+            passes.layout = replace(passes.layout, segments=False)
+            leave_segments(model)
+    segments = passes.layout.segments
+    if not segments and proof.sequences > 1 and (distance := proof.apart(fused=passes.fused, packed=True)):
         passes.layout = replace(passes.layout, packed=False)
         context.warn(
             f"this model lets packed documents see each other: log-probabilities differ by {distance:.3g}; each "
             "document is a row of its own instead, which takes longer"
         )
-    if rows[0].paired and not sees_all(model, rows):
+    packed = passes.layout.packed
+    if rows[0].paired and not segments and not sees_all(model, rows):
         passes.layout = replace(passes.layout, shared=False)
-    elif rows[0].paired and (distance := proof.apart(fused=passes.fused, packed=passes.layout.packed, shared=True)):
+    elif rows[0].paired and (
+        distance := proof.apart(fused=passes.fused, packed=packed, shared=True, segments=segments)
+    ):
         passes.layout = replace(passes.layout, shared=False)
         context.warn(
             f"this model does not take answers that share a prompt: log-probabilities differ by {distance:.3g}; each "
@@ -210,6 +226,17 @@ def longest_of(rows: Sequence[EncodedRow]) -> int:
     """The tokens of the longest row."""
     known = getattr(rows, "lengths", None)
     return max(len(row) for row in rows) if known is None else int(known.max())
+
+
+def _referenced(
+    rows: Sequence[EncodedRow], needed: np.ndarray, passes: Passes, key: str, context: StageContext, longest: int | None
+) -> Sequence[EncodedRow]:
+    """Rows with their reference, and with mismatched ones of so many tokens where a number is given."""
+    found = with_reference(rows, needed, passes, key, context)
+    if longest is None:
+        return found
+    others = with_reference(Mismatched(rows, longest), needed, passes, digest_value([key, "mismatched"]), context)
+    return WithMismatched(found, others)
 
 
 def _needed(rows: Sequence[EncodedRow], config: TrainingConfig, seed: int) -> np.ndarray:

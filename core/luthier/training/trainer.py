@@ -39,7 +39,11 @@ class Shuffled(Sampler[int]):
 
     def order(self) -> Tensor:
         """The places of this epoch."""
-        generator = torch.Generator().manual_seed(self._seed + self._epoch)
+        return self.of(self._epoch)
+
+    def of(self, epoch: int) -> Tensor:
+        """The places of an epoch, counted from 0."""
+        generator = torch.Generator().manual_seed(self._seed + epoch)
         return torch.randperm(self._count, generator=generator)
 
     def __len__(self) -> int:

@@ -46,7 +46,8 @@ def recognised(path: Path, components: Any) -> Use:
     raise DataError(
         f"the row's keys match no format: {', '.join(keys) or 'it is not an object'}",
         where=f"{path}:{first[0]}",
-        hint="a row has 'messages'; or 'prompt', 'chosen' and 'rejected'; or 'text'; else choose a `format`",
+        hint="a row has 'messages'; or 'prompt' with 'chosen' and 'rejected', or with 'completion' and 'label'; or "
+        "'text'; else choose a `format`",
     )
 
 

@@ -22,6 +22,20 @@ def luthier_components() -> list[Component]:
         ),
         Component(
             kind="format",
+            name="labelled",
+            summary="Good and bad answers: {prompt, completion, label}, the label true or false",
+            config="luthier_plugins.formats.config:LabelledConfig",
+            impl="luthier_plugins.formats.labelled:Labelled",
+        ),
+        Component(
+            kind="format",
+            name="unpaired",
+            summary="Pairs {prompt, chosen, rejected}, each as a good and a bad answer",
+            config="luthier_plugins.formats.config:UnpairedConfig",
+            impl="luthier_plugins.formats.labelled:Unpaired",
+        ),
+        Component(
+            kind="format",
             name="text",
             summary="Plain text: {text}, for pre-training",
             config="luthier_plugins.formats.config:TextConfig",

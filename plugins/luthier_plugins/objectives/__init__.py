@@ -41,4 +41,11 @@ def luthier_components() -> list[Component]:
             config="luthier_plugins.objectives.config:CpoConfig",
             impl="luthier_plugins.objectives.cpo:Cpo",
         ),
+        Component(
+            kind="objective",
+            name="kto",
+            summary="Good and bad answers, unpaired, against the reference: KTO, and APO-zero",
+            config="luthier_plugins.objectives.config:KtoConfig",
+            impl="luthier_plugins.objectives.kto:Kto",
+        ),
     ]

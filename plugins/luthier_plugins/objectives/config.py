@@ -87,6 +87,21 @@ class CpoConfig(ObjectiveConfig):
     """The assumed share of pairs whose labels are swapped."""
 
 
+class KtoConfig(ObjectiveConfig):
+    """Good and bad answers that are no pairs."""
+
+    schemas: ClassVar[tuple[Schema, ...]] = ("labelled",)
+
+    loss: Literal["kto", "apo_zero"] = "kto"
+    """`kto`: against how far the model has moved on the whole; `apo_zero`: against the reference alone."""
+    beta: float = Field(default=0.1, gt=0)
+    """How strongly the model is held to the reference."""
+    desirable_weight: float = Field(default=1.0, ge=0)
+    """The weight of good answers; where they are rarer, the paper lets both kinds weigh about the same in all."""
+    undesirable_weight: float = Field(default=1.0, ge=0)
+    """The weight of bad answers."""
+
+
 class OrpoConfig(ObjectiveConfig):
     """The ORPO loss."""
 

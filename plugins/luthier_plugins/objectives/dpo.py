@@ -118,7 +118,7 @@ class Dpo(Objective[DpoConfig]):
     """Preference optimization against the reference: a weighted sum of the losses that its config names."""
 
     unit: ClassVar[Unit] = "pair"
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    needs: frozenset[Need] = frozenset({"reference"})
 
     def loss(self, batch: CompletionBatch) -> LossResult:
         assert batch.reference_sums is not None, "it needs the reference"

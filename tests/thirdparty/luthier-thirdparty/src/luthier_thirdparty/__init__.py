@@ -7,7 +7,7 @@ from luthier.api import Component, hookimpl
 PARTS = (
     ("format", "dialogs", "Several dialogs in one row", "DialogsConfig", "dialogs:Dialogs"),
     ("format", "thumbs", "Answers with a thumb up or down", "ThumbsConfig", "thumbs:Thumbs"),
-    ("objective", "kto", "Desirable and undesirable answers, without pairs", "KtoConfig", "kto:Kto"),
+    ("objective", "approval", "Good and bad answers, without pairs", "ApprovalConfig", "approval:Approval"),
     ("objective", "focal", "Unlikely tokens count more", "FocalConfig", "focal:Focal"),
     ("metric", "kl", "How far the model went from another one", "KlConfig", "kl:Kl"),
     ("metric", "judged", "What a judge thinks of the answers", "JudgedConfig", "judged:Judged"),

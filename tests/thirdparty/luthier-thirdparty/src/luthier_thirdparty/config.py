@@ -13,7 +13,7 @@ class ThumbsConfig(Config):
     """Nothing to choose."""
 
 
-class KtoConfig(ObjectiveConfig):
+class ApprovalConfig(ObjectiveConfig):
     """Kahneman-Tversky optimization with a reference point of zero."""
 
     schemas: ClassVar[tuple[Schema, ...]] = ("labelled",)

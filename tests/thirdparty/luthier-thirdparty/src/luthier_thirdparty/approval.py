@@ -6,14 +6,14 @@ import torch
 from luthier.api import CompletionBatch, LossResult, Objective, Unit
 from luthier.api.training import Need
 
-from luthier_thirdparty.config import KtoConfig
+from luthier_thirdparty.config import ApprovalConfig
 
 
-class Kto(Objective[KtoConfig]):
+class Approval(Objective[ApprovalConfig]):
     """1 - sigmoid(+-beta * log-ratio), weighted."""
 
     unit: ClassVar[Unit] = "completion"
-    needs: ClassVar[frozenset[Need]] = frozenset({"reference"})
+    needs: frozenset[Need] = frozenset({"reference"})
 
     def loss(self, batch: CompletionBatch) -> LossResult:
         assert batch.reference_sums is not None
