@@ -257,7 +257,7 @@ def test_whatever_an_adapter_changes_is_merged_as_peft_folds_it(
     expected = by_peft(model, light)
     if not folded:
         monkeypatch.setattr(
-            "luthier.modeling.loading.full_weights", lambda *_: pytest.fail("the model was loaded whole")
+            "luthier.modeling.loading.folded_by_peft", lambda *_: pytest.fail("the model was loaded whole")
         )
     base = run_stage(tmp_path / "s", "base", {"source": str(model)})
     adapter = run_stage(tmp_path / "s", "adapter", {"source": str(light)}, inputs={"model": base})

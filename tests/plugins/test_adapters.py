@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from gguf_models import architecture, make_model
 from luthier.api import Artifact, ModelError
-from luthier.modeling.loading import full_weights, load_model
+from luthier.merging import folding
+from luthier.merging.folding import full_weights
+from luthier.modeling.loading import load_model
 from luthier.registry import default_registry
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from pydantic import ValidationError
@@ -180,3 +183,69 @@ def test_what_cannot_be_is_refused_with_the_reason(tmp_path: Path, adapter: dict
 def test_options_that_contradict_each_other_are_refused_while_planning(adapter: dict[str, Any]) -> None:
     with pytest.raises((ValidationError, ValueError, Exception), match=r"pissa|4 bits|feedforward_modules"):
         default_registry().use("adapter", adapter)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "modules"),
+    [
+        ({"target_modules": ["gate_proj"]}, {"0.mlp.gate_proj", "1.mlp.shared_experts.gate_proj"}),
+        (
+            {"target_modules": ["gate_proj", "up_proj", "down_proj"]},
+            {
+                *(f"0.mlp.{part}_proj" for part in ("gate", "up", "down")),
+                *(f"1.mlp.shared_experts.{part}_proj" for part in ("gate", "up", "down")),
+                "1.mlp.experts",
+            },
+        ),
+        (
+            {"target_modules": ["shared_experts.up_proj", "o_proj"]},
+            {"1.mlp.shared_experts.up_proj", "0.self_attn.o_proj", "1.self_attn.o_proj"},
+        ),
+    ],
+)
+def test_dense_layers_that_are_called_as_experts_were_get_their_adapter(
+    tmp_path: Path, adapter: dict[str, Any], modules: set[str]
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = run_stage(tmp_path, "base", {"source": str(make_model(tmp_path / "model", "deepseek-v2", **sizes))})
+    made = tuned(tmp_path, {"uses": "lora", "r": 2, **adapter}, base, steps=1)
+    found = {key.partition(".lora_")[0].removesuffix(".base_layer").partition(".layers.")[2] for key in keys(made)}
+    assert found == modules
+    # What PEFT reads back is what it wrote.
+    assert set(dict(load_model(made).named_modules())) >= {f"base_model.model.model.layers.{name}" for name in modules}
+    with pytest.raises(ModelError, match="PEFT has no such adapter for"):
+        tuned(tmp_path, {"uses": "dora", "r": 2, **adapter}, base, steps=1)
+
+
+def test_blocks_are_chosen_among_experts_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    base = run_stage(tmp_path, "base", {"source": str(make_model(tmp_path / "model", "qwen2-moe", **sizes))})
+    made = tuned(tmp_path, {"uses": "lora", "r": 2, "layers": [1]}, base, steps=1)
+    assert any("experts" in key for key in keys(made))
+    assert all(".layers.1." in key for key in keys(made))
+
+
+def test_a_low_rank_adapter_is_folded_without_loading_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model(tmp_path, tied=False)
+    made = tuned(tmp_path, {"uses": "dora", "r": 4}, base)
+    beside = logits(load_model(made))
+    monkeypatch.setattr(folding, "SHARD", 20_000)
+    monkeypatch.setattr(folding.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(folding, "folded_by_peft", lambda *_: pytest.fail("PEFT folds it"))
+    monkeypatch.setattr(folding, "check_folded", lambda *_: pytest.fail("there is no room for it"))
+    folder = full_weights(made, tmp_path / "folded")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    assert {path.name for path in base.path.iterdir() if path.suffix != ".safetensors"} - {"manifest.json"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), beside, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_folded_wrongly_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = tuned(tmp_path, {"uses": "lora", "r": 4}, tiny_model(tmp_path, tied=False))
+    monkeypatch.setattr("luthier.merging.lowrank.LowRank._scale", lambda *_: 0.5)
+    with pytest.raises(ModelError, match="folded into its model, the adapter behaves differently"):
+        full_weights(made, tmp_path / "folded")

@@ -12,10 +12,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from chats import CHATS, PAIRS, rows_of
 from gguf_models import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from luthier.api import Artifact, ModelError
+from luthier.api import ModelError
 from luthier.artifacts.datasets import read_split
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
@@ -31,37 +32,6 @@ from luthier.training.run import sees_all
 from luthier.training.segments import use_segments
 from luthier.training.trainer import within_memory
 from torch import nn
-
-WORDS = ["the", "map", "lies", "in", "a", "drawer", "below", "12", "old", "keys", "and", "nobody", "knows"]
-
-
-def text_of(count: int, start: int) -> str:
-    """So many words."""
-    return " ".join(WORDS[(start + 3 * n) % len(WORDS)] for n in range(count))
-
-
-CHATS = [
-    {
-        "messages": [
-            {"role": "user", "content": text_of(1 + (7 * n) % 19, n)},
-            {"role": "assistant", "content": text_of(1 + (5 * n) % 13, n + 1)},
-        ]
-    }
-    for n in range(8)
-]
-PAIRS = [
-    {
-        "prompt": [{"role": "user", "content": text_of(2 + (7 * n) % 19, n)}],
-        "chosen": [{"role": "assistant", "content": text_of(1 + (5 * n) % 13, n + 1)}],
-        "rejected": [{"role": "assistant", "content": text_of(1 + (3 * n) % 11, n + 2)}],
-    }
-    for n in range(8)
-]
-
-
-def rows_of(model: Artifact, rows: Sequence[Any]) -> list[EncodedRow]:
-    encoder = ChatEncoder(load_tokenizer(model), model.facts["stop_token_ids"])
-    return [encode_row(encoder, row) for row in rows]
 
 
 def passes_of(model: Any, objective: str, layout: Layout, limits: Limits, *, fused: bool = True) -> Passes:

@@ -42,6 +42,31 @@ class BadRows(Config):
     """The share of a split's rows that may be left out, each reported; with more of them the stage stops."""
 
 
+class ExpertChoice(Config):
+    """Which experts of a mixture are trained, in layers that hold them in one parameter."""
+
+    named: list[int] | dict[int, list[int]] | None = None
+    """Their numbers, for all blocks or by the number of the block."""
+    share: float | None = Field(default=None, gt=0, le=1)
+    """In each block the fewest that together take this share of what the training rows send to experts (ESFT,
+    arXiv:2407.01906)."""
+    by: Literal["tokens", "weights"] = "tokens"
+    """What is shared out: tokens, or their weights in the result."""
+    rows: int = Field(default=64, gt=0)
+    """The training rows that are looked at."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ExpertChoice:
+        if (self.named is None) == (self.share is None):
+            raise ValueError("give `named` or `share`")
+        listed = self.named.values() if isinstance(self.named, dict) else [self.named or []]
+        if self.named is not None and (not self.named or not all(listed)):
+            raise ValueError("`named` names no expert")
+        if any(number < 0 for numbers in listed for number in numbers):
+            raise ValueError("experts are counted from 0")
+        return self
+
+
 class TrainingConfig(StageConfig):
     """What every training stage has: what is trained, on what, how long, how fast and in which batches."""
 
@@ -100,7 +125,9 @@ class TrainingConfig(StageConfig):
     """The size of noise that is added to embeddings while training (NEFTune, arXiv:2310.05914)."""
     train: list[str] = []
     """Patterns for the names of weights that are trained, such as `model.layers.2*.mlp.*`; the others stay as they
-    are. Each has to match something; none: all are trained."""
+    are. `routers` are the weights that send tokens to experts. Each has to match something; none: all are trained."""
+    experts: ExpertChoice | None = None
+    """Train some experts of a mixture, and nothing else but what `train` names."""
     eval_every: int | None = Field(default=None, gt=0)
     """Steps between looks at the validation split; by default once an epoch, or with `steps` as often as a checkpoint
     is written."""
@@ -128,8 +155,9 @@ class TrainingConfig(StageConfig):
             raise ValueError(f"the config of {self.objective.name} is not an ObjectiveConfig")
         if (self.resources.gpus or 0) > 1:
             raise ValueError("training runs in one process so far: ask for one GPU at most")
-        if self.train and self.adapter is not None:
-            raise ValueError("an adapter says itself what it trains: leave `train` or `adapter` out")
+        for name in ("train", "experts"):
+            if getattr(self, name) and self.adapter is not None:
+                raise ValueError(f"an adapter says itself what it trains: leave `{name}` or `adapter` out")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together are more than all steps")
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
@@ -162,8 +190,9 @@ class TrainingConfig(StageConfig):
         found: list[str] = []
         if self.adapter is not None and "adapter" in inputs["model"]:
             found.append("the model is an adapter already: leave `adapter` out to train it further")
-        if self.train and "adapter" in inputs["model"]:
-            found.append("the model is an adapter, which says itself what is trained: leave `train` out")
+        for name in ("train", "experts"):
+            if getattr(self, name) and "adapter" in inputs["model"]:
+                found.append(f"the model is an adapter, which says itself what is trained: leave `{name}` out")
         if self.dtype == "bf16" and self.adapter is None and "model" in inputs["model"]:
             found.append("all weights are trained, and those stay in fp32: leave `dtype` out, or train an `adapter`")
         return found

@@ -288,7 +288,7 @@ def open_inputs(
 
 def _folded(artifact: Artifact, reason: str, context: StageContext) -> Path:
     """A folder with an adapter folded by PEFT, for a `reason`."""
-    from luthier.modeling.loading import full_weights
+    from luthier.modeling.loading import folded_by_peft
 
     if "quantization_config" in read_json(artifact.base.path / "config.json"):
         raise ModelError(
@@ -297,7 +297,7 @@ def _folded(artifact: Artifact, reason: str, context: StageContext) -> Path:
             hint="name the full-precision model: <model>+<adapter>",
         )
     context.log(f"folding {label_of(artifact)} with PEFT: it has {reason}")
-    return full_weights(artifact, context.scratch / f"folded-{artifact.key[:16]}")
+    return folded_by_peft(artifact, context.scratch / f"folded-{artifact.key[:16]}")
 
 
 def _settings(config: MergeConfig, verifier: Verifier) -> Settings:

@@ -169,7 +169,7 @@ def last_names(model: Any) -> list[str]:
 
 
 def fused_parameters(model: Any) -> list[str]:
-    """The ends of the names of weights that are experts of a layer in one parameter, and so no linear layers; none for
+    """The names of weights that are experts of a layer in one parameter, and so no linear layers; none for
     architectures whose experts PEFT finds by itself."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -178,12 +178,59 @@ def fused_parameters(model: Any) -> list[str]:
     if asked.target_parameters:
         return []
     convolutions = [name for name, module in model.named_modules() if "Conv" in type(module).__name__]
-    found = [
+    return [
         name
         for name, parameter in model.named_parameters()
         if parameter.ndim == 3 and not _inside_any(name, dict.fromkeys(convolutions))
     ]
-    return sorted({".".join(name.split(".")[-2:]) for name in found})
+
+
+def taken_for_experts(model: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Linear layers that an adapter is wanted on, and that PEFT would pass by.
+
+    In some architectures it reads the names of gated layers as those of experts alone, as they were called in older
+    versions of transformers; dense blocks and shared experts, which still have such layers, would get nothing.
+
+    Args:
+        model: The model, without an adapter.
+        wanted: Names, or ends of names, of modules.
+
+    Returns:
+        The names of their weights, and what is left of `wanted` for PEFT to read: all of it where it names
+        experts whole, and there are some.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    names = last_names(model)
+    asked = LoraConfig(target_modules=list(names), task_type="CAUSAL_LM")
+    try:
+        convert_peft_config_for_transformers(asked, model, None)
+    # It wants all parts of what is fused, and this model has not all of them as linear layers.
+    except ValueError:
+        return [], list(wanted)
+    taken = set(names) - set(asked.target_modules or [])
+    lost = [
+        name
+        for name in linear_names(model)
+        if name.rpartition(".")[2] in taken and any(_matched(item, {name}) for item in wanted)
+    ]
+    whole = has_experts(model) and taken <= {item.rpartition(".")[2] for item in wanted}
+    rest = list(wanted) if whole else [item for item in wanted if item.rpartition(".")[2] not in taken]
+    return [f"{name}.weight" for name in lost], rest
+
+
+def has_experts(model: Any) -> bool:
+    """Whether some layers have experts."""
+    return any(".experts." in name for name, _ in model.named_parameters())
+
+
+def ends_of(names: Sequence[str], blocks: Sequence[int] | None) -> list[str]:
+    """Parameters as an adapter's config names them: the ends of their names, or in full where some blocks are meant."""
+    if blocks is None:
+        return sorted(
+            {".".join(name.split(".")[-3:] if name.endswith(".weight") else name.split(".")[-2:]) for name in names}
+        )
+    return [name for name in names if any(part.isdigit() and int(part) in blocks for part in name.split("."))]
 
 
 def make_up_for_quantizing(model: Any, folder: Path) -> None:

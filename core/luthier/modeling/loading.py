@@ -160,29 +160,43 @@ def to_best_device(model: Any) -> Any:
     return model.to("cuda") if HEADROOM * size < torch.cuda.mem_get_info()[0] else model
 
 
-def full_weights(artifact: Artifact, scratch: Path) -> Path:
-    """A folder with the artifact's weights in full: its own, or `scratch` with its adapter folded in.
+def folded_by_peft(artifact: Artifact, scratch: Path) -> Path:
+    """`scratch` with an adapter folded in by PEFT, in memory and in float32.
 
-    Folding is done and kept in float32 on the full-precision base, whatever the adapter was trained on.
+    Raises:
+        ModelError: PEFT cannot, or folded in, it behaves differently.
     """
-    if artifact.kind != "adapter":
-        return artifact.path
     scratch.mkdir(parents=True, exist_ok=True)
     model = load_model(artifact)
     before = _answers(model)
     folded = fold(model)
-    difference = float((_answers(folded) - before).abs().max())
-    if difference > SAME * float(before.abs().max()):
+    _check_alike(artifact, before, _answers(folded))
+    check_disk_space(scratch, torch.float32.itemsize * folded.num_parameters(), "the model with the adapter folded in")
+    folded.save_pretrained(scratch, max_shard_size=SHARD)
+    carry_text_files(artifact.path, scratch)
+    return scratch
+
+
+def check_folded(artifact: Artifact, folder: Path) -> None:
+    """Compare an adapter on its base with a folder that it was folded into.
+
+    Raises:
+        ModelError: they behave differently.
+    """
+    # One after the other: two would not fit where one does.
+    before = _answers(load_model(artifact))
+    _check_alike(artifact, before, _answers(load_folder(folder)))
+
+
+def _check_alike(artifact: Artifact, before: torch.Tensor, after: torch.Tensor) -> None:
+    difference = float((after - before).abs().max())
+    if not difference <= SAME * float(before.abs().max()):
         raise ModelError(
             f"folded into its model, the adapter behaves differently: the scores of tokens differ by {difference:.3g}",
             where=str(artifact.path),
             hint="is the embedding tuned, and the output head tied to it? then it cannot be folded; "
             "train with an untied head",
         )
-    check_disk_space(scratch, torch.float32.itemsize * folded.num_parameters(), "the model with the adapter folded in")
-    folded.save_pretrained(scratch)
-    carry_text_files(artifact.path, scratch)
-    return scratch
 
 
 def _answers(model: Any) -> torch.Tensor:
@@ -246,18 +260,19 @@ def save_model(model: Any, source: Artifact, out: Path, dtypes: Mapping[str, tor
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtypes.get(name, dtype))
-    model.save_pretrained(out)
+    # A shard is in memory twice while it is written.
+    model.save_pretrained(out, max_shard_size=SHARD)
     config = read_json(source.path / "config.json")
     if dtype != stored_dtype(source):
-        config = _with_dtype(config, str(dtype).removeprefix("torch."))
+        config = with_dtype(config, str(dtype).removeprefix("torch."))
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     carry_text_files(source.path, out)
     return model_facts(out)
 
 
-def _with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def with_dtype(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A config that says another dtype, under the names that it uses, for its parts as well."""
-    inner = {key: _with_dtype(value, name) for key, value in config.items() if key.endswith("_config") and value}
+    inner = {key: with_dtype(value, name) for key, value in config.items() if key.endswith("_config") and value}
     known = [key for key in ("dtype", "torch_dtype") if key in config]
     top = known or (["dtype"] if "model_type" in config and "architectures" in config else [])
     return {**config, **inner, **dict.fromkeys(top, name)}

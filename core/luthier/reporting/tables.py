@@ -66,6 +66,17 @@ def receipt(training: dict[str, Any]) -> list[Text]:
         speed = f"{rate:.0f} tokens per second, " if rate else ""
         share = f" ({trained['mfu']:.0%} of what the GPU can do)" if "mfu" in trained else ""
         found.append(Text(f"{speed}{trained['peak_memory'] / 1e9:.3g} GB at most{share}"))
+    if "router_load" in training:
+        before, after = (training["router_load"][when] for when in ("before", "after"))
+        moved = max((abs(x - y) for name in before for x, y in zip(before[name], after[name], strict=True)), default=0)
+        unused = [sum(share == 0 for shares in some.values() for share in shares) for some in (before, after)]
+        most = [max(share for shares in some.values() for share in shares) for some in (before, after)]
+        found.append(
+            Text(
+                f"router: the busiest expert takes {most[0]:.0%} of a layer's tokens before and {most[1]:.0%} after, "
+                f"{unused[0]} and {unused[1]} experts take none; shares moved by up to {moved:.1%}"
+            )
+        )
     if "reload_difference" in training:
         found.append(Text(f"loaded again, logits differ by {training['reload_difference']:.1g} of the largest"))
     for number_, parts in enumerate(training.get("first_rows") or [], 1):

@@ -12,19 +12,22 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
 from luthier.api.training import Schedule
+from luthier.training.experts import rows_of
 
 UNDECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Parameters without weight decay, by patterns for their names: as transformers' Trainer has it."""
 
 
 def parameter_groups(model: nn.Module, schedule: Schedule) -> list[dict[str, Any]]:
-    """The trainable parameters: matrices with weight decay; norms and biases without. Those whose learning rate is
-    scaled are groups of their own."""
+    """The trainable parameters: matrices with weight decay; norms and biases without, and those of which some rows are
+    trained (see `luthier.training.experts.decay_rows`). Those whose learning rate is scaled are groups of their own.
+    """
     decayed = set(get_parameter_names(model, [nn.LayerNorm], UNDECAYED))
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((name in decayed, schedule.scale(name)), []).append(parameter)
+            decays = name in decayed and rows_of(parameter) is None
+            groups.setdefault((decays, schedule.scale(name)), []).append(parameter)
     return [
         {
             "params": items,

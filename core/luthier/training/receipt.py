@@ -23,6 +23,7 @@ from luthier.modeling.loading import load_adapter, load_folder, model_folder
 from luthier.modeling.text import IGNORED
 from luthier.training.batches import evaluating
 from luthier.training.encoding import EncodedRow
+from luthier.training.experts import rows_of
 from luthier.training.flops import Arithmetic, most_of
 
 SHOWN_ROWS = 2
@@ -55,6 +56,8 @@ class Receipt:
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+        # Of these alone: no gradient is to come to other experts.
+        self._some = {name: rows for name, item in model.named_parameters() if (rows := rows_of(item)) is not None}
         self._waiting = set(self._reached)
         self._arithmetic = Arithmetic(model)
         self._seconds = 0.0
@@ -66,7 +69,7 @@ class Receipt:
             for name, values in known["reached"].items():
                 if name in self._reached and len(values) == len(self._reached[name]):
                     self._reached[name] |= torch.tensor(values)
-            self._waiting = {name for name, seen in self._reached.items() if not bool(seen.all())}
+            self._waiting = {name for name in self._reached if not self._complete(name)}
 
     @contextmanager
     def step(self, rows: Sequence[EncodedRow]) -> Iterator[None]:
@@ -99,8 +102,12 @@ class Receipt:
                 continue
             seen = self._reached[name]
             seen |= (gradient.detach().flatten(1).any(1) if gradient.ndim == 3 else gradient.detach().any()[None]).cpu()
-            if bool(seen.all()):
+            if self._complete(name):
                 self._waiting.discard(name)
+
+    def _complete(self, name: str) -> bool:
+        seen = self._reached[name]
+        return bool((seen[self._some[name]] if name in self._some else seen).all())
 
     def keep(self) -> None:
         """Write down what was seen, beside a checkpoint."""
@@ -110,14 +117,18 @@ class Receipt:
         """The tensors that no gradient ever came to."""
         return sorted(name for name, seen in self._reached.items() if not bool(seen.any()))
 
+    def _trained_rows(self, name: str) -> list[int]:
+        return self._some[name].tolist() if name in self._some else list(range(len(self._reached[name])))
+
     def facts(self) -> Facts:
         """What a manifest says: which weights were trained, what reached them, and how fast."""
         sizes = {name: parameter.numel() for name, parameter in self._model.named_parameters()}
-        count = sum(sizes[name] for name in self._reached)
+        shares = {name: len(rows) / len(self._reached[name]) for name, rows in self._some.items()}
+        count = round(sum(sizes[name] * shares.get(name, 1.0) for name in self._reached))
         experts = {
-            name: (~seen).nonzero()[:, 0].tolist()
+            name: [place for place in self._trained_rows(name) if not bool(seen[place])]
             for name, seen in self._reached.items()
-            if len(seen) > 1 and not bool(seen.all())
+            if len(seen) > 1 and not self._complete(name)
         }
         found: Facts = {
             "parameters": count,

@@ -26,6 +26,7 @@ from luthier.modeling.precision import Precision
 from luthier.training.arguments import arguments_of
 from luthier.training.batches import draws
 from luthier.training.encoding import EncodedRow
+from luthier.training.experts import decay_rows
 from luthier.training.layout import Layout
 from luthier.training.memory import fits, limits_of, measure_limits
 from luthier.training.mismatched import Mismatched, WithMismatched
@@ -117,6 +118,7 @@ def train(
             validation = _referenced(validation, everything, passes, key, context, mismatched)
     optimizer: Optimizer[Any] = context.build(config.optimizer)
     made = optimizer.make(model, schedule_of(config, arguments.max_steps, material.scale))
+    decay_rows(model, made[0], config.weight_decay)
     receipt = Receipt(model, context.scratch)
     trainer = ObjectiveTrainer(model, arguments, rows, validation, passes, made, receipt)
     if getattr(model.config, "output_router_logits", False) and passes.limits.rows is not None:

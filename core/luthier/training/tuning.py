@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from importlib.util import find_spec
 from typing import Any
 
@@ -35,7 +33,9 @@ from luthier.modeling.loading import (
 from luthier.modeling.precision import Precision, best_precision
 from luthier.modeling.shards import tensors_of
 from luthier.modeling.text import UNDATED, template_of, uses_clock
+from luthier.training.chosen import choose
 from luthier.training.encoding import EncodedRow
+from luthier.training.experts import COUNTED, load_of, shares_of
 from luthier.training.receipt import check_reloads, logits_of, probe_of, shown_rows
 from luthier.training.rows import RowSource
 from luthier.training.run import Material, Trained, train
@@ -75,19 +75,22 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     rows, validation = encode(source_of, datasets, "train"), encode(source_of, datasets, "validation")
     precision = _precision(config, source, context)
     model, options = _load(config, source, context, precision)
-    if config.train:
-        choose_weights(model, config.train, context)
+    choose(model, config, rows, context)
     adapter = config.adapter is not None or source.kind == "adapter"
     # An adapter is small; a full model is read once more when it is needed.
     start = [(name, value.detach().cpu().clone()) for name, value in trained(model)] if adapter else []
     key = _key(config, context, options, precision)
     material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context))
+    counted = [rows[place] for place in range(min(COUNTED, len(rows)))]
+    load = shares_of(load_of(model, counted))
     result = train(model, material, config, context, precision)
     natural, usual = ({}, torch.float32) if adapter else (stored_dtypes(source), stored_dtype(source))
     before = iter(start) if adapter else _weights_of(source, [name for name, _ in trained(model)])
     rounding = Rounding(config.rounding, context.seed)
     storage = storage_of(model, before, natural, usual, config.save_dtype, rounding)
     facts = {**_stored(storage, result, context), "first_rows": shown_rows(rows, tokenizer)}
+    if load:
+        facts["router_load"] = {"before": load, "after": shares_of(load_of(model, counted))}
     probe = probe_of(rows)
     logits = logits_of(model, probe)
     if adapter:
@@ -216,29 +219,6 @@ def _load(
     if missed:
         context.warn(missed)
     return model, options
-
-
-def choose_weights(model: Any, patterns: Sequence[str], context: StageContext) -> None:
-    """Train the weights whose names match a pattern, and none besides.
-
-    Raises:
-        ModelError: a pattern matches nothing.
-    """
-    parameters = dict(model.named_parameters())
-    chosen: set[str] = set()
-    for pattern in patterns:
-        found = [name for name in parameters if fnmatchcase(name, pattern)]
-        if not found:
-            kinds = sorted({re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in parameters})
-            raise ModelError(
-                f"`train` has the pattern '{pattern}', which no weight matches",
-                hint=f"they are called {', '.join(kinds[:8])}{', ...' if len(kinds) > 8 else ''}",
-            )
-        count = sum(parameters[name].numel() for name in found)
-        context.log(f"`{pattern}` trains {len(found)} tensors with {count / 1e6:.3g} M weights")
-        chosen |= set(found)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in chosen)
 
 
 def _check_precision(model: Any) -> None:

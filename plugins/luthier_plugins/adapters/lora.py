@@ -11,10 +11,13 @@ from luthier.api import Adapter, ModelError
 from luthier.modeling.adapters import (
     INITIAL,
     check_targets,
+    ends_of,
     fused_parameters,
+    has_experts,
     last_names,
     make_up_for_quantizing,
     routers,
+    taken_for_experts,
     token_ids,
     with_adapter,
 )
@@ -40,6 +43,19 @@ class Lora(Adapter[LoraConfig]):
                 hint="use the adapter `qlora`, or leave `init` out",
             )
         fused = fused_parameters(model) if everything and not self.use_dora else []
+        lost, rest = taken_for_experts(model, last_names(model) if everything else wanted)
+        if lost and (self.use_dora or self.load_options()):
+            if not everything:
+                raise ModelError(
+                    f"PEFT has no such adapter for {lost[0]}, whose name it reads as that of experts",
+                    hint="name other layers under `target_modules`, or use the adapter `lora`",
+                )
+            lost = []
+        elif lost:
+            fused = [*fused, *lost]
+            everything = everything and has_experts(model)
+            wanted = "all-linear" if everything else rest
+        fused = ends_of(fused, self.config.layers)
         config = peft.LoraConfig(
             r=self.config.r,
             lora_alpha=self.config.lora_alpha,  # pyright: ignore[reportArgumentType] - PEFT takes floats too
@@ -58,7 +74,7 @@ class Lora(Adapter[LoraConfig]):
             task_type="CAUSAL_LM",
         )
         if fused and self.config.lora_dropout:
-            self.context.warn("PEFT has no dropout before adapters of fused experts: `lora_dropout` is left out")
+            self.context.warn(f"PEFT has no dropout before adapters of {', '.join(fused)}: `lora_dropout` is left out")
         wrapped = with_adapter(model, config)
         if self.config.init == "pissa":
             # What it began as is taken off again when it is saved: the base in the store is the one without it.

@@ -14,10 +14,11 @@ from luthier.api import Artifact, Exporter, Facts, ModelError, StageContext
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import carry_licences
+from luthier.merging.folding import full_weights
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import fold, full_weights, load_model, load_tokenizer, to_best_device
+from luthier.modeling.loading import fold, load_model, load_tokenizer, to_best_device
 from luthier.modeling.quantizing import refuse_quantized
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card

@@ -16,10 +16,11 @@ from luthier.artifacts.digest import digest_file, files_in
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import model_facts
+from luthier.merging.folding import full_weights
 from luthier.modeling.calibration import tuned_on
 from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import full_weights, model_folder
+from luthier.modeling.loading import model_folder
 from luthier.modeling.quantizing import check_folder, computed_in, quantize, write_folder_texts
 from luthier.modeling.weights import write_weights
 from luthier.serving.bundle import write_bundle

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from luthier.api import Facts, Stage
+from luthier.merging.folding import full_weights
 from luthier.modeling.calibration import tuned_on
-from luthier.modeling.loading import full_weights
 from luthier.modeling.quantizing import quantize, refuse_quantized
 from luthier_plugins.quantize.config import QuantizeConfig
 
