@@ -25,8 +25,8 @@ from luthier.modeling.loading import load_tokenizer
 from luthier.running.commit import commit
 from luthier.testing import TestContext
 from luthier.testing.stages import tiny_model
+from luthier.training.mixing import Mix
 from luthier.training.token_files import Labelling, token_file
-from luthier.training.trainer import Shuffled
 from transformers import AutoTokenizer
 
 
@@ -91,7 +91,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         print(f"Luthier: {arguments.rows / seconds:.0f} rows/s ({seconds:.0f} s)", flush=True)
         made = process.memory_info().rss
-        read = sum(len(found[place]) for place in itertools.islice(Shuffled(found, 0), 100_000))
+        read = sum(len(found[place]) for place in Mix.of([len(found)], None).order(0, 0)[:100_000].tolist())
         after = process.memory_info().rss
         print(
             f"{len(found)} rows, {found.tokens / 1e6:.1f} M trained tokens; resident memory grew by "

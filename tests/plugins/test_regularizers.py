@@ -110,14 +110,18 @@ def test_what_was_known_is_held_while_the_task_is_learned(
         "none": [],
         "l2sp": [{"uses": "l2sp", "strength": strengths[0]}],
         "ewc": [{"uses": "ewc", "data": str(known.key), "strength": strengths[1]}],
+        "replay": [],
     }.items():
         inputs: dict[str, Any] = {"model": learned, "data": [task]}
         if name == "ewc":
             inputs["regularizers.0.data"] = known
-        tuned = run_stage(tmp_path, "sft", {**config, "regularizers": regularizers}, inputs=inputs)
+        if name == "replay":
+            inputs["data"] = [task, known]
+        mixed = {"weights": [0.75, 0.25]} if name == "replay" else {}
+        tuned = run_stage(tmp_path, "sft", {**config, **mixed, "regularizers": regularizers}, inputs=inputs)
         found[name] = (loss_of(tuned, KNOWN), loss_of(tuned, TASK))
     assert found["none"][0] > before + 0.5
-    for name in ("l2sp", "ewc"):
+    for name in ("l2sp", "ewc", "replay"):
         assert found[name][0] < before + 0.7 * (found["none"][0] - before), name
         # Most of the task is learned all the same.
         assert loss_of(learned, TASK) - found[name][1] > 0.8 * (loss_of(learned, TASK) - found["none"][1]), name

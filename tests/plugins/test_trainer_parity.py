@@ -16,7 +16,7 @@ from luthier.modeling.text import IGNORED
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from luthier.training.encoding import encode_row
 from luthier.training.mismatched import Mismatched
-from luthier.training.trainer import Shuffled
+from luthier.training.mixing import Mix
 from safetensors.torch import load_file
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
@@ -193,7 +193,7 @@ def test_tuning_on_labelled_answers_is_trl_s(tmp_path: Path, loss: str, micro: A
     others = Mismatched(rows, 1024)
     columns: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "KL_completion_ids": [], "label": []}
     # TRL takes rows in their order here.
-    for place in [place for epoch in range(3) for place in Shuffled(rows, 0).of(epoch).tolist()]:
+    for place in [place for epoch in range(3) for place in Mix.of([len(rows)], None).order(0, epoch).tolist()]:
         own, other = rows[place].completions[0], others[place].completions[0]
         first = own.labels.count(IGNORED)
         assert other.input_ids[:first] == own.input_ids[:first]

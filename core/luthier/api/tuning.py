@@ -76,6 +76,9 @@ class TrainingConfig(StageConfig):
     """The model to train; an adapter is trained further, on its base, loaded as it was."""
     data: DatasetInputs
     """The rows: one dataset, or several that are trained on together."""
+    weights: list[Annotated[float, Field(ge=0)]] | None = None
+    """How many rows an epoch takes of each dataset, beside each other: `[0.8, 0.2]` takes one of the second for four of
+    the first, such as to replay what a model learned before. An epoch has all rows of the first; by default of all."""
     adapter: AdapterUse | None = None
     """Train an adapter instead of all weights."""
     objective: ObjectiveUse = Field(default=cast("Any", "cross_entropy"))
@@ -158,6 +161,10 @@ class TrainingConfig(StageConfig):
         for name in ("train", "experts"):
             if getattr(self, name) and self.adapter is not None:
                 raise ValueError(f"an adapter says itself what it trains: leave `{name}` or `adapter` out")
+        if self.weights is not None and len(self.weights) != len(self.data):
+            raise ValueError(f"`weights` has {len(self.weights)} numbers for {len(self.data)} datasets")
+        if self.weights and not self.weights[0]:
+            raise ValueError("the first of `weights` is 0: an epoch is one pass over the first dataset")
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ValueError("`warmup` and `decay` together are more than all steps")
         if isinstance(self.micro_batch_size, int) and self.micro_batch_size > self.batch_size:
@@ -237,7 +244,10 @@ class TrainingConfig(StageConfig):
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
         data = inputs.get("data", [])
-        rows = sum(facts.get("rows", {}).get("train", 0) for facts in data)
+        sizes = [facts.get("rows", {}).get("train", 0) for facts in data]
+        rows = sum(sizes)
+        if self.weights and len(sizes) == len(self.weights):
+            rows = round(sizes[0] * sum(self.weights) / self.weights[0])
         if self.steps is not None and rows:
             rows = self.steps * self.batch_size
         elif self.epochs is not None:

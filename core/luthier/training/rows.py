@@ -138,6 +138,37 @@ class RowSource:
         self._context.warn(f"{text} and were left out; {first}")
 
 
+class Joined(Sequence[EncodedRow]):
+    """Blocks of several datasets, one behind the other.
+
+    Args:
+        several: Those of each.
+
+    Attributes:
+        lengths: See `Blocks`.
+        targets: See `Blocks`.
+        parts: How many are of each.
+    """
+
+    def __init__(self, several: Sequence[Blocks]) -> None:
+        self._several = several
+        self.parts = [len(blocks) for blocks in several]
+        self.lengths = np.concatenate([blocks.lengths for blocks in several])
+        self.targets = np.concatenate([blocks.targets for blocks in several])
+        self._ends = np.cumsum(self.parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        which = int(np.searchsorted(self._ends, place, side="right"))
+        return self._several[which][place - int(self._ends[which]) + self.parts[which]]
+
+
 class Blocks(Sequence[EncodedRow]):
     """Blocks of exactly `length` tokens from documents in a row; the last, shorter block is kept.
 

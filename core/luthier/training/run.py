@@ -30,13 +30,14 @@ from luthier.training.experts import decay_rows
 from luthier.training.layout import Layout
 from luthier.training.memory import fits, limits_of, measure_limits
 from luthier.training.mismatched import Mismatched, WithMismatched
+from luthier.training.mixing import Mix
 from luthier.training.passes import Passes
 from luthier.training.proof import Proof
 from luthier.training.receipt import LISTED, Receipt
 from luthier.training.references import with_reference
 from luthier.training.reporter import Reporter
 from luthier.training.segments import leave_segments, use_segments
-from luthier.training.trainer import ObjectiveTrainer, Shuffled
+from luthier.training.trainer import ObjectiveTrainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Material:
         padding: The id of the padding token.
         key: Identifies rows and model: the same reference belongs to it.
         scale: By what the learning rate of a parameter is multiplied, by its name.
+        mix: Which rows an epoch takes; by default all.
     """
 
     train: Sequence[EncodedRow]
@@ -70,6 +72,12 @@ class Material:
     padding: int
     key: str
     scale: Callable[[str], float] = lambda name: 1.0
+    mix: Mix | None = None
+
+    @property
+    def taken(self) -> Mix:
+        """Which rows an epoch takes."""
+        return self.mix or Mix.of([len(self.train)], None)
 
 
 def train(
@@ -106,9 +114,9 @@ def train(
         context.log("activations are computed twice instead of kept (`gradient_checkpointing`)")
     prove(passes, material.train, precision, context, steady=compared)
     rows, validation = material.train, material.validation
-    arguments = arguments_of(config, context, steps_of(config, len(rows)), evaluates=bool(len(validation)))
+    arguments = arguments_of(config, context, steps_of(config, len(material.taken)), evaluates=bool(len(validation)))
     if compared:
-        needed = _needed(rows, config, arguments.seed)
+        needed = _needed(material.taken, config.batch_size * arguments.max_steps, arguments.seed)
         mismatched = config.max_length if "mismatched" in objective.needs else None
         key = digest_value([material.key, "train", needed.tolist()])
         rows = _referenced(rows, needed, passes, key, context, mismatched)
@@ -120,7 +128,7 @@ def train(
     made = optimizer.make(model, schedule_of(config, arguments.max_steps, material.scale))
     decay_rows(model, made[0], config.weight_decay)
     receipt = Receipt(model, context.scratch)
-    trainer = ObjectiveTrainer(model, arguments, rows, validation, passes, made, receipt)
+    trainer = ObjectiveTrainer(model, arguments, rows, validation, passes, made, receipt, material.taken)
     if getattr(model.config, "output_router_logits", False) and passes.limits.rows is not None:
         context.warn("the loss that balances experts is that of each micro-batch: `micro_batch_size` changes it")
 
@@ -241,12 +249,12 @@ def _referenced(
     return WithMismatched(found, others)
 
 
-def _needed(rows: Sequence[EncodedRow], config: TrainingConfig, seed: int) -> np.ndarray:
-    """The places of the rows that will be trained on, where the steps end within the first epoch."""
-    count = len(rows)
-    if config.steps is not None and config.steps * config.batch_size < count:
-        return Shuffled(rows, seed).order().numpy()[: config.steps * config.batch_size]
-    return np.arange(count)
+def _needed(mix: Mix, count: int, seed: int) -> np.ndarray:
+    """The places of the rows that will be trained on, at most so many, in an order that is the same each time."""
+    if mix.taken == mix.sizes and count >= len(mix):
+        return np.arange(len(mix))
+    epochs = [mix.order(seed, epoch).numpy() for epoch in range(-(-count // len(mix)))]
+    return np.unique(np.concatenate(epochs)[:count])
 
 
 def _without_dropout(model: torch.nn.Module, context: StageContext) -> None:

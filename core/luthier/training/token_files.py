@@ -404,11 +404,13 @@ class TokenRows(Sequence[EncodedRow]):
     Attributes:
         lengths: See `TokenFile`, of the chosen rows.
         targets: See `TokenFile`.
+        parts: How many rows are of each file.
     """
 
     def __init__(self, files: Sequence[TokenFile], kept: Sequence[np.ndarray]) -> None:
         self._files, self._kept = files, kept
-        self._starts = np.cumsum([0, *(len(item) for item in kept)])
+        self.parts = [len(item) for item in kept]
+        self._starts = np.cumsum([0, *self.parts])
         self.lengths = _joined([file.lengths[item] for file, item in zip(files, kept, strict=True)], np.int32)
         self.targets = _joined([file.targets[item] for file, item in zip(files, kept, strict=True)], np.int32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from luthier.api.errors import ModelError
 from luthier.training.encoding import EncodedRow
+from luthier.training.mixing import Mix
 from luthier.training.passes import Logged, Passes
 from luthier.training.receipt import Receipt
 from luthier.training.reporter import check_finite
@@ -26,32 +27,23 @@ class Shuffled(Sampler[int]):
     """The order of rows: another in each epoch, the same whatever else drew random numbers.
 
     Args:
-        rows: What is put in order.
+        mix: How many rows there are, and how many of them an epoch takes.
         seed: The seed.
     """
 
-    def __init__(self, rows: Sized, seed: int) -> None:
-        self._count, self._seed, self._epoch = len(rows), seed, 0
+    def __init__(self, mix: Mix, seed: int) -> None:
+        self._mix, self._seed, self._epoch = mix, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Called before each epoch."""
         self._epoch = epoch
 
-    def order(self) -> Tensor:
-        """The places of this epoch."""
-        return self.of(self._epoch)
-
-    def of(self, epoch: int) -> Tensor:
-        """The places of an epoch, counted from 0."""
-        generator = torch.Generator().manual_seed(self._seed + epoch)
-        return torch.randperm(self._count, generator=generator)
-
     def __len__(self) -> int:
-        return self._count
+        return len(self._mix)
 
     def __iter__(self) -> Iterator[int]:
         # One at a time: as a list of Python numbers the order of a million rows takes 30 MB.
-        for place in self.order():
+        for place in self._mix.order(self._seed, self._epoch):
             yield int(place)
 
 
@@ -66,6 +58,7 @@ class ObjectiveTrainer(transformers.Trainer):
         passes: Computes steps.
         optimizers: The recipe's, and what sets its learning rate.
         receipt: Watches what is trained.
+        mix: Which rows an epoch takes.
     """
 
     def __init__(
@@ -77,7 +70,9 @@ class ObjectiveTrainer(transformers.Trainer):
         passes: Passes,
         optimizers: tuple[Any, Any],
         receipt: Receipt,
+        mix: Mix,
     ) -> None:
+        self._mix = mix
         self._passes = passes
         self._receipt = receipt
         self._logged = {"train": Logged(), "eval": Logged()}
@@ -92,7 +87,7 @@ class ObjectiveTrainer(transformers.Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return Shuffled(cast("Sized", train_dataset or self.train_dataset), self.args.seed)
+        return Shuffled(self._mix, self.args.seed)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> tuple[list[Any], Any]:
         """The next step, and no count of its items: passes divide by their own."""

@@ -36,6 +36,7 @@ from luthier.modeling.text import UNDATED, template_of, uses_clock
 from luthier.training.chosen import choose
 from luthier.training.encoding import EncodedRow
 from luthier.training.experts import COUNTED, load_of, shares_of
+from luthier.training.mixing import Mix
 from luthier.training.receipt import check_reloads, logits_of, probe_of, shown_rows
 from luthier.training.rows import RowSource
 from luthier.training.run import Material, Trained, train
@@ -80,7 +81,8 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     # An adapter is small; a full model is read once more when it is needed.
     start = [(name, value.detach().cpu().clone()) for name, value in trained(model)] if adapter else []
     key = _key(config, context, options, precision)
-    material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context))
+    mix = _mix(config, rows, context)
+    material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context), mix)
     counted = [rows[place] for place in range(min(COUNTED, len(rows)))]
     load = shares_of(load_of(model, counted))
     result = train(model, material, config, context, precision)
@@ -102,7 +104,9 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     # Two models would not fit where one does.
     del model, result
     facts["reload_difference"] = check_reloads(context.out, source, options, probe, logits, adapter=adapter)
-    counts = {"rows": len(rows), "tokens": _targets(rows), "precision": precision}
+    counts: Facts = {"rows": len(rows), "tokens": _targets(rows), "precision": precision}
+    if mix is not None:
+        counts["rows_in_epoch"] = list(mix.taken)
     found = {"left_out": dict(source_of.left_out), "notes": dict(source_of.notes)}
     return {**made, "training": {**facts, **counts, **{name: value for name, value in found.items() if value}}}
 
@@ -142,6 +146,18 @@ def _scale_of(config: TrainingConfig, context: StageContext) -> Callable[[str], 
         return lambda name: 1.0
     adapter: Adapter[Any] = context.build(config.adapter)
     return adapter.learning_rate_scale
+
+
+def _mix(config: TrainingConfig, rows: Sequence[EncodedRow], context: StageContext) -> Mix | None:
+    """Which rows an epoch takes of datasets that have weights."""
+    if config.weights is None:
+        return None
+    mix = Mix.of(rows.parts, config.weights)  # type: ignore[attr-defined] - what several datasets give
+    told = ", ".join(f"{taken} of {size}" for taken, size in zip(mix.taken, mix.sizes, strict=True))
+    context.log(f"an epoch takes {told} rows")
+    if 0 in mix.taken:
+        context.warn(f"`weights` leave nothing of a dataset: an epoch takes {told} rows")
+    return mix
 
 
 def _targets(rows: Sequence[EncodedRow]) -> int:
