@@ -145,6 +145,9 @@ class TrainingConfig(StageConfig):
     that would undo more than a twentieth of what was trained; an adapter in fp32."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
     """How weights are rounded to fewer bits; `stochastic` keeps small changes on average, drawn with the seed."""
+    on_divergence: Annotated[Literal["stop", "warn"], NotIdentity()] = "stop"
+    """What to do where the mean loss of ten steps is far above that of the first ten: stop, name the batch that it
+    began with, and keep the checkpoint before it; or train on."""
     save_every: Annotated[int, NotIdentity()] = Field(default=200, gt=0)
     """Steps between checkpoints, from which a killed stage resumes."""
     log_every: Annotated[int, NotIdentity()] = Field(default=10, gt=0)

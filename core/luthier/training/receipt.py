@@ -22,6 +22,7 @@ from luthier.artifacts.json_files import read_json, write_json
 from luthier.modeling.loading import load_adapter, load_folder, model_folder
 from luthier.modeling.text import IGNORED
 from luthier.training.batches import evaluating
+from luthier.training.divergence import Watch
 from luthier.training.encoding import EncodedRow
 from luthier.training.experts import rows_of
 from luthier.training.flops import Arithmetic, most_of
@@ -34,6 +35,8 @@ PROBED = 64
 """Tokens of the row with which what is stored is compared with what was trained."""
 SAME = 2e-3
 """How much of the largest logit rounding may move one."""
+DESCRIBED = 160
+"""Characters of a row that messages show."""
 LISTED = 8
 """Names that a message lists."""
 STATE = "receipt.json"
@@ -45,6 +48,9 @@ class Receipt:
     Args:
         model: The model, before its first step.
         scratch: A folder that survives a crash: what was seen before one counts.
+
+    Attributes:
+        watch: Follows the loss.
     """
 
     def __init__(self, model: Any, scratch: Path) -> None:
@@ -62,10 +68,12 @@ class Receipt:
         self._arithmetic = Arithmetic(model)
         self._seconds = 0.0
         self._operations = 0.0
+        self.watch = Watch()
         self._tokens = 0
         self._steps = 0
         if self._file.exists():
             known = read_json(self._file)
+            self.watch = Watch(known.get("began", ()))
             for name, values in known["reached"].items():
                 if name in self._reached and len(values) == len(self._reached[name]):
                     self._reached[name] |= torch.tensor(values)
@@ -92,6 +100,10 @@ class Receipt:
                 "constant?",
             )
 
+    def speed(self) -> float | None:
+        """Tokens per second so far."""
+        return self._tokens / self._seconds if self._seconds else None
+
     def _look(self) -> None:
         if not self._waiting:
             return
@@ -111,7 +123,8 @@ class Receipt:
 
     def keep(self) -> None:
         """Write down what was seen, beside a checkpoint."""
-        write_json(self._file, {"reached": {name: seen.tolist() for name, seen in self._reached.items()}})
+        reached = {name: seen.tolist() for name, seen in self._reached.items()}
+        write_json(self._file, {"reached": reached, "began": self.watch.began})
 
     def without_gradient(self) -> list[str]:
         """The tensors that no gradient ever came to."""
@@ -140,7 +153,7 @@ class Receipt:
         if experts:
             found["experts_without_gradient"] = experts
         if self._seconds:
-            found["tokens_per_second"] = self._tokens / self._seconds
+            found["tokens_per_second"] = self.speed()
             most = most_of(next(self._model.parameters()).device)
             if most is not None:
                 found["mfu"] = self._operations / self._seconds / most
@@ -180,6 +193,12 @@ def shown_rows(rows: Sequence[EncodedRow], tokenizer: Any) -> list[list[dict[str
             start = end
         found.append(parts)
     return found
+
+
+def described(tokenizer: Any, row: EncodedRow) -> str:
+    """The beginning of a row, as text in quotes."""
+    text: str = tokenizer.decode(row.completions[0].input_ids[:PROBED], skip_special_tokens=False)
+    return repr(text[:DESCRIBED] + ("..." if len(text) > DESCRIBED else ""))
 
 
 def probe_of(rows: Sequence[EncodedRow]) -> Tensor:

@@ -13,6 +13,8 @@ from luthier.api.errors import ModelError
 from luthier.artifacts.checkpoints import mark_whole
 from luthier.training.receipt import Receipt
 
+REMEDY = "lower `learning_rate`, add `warmup`, or look for weights of the model that are far too large"
+
 
 def check_finite(name: str, value: float, step: int) -> None:
     """Stop where numbers have left the finite ones: nothing that is computed from here on means anything.
@@ -23,7 +25,7 @@ def check_finite(name: str, value: float, step: int) -> None:
     if not math.isfinite(value):
         raise ModelError(
             f"{name} is {value} at step {step}: training has diverged",
-            hint="lower `learning_rate`, add `warmup`, or look for weights of the model that are far too large",
+            hint=REMEDY,
         )
 
 
@@ -45,6 +47,10 @@ class Reporter(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             self._leave_last_evaluation(state, control)
+        if control.should_save and self._receipt.watch.spiking:
+            # The checkpoint before it is the better one to go on from.
+            self.context.log(f"no checkpoint at step {state.global_step}: the loss is far above that of the first")
+            control.should_save = False
         if self.context.stopping():
             control.should_save = True
             control.should_training_stop = True
@@ -70,4 +76,7 @@ class Reporter(TrainerCallback):
         numbers = {name: float(value) for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         for name, value in numbers.items():
             check_finite(name, value, state.global_step)
+        speed = self._receipt.speed()
+        if speed is not None and "loss" in numbers:
+            numbers["tokens_per_second"] = speed
         self.context.metrics(numbers, state.global_step)

@@ -37,7 +37,7 @@ from luthier.training.receipt import LISTED, Receipt
 from luthier.training.references import with_reference
 from luthier.training.reporter import Reporter
 from luthier.training.segments import leave_segments, use_segments
-from luthier.training.trainer import ObjectiveTrainer
+from luthier.training.trainer import ObjectiveTrainer, Words
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +65,7 @@ class Material:
         key: Identifies rows and model: the same reference belongs to it.
         scale: By what the learning rate of a parameter is multiplied, by its name.
         mix: Which rows an epoch takes; by default all.
+        describe: Gives the beginning of a row, as text.
     """
 
     train: Sequence[EncodedRow]
@@ -73,6 +74,7 @@ class Material:
     key: str
     scale: Callable[[str], float] = lambda name: 1.0
     mix: Mix | None = None
+    describe: Callable[[EncodedRow], str] = lambda row: f"{len(row)} tokens"
 
     @property
     def taken(self) -> Mix:
@@ -128,7 +130,8 @@ def train(
     made = optimizer.make(model, schedule_of(config, arguments.max_steps, material.scale))
     decay_rows(model, made[0], config.weight_decay)
     receipt = Receipt(model, context.scratch)
-    trainer = ObjectiveTrainer(model, arguments, rows, validation, passes, made, receipt, material.taken)
+    words = Words(material.describe, context.warn, config.on_divergence == "stop")
+    trainer = ObjectiveTrainer(model, arguments, rows, validation, passes, made, receipt, material.taken, words)
     if getattr(model.config, "output_router_logits", False) and passes.limits.rows is not None:
         context.warn("the loss that balances experts is that of each micro-batch: `micro_batch_size` changes it")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import multiprocessing
 import os
 import shutil
@@ -39,6 +40,8 @@ CHUNK = 512
 """Rows that are made tokens of at a time."""
 AT_LEAST = 4000
 """Rows for which starting more processes pays: each loads transformers and the tokenizer for some seconds."""
+KEPT_PAGES = 2048
+"""Rows after whose reading the pages of a mapped file are given back."""
 EXAMPLES = 20
 """Rows that cannot be used which are kept with their reason, for an error to name."""
 QUOTED = 60
@@ -153,7 +156,10 @@ class TokenFile(Sequence[EncodedRow]):
         self.notes: Counter[str] = Counter(facts["notes"])
         arrow: Any = import_module("pyarrow")
         ipc: Any = import_module("pyarrow.ipc")
-        reader = ipc.open_file(arrow.memory_map(str(folder / TOKENS)))
+        with (folder / TOKENS).open("rb") as file:
+            self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._read = 0
+        reader = ipc.open_file(arrow.BufferReader(arrow.py_buffer(self._mapped)))
         parts = [reader.get_batch(place) for place in range(reader.num_record_batches)]
         self._parts = [_Part(part) for part in parts]
         # Where each chunk begins among all completions, and each row.
@@ -173,10 +179,17 @@ class TokenFile(Sequence[EncodedRow]):
     def __getitem__(self, place: Any) -> Any:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
+        self._let_go()
         first, last = int(self._row_starts[place]), int(self._row_starts[place + 1])
         chunk = int(np.searchsorted(self._chunk_starts, first, side="right")) - 1
         start = int(self._chunk_starts[chunk])
         return self._parts[chunk].row(first - start, last - start)
+
+    def _let_go(self) -> None:
+        """Now and then give pages back that were read: at random, most of a file would stay in the process."""
+        self._read += 1
+        if self._read % KEPT_PAGES == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def tokens(self) -> int:

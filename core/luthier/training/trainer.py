@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,7 +19,7 @@ from luthier.training.encoding import EncodedRow
 from luthier.training.mixing import Mix
 from luthier.training.passes import Logged, Passes
 from luthier.training.receipt import Receipt
-from luthier.training.reporter import check_finite
+from luthier.training.reporter import REMEDY
 
 ROWS = "rows"
 """The one entry of a batch: the rows of an optimizer step."""
@@ -47,6 +49,21 @@ class Shuffled(Sampler[int]):
             yield int(place)
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What is said of a loss that runs away.
+
+    Attributes:
+        describe: Gives the beginning of a row, as text.
+        warn: Is told, where training goes on.
+        stops: Whether it ends.
+    """
+
+    describe: Callable[[EncodedRow], str]
+    warn: Callable[[str], None]
+    stops: bool
+
+
 class ObjectiveTrainer(transformers.Trainer):
     """Trains a model on an objective; one of its batches is a whole optimizer step, see `Passes`.
 
@@ -59,6 +76,7 @@ class ObjectiveTrainer(transformers.Trainer):
         optimizers: The recipe's, and what sets its learning rate.
         receipt: Watches what is trained.
         mix: Which rows an epoch takes.
+        words: What is said of a loss that runs away.
     """
 
     def __init__(
@@ -71,8 +89,11 @@ class ObjectiveTrainer(transformers.Trainer):
         optimizers: tuple[Any, Any],
         receipt: Receipt,
         mix: Mix,
+        words: Words,
     ) -> None:
         self._mix = mix
+        self._describe, self._warn, self._stops = words.describe, words.warn, words.stops
+        self._began, self._told = "", False
         self._passes = passes
         self._receipt = receipt
         self._logged = {"train": Logged(), "eval": Logged()}
@@ -107,10 +128,40 @@ class ObjectiveTrainer(transformers.Trainer):
         rows: Sequence[EncodedRow] = inputs[ROWS]
         with self._receipt.step(rows):
             loss, logged = within_memory(self._passes, rows, lambda: self._passes.step(rows, self.accelerator.backward))
-            check_finite("the loss", loss, self.state.global_step + 1)
+            self._check(loss, rows)
         self.last_loss = loss
         self._logged["train"].join(logged)
         return torch.tensor(loss, device=self.args.device)
+
+    def _check(self, loss: float, rows: Sequence[EncodedRow]) -> None:
+        """Stop where the loss is no number, or has run away.
+
+        Raises:
+            ModelError: shows the batch with which it began.
+        """
+        watch, step = self._receipt.watch, self.state.global_step + 1
+        calm = not watch.spiking
+        watch.add(loss)
+        if (calm and watch.spiking) or not math.isfinite(loss):
+            self._began = f"step {step}, {self._worst(rows)}"
+        if not math.isfinite(loss):
+            raise ModelError(f"the loss is {loss} at step {step}: training has diverged; {self._began}", hint=REMEDY)
+        if watch.diverged and self._stops:
+            raise ModelError(
+                f"the loss has run away: {loss:.4g} at step {step}, {watch.usual:.4g} in the first steps; it began at "
+                f"{self._began}",
+                hint=f"{REMEDY}; or train on all the same: `on_divergence: warn`. The last good checkpoint is kept",
+            )
+        if watch.diverged and not self._told:
+            self._told = True
+            self._warn(f"the loss has run away: {loss:.4g} at step {step}; it began at {self._began}")
+
+    def _worst(self, rows: Sequence[EncodedRow]) -> str:
+        """The row of a step with the largest loss, in words."""
+        losses = [self._passes.evaluate([row])[0] for row in rows]
+        # NaN is larger than any number here.
+        place = max(range(len(rows)), key=lambda number: (not math.isfinite(losses[number]), losses[number]))
+        return f"where the loss of a row is {losses[place]:.4g}: {self._describe(rows[place])}"
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

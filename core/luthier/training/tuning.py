@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,7 +38,7 @@ from luthier.training.chosen import choose
 from luthier.training.encoding import EncodedRow
 from luthier.training.experts import COUNTED, load_of, shares_of
 from luthier.training.mixing import Mix
-from luthier.training.receipt import check_reloads, logits_of, probe_of, shown_rows
+from luthier.training.receipt import check_reloads, described, logits_of, probe_of, shown_rows
 from luthier.training.rows import RowSource
 from luthier.training.run import Material, Trained, train
 from luthier.training.storing import Rounding, Storage, storage_of, trained
@@ -82,7 +83,8 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     start = [(name, value.detach().cpu().clone()) for name, value in trained(model)] if adapter else []
     key = _key(config, context, options, precision)
     mix = _mix(config, rows, context)
-    material = Material(rows, validation, padding_of(tokenizer), key, _scale_of(config, context), mix)
+    scale, describe = _scale_of(config, context), partial(described, tokenizer)
+    material = Material(rows, validation, padding_of(tokenizer), key, scale, mix, describe)
     counted = [rows[place] for place in range(min(COUNTED, len(rows)))]
     load = shares_of(load_of(model, counted))
     result = train(model, material, config, context, precision)
