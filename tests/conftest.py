@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing is written to the user's own folders.
+os.environ.setdefault("TRACKIO_DIR", tempfile.mkdtemp(prefix="luthier-trackio-"))
+os.environ.setdefault("WANDB_MODE", "offline")
 
 # The first example of a process pays for imports: these tests do not measure speed.
 settings.register_profile("luthier", deadline=None)

@@ -42,14 +42,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 TRL = {
     "TRL, its defaults": {},
     "TRL, no checkpointing": {"gradient_checkpointing": False},
-    "TRL, float32, no checkpointing": {"gradient_checkpointing": False, "bf16": False},
     "TRL, no checkpointing, grouped by length": {
         "gradient_checkpointing": False,
-        "train_sampling_strategy": "group_by_length",
-    },
-    "TRL, float32, no checkpointing, grouped by length": {
-        "gradient_checkpointing": False,
-        "bf16": False,
         "train_sampling_strategy": "group_by_length",
     },
 }
@@ -203,7 +197,9 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="Train all weights.")
     parser.add_argument("--no-prompt", action="store_true", help="Replace prompts by a question mark.")
     parser.add_argument("--only", choices=["luthier", "trl"], help="One of the two.")
-    parser.add_argument("--without", default="", help="Leave out what has this in its name.")
+    parser.add_argument(
+        "--float32", action="store_true", help="TRL in float32: many CPUs are slow in its default, bf16."
+    )
     parser.add_argument("--set", default="{}", help="Further keys of the stage, as JSON.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
@@ -221,9 +217,9 @@ def main() -> None:
                 times.setdefault("Luthier", []).append(seconds)
                 print(f"Luthier: {seconds:.1f} s (the whole stage {whole:.1f} s)", flush=True)
             for name, flags in TRL.items() if arguments.only != "luthier" else ():
-                if arguments.without and arguments.without in name:
-                    continue
-                seconds, losses[name], norms[name] = trl_seconds(folder, model, data, flags, arguments)
+                seconds, losses[name], norms[name] = trl_seconds(
+                    folder, model, data, {**flags, **({"bf16": False} if arguments.float32 else {})}, arguments
+                )
                 times.setdefault(name, []).append(seconds)
                 print(f"{name}: {seconds:.1f} s", flush=True)
     mine = statistics.median(times.get("Luthier", [float("nan")]))

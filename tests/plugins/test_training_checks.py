@@ -594,7 +594,7 @@ def test_every_selector_has_to_match(tmp_path: Path) -> None:
     ],
 )
 def test_selectors_of_other_kinds_have_to_match_as_well(tmp_path: Path, config: dict[str, Any]) -> None:
-    from luthier.modeling.adapters import check_selectors
+    from luthier.modeling.adapter_targets import check_selectors
 
     base = tiny_model(tmp_path / "s", tied=False)
     model = peft.get_peft_model(load_model(base), peft.LoraConfig(r=4, task_type="CAUSAL_LM", **config))

@@ -27,6 +27,7 @@ from luthier.training import head as head_room
 from luthier.training.encoding import EncodedRow, encode_row
 from luthier.training.head import TILE, Scaling, target_log_probabilities
 from luthier.training.layout import Layout
+from luthier.training.offload import offloaded
 from luthier.training.passes import Limits, Passes
 from luthier.training.run import sees_all
 from luthier.training.segments import use_segments
@@ -154,6 +155,41 @@ def test_gradients_do_not_depend_on_how_a_step_is_cut(tmp_path: Path, name: str,
             passes.save_memory()
             assert_alike(right, gradients(passes, rows)[1])
             model.gradient_checkpointing_disable()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_are_moved_away_come_back_as_they_were(
+    tmp_path: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_model(tmp_path)
+    model = load_model(base)
+    passes = passes_of(model, "cross_entropy", Layout(0), Limits(rows=3))
+    if checkpointing:
+        passes.save_memory()
+    rows = rows_of(base, CHATS)
+    loss, right = gradients(passes, rows)
+    moved: list[int] = []
+    inner = torch.Tensor.copy_
+
+    def copy(self: torch.Tensor, *values: Any, **named: Any) -> Any:
+        assert values[0].untyped_storage().data_ptr() not in places, "weights stay"
+        moved.append(self.numel())
+        return inner(self, *values, **named)
+
+    places = {value.untyped_storage().data_ptr() for value in model.parameters()}
+    monkeypatch.setattr(torch.Tensor, "copy_", copy)
+    passes.around = lambda: offloaded(model, smallest=64)
+    found, other = gradients(passes, rows)
+    assert found == loss
+    assert_alike(right, other)
+    # Of each of three passes the hidden states of each block at least.
+    assert len(moved) >= 3 * model.config.num_hidden_layers
+
+
+def test_activations_are_moved_away_from_gpus_alone(tmp_path: Path) -> None:
+    inputs = {"model": tiny_model(tmp_path), "data": [tiny_dataset(tmp_path, CHATS)]}
+    with pytest.raises(ModelError, match="there is no GPU"):
+        run_stage(tmp_path, "sft", {"steps": 1, "activation_offload": True}, inputs=inputs)
 
 
 def test_weights_of_rows_are_their_shares_of_the_loss(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-quantize": {"model": "m", "method": "int8"},
     "generator-model": {"model": "m"},
     "generator-url": {"url": "http://127.0.0.1:1"},
+    "tracker-wandb": {"mode": "offline"},
     "stage-sft": {"model": "m", "data": "d"},
     "merge_method-fisher": {"data": "d"},
     "regularizer-ewc": {"data": "d", "rows": 2},

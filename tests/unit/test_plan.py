@@ -114,7 +114,11 @@ stages:
     assert nodes["tuned"].estimate.rows == 24
     assert 24 * 10 < (nodes["tuned"].estimate.tokens or 0) < 24 * 60
     assert nodes["again"].estimate.rows == 20
-    assert nodes["again"].estimate.memory == nodes["tuned"].estimate.memory == 16 * 2_623_744
+    weights = 16 * 2_623_744
+    # Beside them activations, of as many tokens as a step has.
+    for node in (nodes["tuned"], nodes["again"]):
+        assert weights < (node.estimate.memory or 0) < 2 * weights
+    assert (nodes["again"].estimate.memory or 0) < (nodes["tuned"].estimate.memory or 0)
 
 
 def test_every_file_of_a_field_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

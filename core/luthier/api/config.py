@@ -149,7 +149,9 @@ class StageConfig(Config):
         """
         for field in ("model", "models", "data"):
             if inputs.get(field):
-                return inputs[field][0]
+                facts = inputs[field][0]
+                # What is made of several models may have the template of any of them, or another.
+                return {k: v for k, v in facts.items() if k != "chat_template"} if field == "models" else facts
         return {}
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:

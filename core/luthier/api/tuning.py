@@ -24,6 +24,7 @@ from luthier.api.config import (
     schema_problems,
 )
 from luthier.api.data import Schema
+from luthier.api.estimates import Shape, Training, memory_of
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -116,6 +117,8 @@ class TrainingConfig(StageConfig):
     gradient_checkpointing: Annotated[Literal["auto"] | bool, NotIdentity()] = "auto"
     """Compute activations twice instead of keeping them: less memory, more time. `auto`: where one row would not fit
     otherwise."""
+    activation_offload: Annotated[bool, NotIdentity()] = False
+    """Keep activations in the computer's memory instead of the GPU's: less of the latter, a little more time."""
     attention: Annotated[Literal["auto", "sdpa", "flash", "eager"], NotIdentity()] = "auto"
     """How attention is computed. `auto`: as transformers does by itself; `flash` wants a GPU and flash-attn, or the
     package `kernels`."""
@@ -199,7 +202,10 @@ class TrainingConfig(StageConfig):
     def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
         found: list[str] = []
         if self.adapter is not None and "adapter" in inputs["model"]:
-            found.append("the model is an adapter already: leave `adapter` out to train it further")
+            found.append(
+                "the model is an adapter already: leave `adapter` out to train it further, or fold it first, as in "
+                "`folded: {uses: merge, models: [ADAPTER], method: passthrough}`, for a new one or all weights"
+            )
         for name in ("train", "experts"):
             if getattr(self, name) and "adapter" in inputs["model"]:
                 found.append(f"the model is an adapter, which says itself what is trained: leave `{name}` out")
@@ -255,12 +261,25 @@ class TrainingConfig(StageConfig):
             rows = self.steps * self.batch_size
         elif self.epochs is not None:
             rows = round(rows * self.epochs)
-        # Weights, gradients and two moments in fp32, four bytes each.
-        return Estimate(
-            rows=rows or None,
-            tokens=_tokens(data, rows) or None,
-            memory=16 * parameters or None,
-            disk=14 * parameters or None,
+        tokens = _tokens(data, rows)
+        shapes = [shape for facts in inputs.get("model", []) if (shape := Shape.of(facts)) is not None]
+        # Where no more is known: weights, gradients and two moments in fp32, four bytes each.
+        memory = memory_of(shapes[0], self.training_of(tokens / rows if rows else 0.0)) if shapes else 16 * parameters
+        return Estimate(rows=rows or None, tokens=tokens or None, memory=memory or None, disk=14 * parameters or None)
+
+    def training_of(self, row: float) -> Training:
+        """How it is trained, for rows of so many tokens on the average."""
+        adapter: Any = None if self.adapter is None else self.adapter.config
+        bits: int | None = getattr(adapter, "bits", None)
+        base = f"{bits}bit" if bits else "bf16" if "bf16" in (self.dtype, self.precision) else "fp32"
+        rows = self.micro_batch_size if isinstance(self.micro_batch_size, int) else self.batch_size
+        return Training(
+            rank=None if adapter is None else getattr(adapter, "r", 1),
+            base=base,
+            halves=self.precision == "bf16",
+            optimizer=self.optimizer.name,
+            pass_tokens=round(rows * min(row, self.max_length)),
+            kept=self.gradient_checkpointing is not True,
         )
 
 
@@ -293,6 +312,12 @@ class TuningConfig(TrainingConfig):
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found = super().early_problems(inputs)
+        if any("chat_template" in facts and facts["chat_template"] is None for facts in inputs.get("model", [])):
+            found.append(
+                "the model has no chat template, and answers stand in one: give it one first, as in "
+                "`with-template: {uses: merge, models: [MODEL], method: passthrough, chat_template: chatml}` (names: "
+                "alpaca, chatml, exaone, llama3, mistral), or train on texts with `pretrain`"
+            )
         schemas = list(dict.fromkeys(str(facts["schema"]) for facts in inputs.get("data", []) if "schema" in facts))
         if len(schemas) > 1:
             # A batch of one and a batch of the other would be trained on in two ways.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,9 @@ LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 """Under what conditions a model may be used: they hold for what is made of it, too."""
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_sequence_length")
 """What configs call the most tokens that a model is made for."""
+
+BLOCK = re.compile(r"\.\d+\.")
+"""In the names of tensors that stand in a block."""
 
 
 def positions_of(folder: Path) -> int | None:
@@ -96,6 +100,26 @@ def check_model_folder(folder: Path) -> dict[str, TensorHeader]:
     return headers
 
 
+def shape_facts(config: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> dict[str, Any]:
+    """What `luthier.api.estimates.Shape` is made of, where the config has it."""
+    text = {**config, **_mapping(config.get("text_config"))}
+    sizes = [text.get(name) for name in ("hidden_size", "num_hidden_layers")]
+    if not all(isinstance(size, int) for size in sizes):
+        return {}
+    inside = [header for name, header in headers.items() if BLOCK.search(name) and len(header.shape) > 1]
+    whole = sum(math.prod(header.shape) for header in headers.values())
+    inner: Any = text.get("intermediate_size") or 4 * int(cast("int", sizes[0]))
+    return {
+        "shape": {
+            "width": sizes[0],
+            "layers": sizes[1],
+            "inner": max(cast("list[int]", inner)) if isinstance(inner, list) else inner,
+            "sides": sum(math.prod(header.shape[:-2]) * sum(header.shape[-2:]) for header in inside),
+            "outside": whole - sum(math.prod(header.shape) for header in inside),
+        }
+    }
+
+
 def layer_names(headers: Mapping[str, TensorHeader]) -> list[str]:
     """The last parts of the names of layers with a matrix, such as ``q_proj``."""
     wide = [name for name, header in headers.items() if len(header.shape) > 1 and name.endswith(".weight")]
@@ -135,6 +159,7 @@ def model_facts(folder: Path) -> dict[str, Any]:
         "dtype": max(sizes, key=lambda dtype: sizes[dtype], default="F32"),
         "parameters": sum(sizes.values()),
         "tensors": len(own),
+        **shape_facts(config, own),
         "vocab_size": config.get("vocab_size"),
         "layer_names": layer_names(own),
         "tokenizer": tokenizer_digest(folder),

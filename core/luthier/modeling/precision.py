@@ -36,7 +36,7 @@ def best_precision(device: str, width: int, cache: Path) -> Precision:
         cache: A folder that keeps what was found.
     """
     if device != "cpu":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if has_bf16() else "fp32"
     if width < SMALL:
         return "fp32"
     about = [
@@ -57,6 +57,11 @@ def best_precision(device: str, width: int, cache: Path) -> Precision:
     new.write_text(json.dumps({"precision": found, "faster": ratio}), encoding="utf-8")
     new.replace(file)
     return found
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 itself."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _seconds(dtype: torch.dtype, width: int) -> float:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
+from luthier.api.artifact import Artifact
 from luthier.api.context import Context
+from luthier.api.errors import ModelError
+from luthier.api.estimates import Shape, memory_of
 from luthier.api.tuning import TrainingConfig
+from luthier.artifacts.models import model_facts
+from luthier.modeling.loading import model_folder
 from luthier.modeling.precision import Precision
 from luthier.training.encoding import EncodedRow
 from luthier.training.passes import Limits, Passes
@@ -33,6 +39,30 @@ def limits_of(config: TrainingConfig, model: Any, context: Context, precision: P
     most = AT_MOST[torch.device(context.device).type]
     fitting = int(free_memory(context) * SHARE / activation_bytes(model, precision))
     return Limits(max(1, min(most, fitting)), None)
+
+
+def check_room(config: TrainingConfig, source: Artifact, context: Context) -> None:
+    """Refuse a model that the machine has no memory for, before it is loaded.
+
+    Raises:
+        ModelError: weights, gradients and the optimizer's states alone are more than all that there is.
+    """
+    shape = Shape.of(model_facts(model_folder(source)) if source.kind == "adapter" else source.facts)
+    if shape is None or config.train or config.experts is not None:
+        return
+    training = replace(config.training_of(0.0), pass_tokens=0)
+    if source.kind == "adapter":
+        options = source.facts.get("load_options", {})
+        bits = 4 if options.get("quantization", {}).get("load_in_4bit") else 8
+        base = f"{bits}bit" if "quantization" in options else "bf16" if "dtype" in options else "fp32"
+        training = replace(training, rank=0, base=base)
+    needed = memory_of(shape, training)
+    there = psutil.virtual_memory().total if context.device == "cpu" else torch.cuda.mem_get_info()[1]
+    if needed > there:
+        raise ModelError(
+            f"training it takes {needed / 1e9:.3g} GB of memory without a single row, and there are {there / 1e9:.3g}",
+            hint="train an adapter (`adapter: qlora` takes least), or fewer weights (`train`), with `adamw8bit`",
+        )
 
 
 def fits(model: Any, longest: int, context: Context, precision: Precision) -> bool:

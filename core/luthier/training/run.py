@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from luthier.training.layout import Layout
 from luthier.training.memory import fits, limits_of, measure_limits
 from luthier.training.mismatched import Mismatched, WithMismatched
 from luthier.training.mixing import Mix
+from luthier.training.offload import offloaded
 from luthier.training.passes import Passes
 from luthier.training.proof import Proof
 from luthier.training.receipt import LISTED, Receipt
@@ -102,8 +103,19 @@ def train(
         _without_dropout(model, context)
     regularizers: list[Regularizer[Any]] = [context.build(use) for use in config.regularizers]
 
-    def around() -> AbstractContextManager[Any]:
-        return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    if config.activation_offload and device.type == "cpu":
+        raise ModelError(
+            "`activation_offload` moves activations from a GPU into the computer's memory, and there is no GPU",
+            hint="leave it out; `gradient_checkpointing: true` needs less memory everywhere",
+        )
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        # Nothing is kept where there are no gradients.
+        moved = config.activation_offload and torch.is_grad_enabled()
+        halves = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        with halves, offloaded(model) if moved else nullcontext():
+            yield
 
     limits = limits_of(config, model, context, precision)
     passes = Passes(model, Layout(material.padding), limits, objective, regularizers, around)

@@ -20,7 +20,8 @@ from luthier.artifacts.digest import digest_value
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import positions_of
 from luthier.artifacts.tensors import model_tensors
-from luthier.modeling.adapters import INITIAL, check_selectors, without_adapter
+from luthier.modeling.adapter_targets import check_selectors, without_adapter
+from luthier.modeling.fresh_adapters import INITIAL
 from luthier.modeling.loading import (
     load_model,
     load_tokenizer,
@@ -31,12 +32,13 @@ from luthier.modeling.loading import (
     stored_dtype,
     stored_dtypes,
 )
-from luthier.modeling.precision import Precision, best_precision
+from luthier.modeling.precision import Precision, best_precision, has_bf16
 from luthier.modeling.shards import tensors_of
 from luthier.modeling.text import UNDATED, template_of, uses_clock
 from luthier.training.chosen import choose
 from luthier.training.encoding import EncodedRow
 from luthier.training.experts import COUNTED, load_of, shares_of
+from luthier.training.memory import check_room
 from luthier.training.mixing import Mix
 from luthier.training.receipt import check_reloads, described, logits_of, probe_of, shown_rows
 from luthier.training.rows import RowSource
@@ -76,6 +78,7 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     source_of = RowSource(source, config, context, positions_of(model_folder(source)))
     rows, validation = encode(source_of, datasets, "train"), encode(source_of, datasets, "validation")
     precision = _precision(config, source, context)
+    check_room(config, source, context)
     model, options = _load(config, source, context, precision)
     choose(model, config, rows, context)
     adapter = config.adapter is not None or source.kind == "adapter"
@@ -185,6 +188,10 @@ def _key(config: TrainingConfig, context: StageContext, options: Mapping[str, An
 
 def _precision(config: TrainingConfig, source: Artifact, context: StageContext) -> Precision:
     """What passes are computed in; a stage that is resumed computes as it did before."""
+    if "bf16" in (config.precision, config.dtype) and context.device != "cpu" and not has_bf16():
+        raise ModelError(
+            "this GPU has no bfloat16, which `precision` or `dtype` asks for", hint="leave it out, or set it to `fp32`"
+        )
     if config.precision != "auto":
         return config.precision
     noted = context.scratch / "precision"

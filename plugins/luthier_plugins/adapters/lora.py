@@ -8,19 +8,16 @@ from typing import Any
 
 import peft
 from luthier.api import Adapter, ModelError
-from luthier.modeling.adapters import (
-    INITIAL,
+from luthier.modeling.adapter_targets import (
     check_targets,
     ends_of,
     fused_parameters,
     has_experts,
     last_names,
-    make_up_for_quantizing,
     routers,
     taken_for_experts,
-    token_ids,
-    with_adapter,
 )
+from luthier.modeling.fresh_adapters import INITIAL, make_up_for_quantizing, token_ids, with_adapter
 from luthier_plugins.adapters.config import LoraConfig, QloraConfig
 from torch import nn
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import peft
 from luthier.api import Adapter, ModelError
-from luthier.modeling.adapters import check_targets, linear_names, with_adapter
+from luthier.modeling.adapter_targets import check_targets, linear_names
+from luthier.modeling.fresh_adapters import with_adapter
 from luthier_plugins.adapters.config import Ia3Config, OftConfig, PeftTunerConfig, VeraConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn

@@ -11,9 +11,11 @@ from luthier.api import Input, ModelError, ModelSource, StageConfig, full_precis
 from luthier.api.artifact import ArtifactKind
 from luthier.api.config import Components
 from luthier.artifacts.adapters import is_adapter
+from luthier.artifacts.digest import digest_value
 from luthier.artifacts.json_files import read_json
-from luthier.artifacts.models import layer_names
+from luthier.artifacts.models import layer_names, shape_facts
 from luthier.artifacts.tensors import tensor_headers
+from luthier.artifacts.texts import chat_template
 
 
 class BaseConfig(StageConfig):
@@ -44,7 +46,12 @@ class BaseConfig(StageConfig):
         except (ModelError, OSError):
             # The stage itself says what is wrong with it.
             return {}
+        whole = [folder for folder in folders if not is_adapter(folder)]
+        template = None if len(whole) != 1 else chat_template(whole[0])
+        digest = None if template is None else digest_value(template)
         return {
+            **({"chat_template": digest} if whole else {}),
+            **(shape_facts(read_json(whole[0] / "config.json"), headers[0]) if len(whole) == len(headers) == 1 else {}),
             "parameters": sum(math.prod(item.shape) for found in headers for item in found.values()),
             "layer_names": sorted({name for found in headers for name in layer_names(found)}),
         }
@@ -62,6 +69,12 @@ class AdapterConfig(StageConfig):
     model: Annotated[str, Input(("model",))]
     """The model it was trained on. Its tokenizer, chat template and generation config are taken where the adapter
     brings none."""
+
+    def expected_facts(
+        self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
+    ) -> Mapping[str, Any]:
+        # It may bring a template of its own.
+        return {key: value for key, value in super().expected_facts(inputs, sources).items() if key != "chat_template"}
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         return full_precision_problems(inputs, ("model",), "name the full-precision model that it was made from")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from luthier.api import Optimizer, Schedule
+from luthier.api import ModelError, Optimizer, Schedule
 from luthier.training.optimizers import parameter_groups, scheduler_of
 from luthier_plugins.optimizers.config import AdamwConfig
 from torch import nn
@@ -30,8 +30,14 @@ class Adamw8bit(Optimizer[AdamwConfig]):
     tensors below 4,096 values keep theirs in 32 bits."""
 
     def make(self, model: nn.Module, schedule: Schedule) -> tuple[torch.optim.Optimizer, LRScheduler]:
-        from bitsandbytes.optim.adamw import AdamW8bit
-
+        try:
+            from bitsandbytes.optim.adamw import AdamW8bit
+        # Without a library for this machine it fails while it is imported, in several ways.
+        except (ImportError, RuntimeError, OSError) as error:
+            raise ModelError(
+                f"bitsandbytes has no 8-bit optimizer for this machine: {error}",
+                hint="use the optimizer `adafactor` or `adamw`",
+            ) from error
         optimizer = AdamW8bit(
             parameter_groups(model, schedule),
             lr=schedule.learning_rate,

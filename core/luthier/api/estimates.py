@@ -1,0 +1,86 @@
+"""What training a model needs, from what is known of the model before anything is loaded. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+PASS = 8192
+"""Tokens of the largest pass."""
+MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "muon": 4}
+"""Bytes of an optimizer's states for each trained weight; others are taken to have as many as AdamW."""
+MASTER, GRADIENT = 4, 4
+STORED = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.52}
+"""Bytes of a weight of a frozen base; in 4 bits with the constants of its blocks, twice quantized."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A model's size, as its facts have it.
+
+    Attributes:
+        parameters: Its weights.
+        width: Features of the hidden states.
+        inner: Features inside a feed-forward layer.
+        layers: Blocks.
+        sides: Inputs and outputs of all matrices in the blocks, added up: an adapter of rank r has r times as many
+            weights.
+        outside: Weights outside of the blocks: embedding and output head, which stay as they are under an adapter.
+    """
+
+    parameters: int
+    width: int
+    inner: int
+    layers: int
+    sides: int
+    outside: int
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Shape | None:
+        """That of a model's facts; None where they do not say it."""
+        known: Mapping[str, int] | None = facts.get("shape")
+        if known is None or not facts.get("parameters"):
+            return None
+        return cls(parameters=facts["parameters"], **known)
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """How a model is trained.
+
+    Attributes:
+        rank: That of a low-rank adapter; None: all weights are trained.
+        base: What the weights of a frozen base are stored in.
+        halves: Whether passes are computed in bfloat16.
+        optimizer: Its name.
+        pass_tokens: Tokens of a pass.
+        kept: Whether activations are kept from forward to backward.
+    """
+
+    rank: int | None
+    base: str
+    halves: bool
+    optimizer: str
+    pass_tokens: int
+    kept: bool
+
+
+def memory_of(shape: Shape, training: Training) -> int:
+    """Bytes that training holds at its peak, beside the libraries."""
+    trained = shape.parameters if training.rank is None else training.rank * shape.sides
+    states = MASTER + GRADIENT + MOMENTS.get(training.optimizer, 8)
+    frozen = 0.0
+    if training.rank is not None:
+        outside = shape.outside * STORED["bf16" if training.base in ("4bit", "8bit") else training.base]
+        frozen = (shape.parameters - shape.outside) * STORED[training.base] + outside
+    return round(frozen + trained * states + activations(shape, training) * min(training.pass_tokens, PASS))
+
+
+def activations(shape: Shape, training: Training) -> int:
+    """Bytes of a token between its forward and its backward pass."""
+    size = 2 if training.halves else 4
+    if not training.kept:
+        # The inputs of blocks, and one block in full.
+        return size * (shape.layers * shape.width + 16 * shape.width + 5 * shape.inner)
+    return size * shape.layers * (16 * shape.width + 5 * shape.inner)
