@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,7 +105,9 @@ def test_memory_is_weights_gradients_states_and_activations() -> None:
     full = Training(rank=None, base="fp32", halves=False, optimizer="adamw", pass_tokens=0, kept=True)
     assert memory_of(shape, full) == 16_000
     lora = Training(rank=2, base="bf16", halves=True, optimizer="adamw8bit", pass_tokens=10, kept=True)
-    assert memory_of(shape, lora) == 2000 + 200 * 10 + 10 * activations(shape, lora)
+    assert memory_of(shape, lora) == 2000 + 200 * 10 + 3 * 4 * 10 * 400 // 8 + 10 * activations(shape, lora)
+    working = replace(full, pass_tokens=10)
+    assert memory_of(shape, working) == 16_000 + 8 * 400 + 3 * 4 * 10 * 400 // 8 + 10 * activations(shape, full)
     assert activations(shape, lora) == 2 * 2 * (16 * 8 + 5 * 16)
     qlora = Training(rank=2, base="4bit", halves=True, optimizer="adamw", pass_tokens=0, kept=True)
     assert memory_of(shape, qlora) == round(600 * 0.52 + 400 * 2 + 200 * 16)

@@ -10,6 +10,8 @@ PASS = 8192
 """Tokens of the largest pass."""
 MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "muon": 4}
 """Bytes of an optimizer's states for each trained weight; others are taken to have as many as AdamW."""
+TILE = 1 << 26
+"""Bytes of the logits that are held at a time."""
 MASTER, GRADIENT = 4, 4
 STORED = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.52}
 """Bytes of a weight of a frozen base; in 4 bits with the constants of its blocks, twice quantized."""
@@ -70,10 +72,12 @@ def memory_of(shape: Shape, training: Training) -> int:
     """Bytes that training holds at its peak, beside the libraries."""
     trained = shape.parameters if training.rank is None else training.rank * shape.sides
     states = MASTER + GRADIENT + MOMENTS.get(training.optimizer, 8)
-    frozen = 0.0
+    # An output head's gradient is added up beside the embedding's; logits and theirs are held tile by tile.
+    frozen = 2.0 * GRADIENT * shape.outside if training.rank is None and training.pass_tokens else 0.0
+    frozen += 3 * min(TILE, 4 * training.pass_tokens * shape.outside // shape.width)
     if training.rank is not None:
         outside = shape.outside * STORED["bf16" if training.base in ("4bit", "8bit") else training.base]
-        frozen = (shape.parameters - shape.outside) * STORED[training.base] + outside
+        frozen += (shape.parameters - shape.outside) * STORED[training.base] + outside
     return round(frozen + trained * states + activations(shape, training) * min(training.pass_tokens, PASS))
 
 

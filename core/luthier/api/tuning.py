@@ -27,6 +27,8 @@ from luthier.api.data import Schema
 from luthier.api.estimates import Shape, Training, memory_of
 
 CHARACTERS_PER_TOKEN = 4
+ROW_TOKENS = 16
+"""Tokens of a row that are none of its text's: about what a chat template adds."""
 
 
 class ObjectiveConfig(Config):
@@ -296,7 +298,7 @@ def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:
     """About how many tokens so many rows have: a token is some four characters of text."""
     characters = sum(facts.get("characters", 0) for facts in data)
     known = sum(sum(facts.get("rows", {}).values()) for facts in data if "characters" in facts)
-    return round(characters / CHARACTERS_PER_TOKEN * rows / known) if known else 0
+    return round((characters / CHARACTERS_PER_TOKEN / known + ROW_TOKENS) * rows) if known else 0
 
 
 class TuningConfig(TrainingConfig):
