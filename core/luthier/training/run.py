@@ -86,7 +86,7 @@ class Material:
 def train(
     model: Any, material: Material, config: TrainingConfig, context: StageContext, precision: Precision = "fp32"
 ) -> Trained:
-    """Train a model on encoded rows, from the last checkpoint when there is one.
+    """Train a model on encoded rows, on the device that it is on, from the last checkpoint when there is one.
 
     Raises:
         Interrupted: the user asked to stop; a checkpoint is written.
@@ -94,38 +94,12 @@ def train(
     """
     # No progress bars of other libraries: events report the progress.
     transformers.utils.logging.disable_progress_bar()
-    device = torch.device(context.device)
-    if not getattr(model, "is_quantized", False):
-        model.to(device)
     objective: Objective[Any] = context.build(config.objective)
     compared = "reference" in objective.needs
     if compared:
         _without_dropout(model, context)
     regularizers: list[Regularizer[Any]] = [context.build(use) for use in config.regularizers]
-
-    if config.activation_offload and device.type == "cpu":
-        raise ModelError(
-            "`activation_offload` moves activations from a GPU into the computer's memory, and there is no GPU",
-            hint="leave it out; `gradient_checkpointing: true` needs less memory everywhere",
-        )
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        # Nothing is kept where there are no gradients.
-        moved = config.activation_offload and torch.is_grad_enabled()
-        halves = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-        with halves, offloaded(model) if moved else nullcontext():
-            yield
-
-    limits = limits_of(config, model, context, precision)
-    passes = Passes(model, Layout(material.padding), limits, objective, regularizers, around)
-    passes.may_save_memory = config.gradient_checkpointing == "auto"
-    longest = longest_of(material.train)
-    if config.gradient_checkpointing is True or (
-        passes.may_save_memory and not fits(model, longest, context, precision)
-    ):
-        passes.save_memory()
-        context.log("activations are computed twice instead of kept (`gradient_checkpointing`)")
+    passes = _passes_of(model, material, objective, regularizers, config, context, precision)
     prove(passes, material.train, precision, context, steady=compared)
     rows, validation = material.train, material.validation
     arguments = arguments_of(config, context, steps_of(config, len(material.taken)), evaluates=bool(len(validation)))
@@ -153,10 +127,51 @@ def train(
 
     for regularizer in regularizers:
         regularizer.start(model, batches)
-    if device.type == "cuda" and config.micro_batch_size == "auto":
+    if context.device != "cpu" and config.micro_batch_size == "auto":
         measure_limits(passes, rows)
         context.log(f"a pass takes {passes.limits.tokens} tokens")
     return _run(trainer, receipt, config, context)
+
+
+def _passes_of(
+    model: Any,
+    material: Material,
+    objective: Objective[Any],
+    regularizers: Sequence[Regularizer[Any]],
+    config: TrainingConfig,
+    context: StageContext,
+    precision: Precision,
+) -> Passes:
+    """How steps are computed, as far as the config and the machine say it.
+
+    Raises:
+        ModelError: the config wants what takes a GPU, and there is none.
+    """
+    device = torch.device(context.device)
+    if config.activation_offload and device.type == "cpu":
+        raise ModelError(
+            "`activation_offload` moves activations from a GPU into the computer's memory, and there is no GPU",
+            hint="leave it out; `gradient_checkpointing: true` needs less memory everywhere",
+        )
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        # Nothing is kept where there are no gradients.
+        moved = config.activation_offload and torch.is_grad_enabled()
+        halves = torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        with halves, offloaded(model) if moved else nullcontext():
+            yield
+
+    limits = limits_of(config, model, context, precision)
+    passes = Passes(model, Layout(material.padding), limits, objective, regularizers, around)
+    passes.may_save_memory = config.gradient_checkpointing == "auto"
+    longest = longest_of(material.train)
+    if config.gradient_checkpointing is True or (
+        passes.may_save_memory and not fits(model, longest, context, precision)
+    ):
+        passes.save_memory()
+        context.log("activations are computed twice instead of kept (`gradient_checkpointing`)")
+    return passes
 
 
 def steps_of(config: TrainingConfig, rows: int) -> int:

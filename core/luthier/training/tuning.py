@@ -80,6 +80,9 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     precision = _precision(config, source, context)
     check_room(config, source, context)
     model, options = _load(config, source, context, precision)
+    # Quantized weights are where they were made.
+    if not getattr(model, "is_quantized", False):
+        model.to(context.device)
     choose(model, config, rows, context)
     adapter = config.adapter is not None or source.kind == "adapter"
     # An adapter is small; a full model is read once more when it is needed.
