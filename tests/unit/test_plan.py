@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from luthier import Recipe, plan
 from luthier.api import RecipeError
+from luthier.artifacts.pace import note_pace
+from luthier.artifacts.store import Store
+from luthier.cli.run_verbs import plan_command
 
 
 def keys(recipe: Path, store: Path, *overrides: str) -> dict[str, str]:
@@ -119,6 +124,39 @@ stages:
     for node in (nodes["tuned"], nodes["again"]):
         assert weights < (node.estimate.memory or 0) < 2 * weights
     assert (nodes["again"].estimate.memory or 0) < (nodes["tuned"].estimate.memory or 0)
+
+
+def test_a_plan_tells_the_time_from_the_speed_of_the_last_training_of_its_kind(tmp_path: Path, chats: Path) -> None:
+    path = tmp_path / "first.yaml"
+    path.write_text(
+        """\
+luthier: 1
+stages:
+  base: {uses: base}
+  chats: {uses: data, source: chats.jsonl}
+  tuned: {uses: sft, model: base, data: chats, epochs: 3}
+  lora: {uses: sft, model: base, data: chats, epochs: 3, adapter: lora}
+"""
+    )
+    store = Store.at(tmp_path / "s")
+    first = plan(path, store.root).nodes["tuned"]
+    assert first.estimate.seconds is None
+    assert first.estimate.work is not None
+    kind, parameters = first.estimate.work
+    # Measured on a model of half the size.
+    note_pace(store.cache, kind, parameters // 2, 100.0)
+    made = plan(path, store.root).nodes
+    tokens = made["tuned"].estimate.tokens
+    assert tokens
+    assert made["tuned"].estimate.seconds == pytest.approx(tokens / 100 * 2)
+    assert made["lora"].estimate.seconds is None
+    shown = CliRunner().invoke(plan_command, [str(path), "--store", str(store.root)]).output
+    line = next(line for line in shown.splitlines() if line.startswith("tuned"))
+    assert f"{timedelta(seconds=round(tokens / 50))} at the speed of last time" in line
+    # One that was cut off counts as none.
+    file = next((store.cache / "pace").iterdir())
+    file.write_text("{")
+    assert plan(path, store.root).nodes["tuned"].estimate.seconds is None
 
 
 def test_every_file_of_a_field_is_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

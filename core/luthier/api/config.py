@@ -64,12 +64,16 @@ class Estimate:
         tokens: Tokens it will train on or generate.
         disk: Bytes it will write.
         memory: Bytes it will hold at its peak, beside the libraries themselves.
+        work: What it does, and with how many parameters: `seconds` are told from the last time that the same was done.
+        seconds: How long it will take, beside loading and storing; planning fills it in.
     """
 
     rows: int | None = None
     tokens: int | None = None
     disk: int | None = None
     memory: int | None = None
+    work: tuple[str, int] | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,15 @@ class TrainingConfig(StageConfig):
         shapes = [shape for facts in inputs.get("model", []) if (shape := Shape.of(facts)) is not None]
         # Where no more is known: weights, gradients and two moments in fp32, four bytes each.
         memory = memory_of(shapes[0], self.training_of(tokens / rows if rows else 0.0)) if shapes else 16 * parameters
-        return Estimate(rows=rows or None, tokens=tokens or None, memory=memory or None, disk=14 * parameters or None)
+        work = (self.work, parameters) if parameters else None
+        disk = 14 * parameters
+        return Estimate(rows or None, tokens or None, disk or None, memory or None, work)
+
+    @property
+    def work(self) -> str:
+        """Names what makes one training as fast as another."""
+        adapter = "all weights" if self.adapter is None else self.adapter.name
+        return " ".join([adapter, self.objective.name, self.precision, str(self.gradient_checkpointing)])
 
     def training_of(self, row: float) -> Training:
         """How it is trained, for rows of so many tokens on the average."""

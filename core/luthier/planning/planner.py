@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from luthier.api.serving import ToolEnvironment
 from luthier.artifacts.adapters import is_adapter, named_base
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
+from luthier.artifacts.pace import expected_seconds
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
 from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
@@ -363,7 +364,7 @@ class _Planner:
             return
         likely = result.likely_facts(node)
         node.expected_facts = node.config.expected_facts(likely, node.places)
-        node.estimate = node.config.estimate(likely)
+        node.estimate = self._timed(node.config.estimate(likely))
         for message in result.input_problems(node):
             self._fail(node, "", message)
         broken = self.store.broken(node.key)
@@ -379,6 +380,11 @@ class _Planner:
                 {name: result.key_of(name) for name in node.needs if name in result.nodes or name in result.outside},
             )
         )
+
+    def _timed(self, estimate: Estimate) -> Estimate:
+        if estimate.work is None or estimate.tokens is None:
+            return estimate
+        return replace(estimate, seconds=expected_seconds(self.store.cache, *estimate.work, estimate.tokens))
 
     def seed_of(self, node: Node) -> int | None:
         """The seed that is part of the key: the stage's own, else the recipe's, where the stage draws numbers."""

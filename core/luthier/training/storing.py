@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ from luthier.api.errors import ModelError
 SURVIVES = 0.95
 """The share of a change that has to outlast rounding, where nobody forces a dtype."""
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIECE = 1 << 22
+"""Values that are looked at together: whole embeddings in float64 would take more memory than training does."""
 BITS: dict[torch.dtype, torch.dtype] = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -33,10 +35,11 @@ class Survival:
 
     def add(self, before: Tensor, after: Tensor, rounded: Tensor) -> None:
         """Take one tensor: as it was, as it was trained, and as it would be stored."""
-        change = after.double() - before.double()
-        self.kept += float(((rounded.double() - before.double()) * change).sum())
-        self.change += float((change * change).sum())
-        self.size += float((before.double() ** 2).sum())
+        for was, new, near in zip(*(pieces(item) for item in (before, after, rounded)), strict=True):
+            change = new.double() - was.double()
+            self.kept += float(((near.double() - was.double()) * change).sum())
+            self.change += float((change * change).sum())
+            self.size += float((was.double() ** 2).sum())
 
     @property
     def norms(self) -> dict[str, float]:
@@ -47,6 +50,11 @@ class Survival:
     def share(self) -> float:
         """1 where all of the change is kept, or where there was none."""
         return self.kept / self.change if self.change else 1.0
+
+
+def pieces(value: Tensor) -> Sequence[Tensor]:
+    """A tensor's values, some at a time."""
+    return value.reshape(-1).split(PIECE)
 
 
 def rounded(value: Tensor, dtype: torch.dtype, draws: torch.Generator | None = None) -> Tensor:
@@ -94,7 +102,7 @@ def check_finite_weights(model: Any, dtypes: Mapping[str, torch.dtype] | None = 
     for name, parameter in trained(model):
         value = parameter.detach()
         dtype = value.dtype if dtypes is None else dtypes[name]
-        bad = int((~torch.isfinite(value.to(dtype))).sum())
+        bad = sum(int((~torch.isfinite(piece.to(dtype))).sum()) for piece in pieces(value))
         if bad:
             beyond = bool(torch.isfinite(value).all())
             raise ModelError(

@@ -19,6 +19,7 @@ from luthier.artifacts.datasets import Split, check_has
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import positions_of
+from luthier.artifacts.pace import note_pace
 from luthier.artifacts.tensors import model_tensors
 from luthier.modeling.adapter_targets import check_selectors, without_adapter
 from luthier.modeling.fresh_adapters import INITIAL
@@ -112,6 +113,8 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     # Two models would not fit where one does.
     del model, result
     facts["reload_difference"] = check_reloads(context.out, source, options, probe, logits, adapter=adapter)
+    if (speed := facts["trained"].get("tokens_per_second")) and "parameters" in source.facts:
+        note_pace(context.cache, config.work, source.facts["parameters"], speed)
     counts: Facts = {"rows": len(rows), "tokens": _targets(rows), "precision": precision}
     if mix is not None:
         counts["rows_in_epoch"] = list(mix.taken)
