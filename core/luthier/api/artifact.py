@@ -16,6 +16,8 @@ ARTIFACT_KINDS: tuple[ArtifactKind, ...] = get_args(ArtifactKind)
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 """Where a manifest has the digest of all else that it says."""
+REFERENCES = "references"
+"""The fact that says which files of a model or adapter lie elsewhere: their ``place``, and ``how`` they are linked."""
 BASE = "base"
 """Where an adapter that left its store has the model it sits on."""
 
@@ -133,10 +135,10 @@ class Artifact:
         for name, about in self.manifest["files"].items():
             file = self.path / name
             if not file.is_file():
-                return f"{name} is missing"
+                return self.told(name, "is missing")
             size = file.stat().st_size
             if size != about["size"]:
-                return f"{name} has {size} bytes, not {about['size']}"
+                return self.told(name, f"has {size} bytes, not {about['size']}")
         if self.kind in ("dataset", "model", "adapter"):
             # What is read as a whole: a file more is another dataset, another model.
             known = {*self.manifest["files"], MANIFEST}
@@ -144,6 +146,18 @@ class Artifact:
                 if file.is_file() and file.name not in known and not file.name.startswith("."):
                     return f"{file.name} was not made with it"
         return None
+
+    def place_of(self, name: str) -> Path | None:
+        """Where a file lies that the artifact has by reference."""
+        about: Mapping[str, str] | None = self.facts.get(REFERENCES, {}).get(name)
+        return None if about is None else Path(about["place"])
+
+    def told(self, name: str, what: str) -> str:
+        """What is wrong with a file, and whose file it is where it lies elsewhere."""
+        place = self.place_of(name)
+        if place is None:
+            return f"{name} {what}"
+        return f"{name} {what}: it is {place} by reference, which was changed, moved or removed"
 
     def sibling(self, key: str) -> Artifact:
         """The artifact with `key` in the same store, such as the model an adapter sits on."""

@@ -20,7 +20,7 @@ from pydantic import (
 from pydantic import Field as Field
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from luthier.api.artifact import ArtifactKind
+from luthier.api.artifact import Artifact, ArtifactKind
 from luthier.api.component import Component, Kind
 from luthier.api.errors import PluginError
 from luthier.api.kinds import kind_of_use
@@ -157,6 +157,10 @@ class StageConfig(Config):
                 # What is made of several models may have the template of any of them, or another.
                 return {k: v for k, v in facts.items() if k != "chat_template"} if field == "models" else facts
         return {}
+
+    def unfit(self, made: Artifact) -> str | None:
+        """Why an artifact of the same key does not do, so that it is made again; None where it does."""
+        return None
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
         """What the stage will need, from facts of its inputs: those of finished artifacts, and expected_facts ones."""

@@ -109,7 +109,7 @@ class Store:
         for name, about in artifact.manifest["files"].items():
             path = artifact.path / name
             if (digest_file(path) if anew else self._digest_file(path)) != about["sha256"]:
-                return f"{name} has another content than it was made with"
+                return artifact.told(name, "has another content than it was made with")
         return None
 
     def intact(self, artifact: Artifact) -> Artifact:

@@ -62,7 +62,11 @@ def _estimate(estimate: Estimate) -> str:
     parts += [f"{estimate.tokens:,} tokens"] if estimate.tokens is not None else []
     parts += [f"{estimate.disk / 1e6:,.1f} MB on disk"] if estimate.disk is not None else []
     parts += [f"{estimate.memory / 1e6:,.0f} MB of memory"] if estimate.memory is not None else []
-    parts += [f"{timedelta(seconds=round(estimate.seconds))} at the speed of last time"] if estimate.seconds is not None else []
+    parts += (
+        [f"{timedelta(seconds=round(estimate.seconds))} at the speed of last time"]
+        if estimate.seconds is not None
+        else []
+    )
     return f" (about {', '.join(parts)})" if parts else ""
 
 

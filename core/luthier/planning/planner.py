@@ -356,7 +356,8 @@ class _Planner:
         node.key = digest_value(node.payload)
         node.code = self._code_of(node)
         cached = self.store.find(node.key)
-        if cached is not None:
+        unfit = None if cached is None else node.config.unfit(cached)
+        if cached is not None and unfit is None:
             node.status, node.reason = "cached", "the result is in the store"
             node.changed_code = _changed_code(cached, node.code)
             if node.changed_code:
@@ -373,7 +374,8 @@ class _Planner:
         node.reason = (
             f"the result in the store is damaged: {broken}"
             if broken
-            else reason_to_run(
+            else unfit
+            or reason_to_run(
                 node.payload,
                 last,
                 inputs,

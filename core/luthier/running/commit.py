@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.api.artifact import CHECKSUM, MANIFEST, Artifact, ArtifactKind, manifest_digest
+from luthier.api.artifact import CHECKSUM, MANIFEST, REFERENCES, Artifact, ArtifactKind, manifest_digest
 from luthier.api.errors import StoreError
 from luthier.artifacts.completeness import check_complete
 from luthier.artifacts.digest import files_in
@@ -24,12 +25,17 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
     manifest: dict[str, Any] = {"luthier": 1, "key": key, "kind": kind, **about}
     check_complete(kind, out, manifest["facts"])
     try:
+        referenced: Mapping[str, Mapping[str, str]] = manifest["facts"].get(REFERENCES, {})
         manifest["files"] = {
-            str(path.relative_to(out)): {"sha256": store.digest_once(path), "size": path.stat().st_size}
+            (name := str(path.relative_to(out))): {
+                "sha256": _digest(store, path, referenced.get(name)),
+                "size": path.stat().st_size,
+            }
             for path in files_in(out)
         }
         for path in files_in(out):
-            _sync(path)
+            if str(path.relative_to(out)) not in referenced:
+                _sync(path)
         # As it will be read again, whatever plain values it was made of.
         manifest = json.loads(json.dumps(manifest, default=str))
         manifest[CHECKSUM] = manifest_digest(manifest)
@@ -53,6 +59,13 @@ def commit(store: Store, key: str, kind: ArtifactKind, out: Path, about: dict[st
         store.remember(store.folder(key) / name, about_file["sha256"])
     shutil.rmtree(store.work(key), ignore_errors=True)
     return Artifact.load(store.folder(key))
+
+
+def _digest(store: Store, path: Path, reference: Mapping[str, str] | None) -> str:
+    """The digest of a file; one that lies elsewhere was most likely read when its folder was identified."""
+    if reference is not None and path.samefile(reference["place"]):
+        return store.digest_source(Path(reference["place"]))
+    return store.digest_once(path)
 
 
 def adopt(store: Store, artifact: Artifact) -> None:

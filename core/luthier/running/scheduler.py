@@ -191,6 +191,9 @@ class Scheduler:
         if problem:
             self._distrust(node, problem)
             return None
+        if found is not None and node.config.unfit(found):
+            self.store.discard(node.key)
+            return None
         return found
 
     def _distrust(self, node: Node, problem: str) -> None:

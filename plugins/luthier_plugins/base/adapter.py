@@ -1,4 +1,4 @@
-"""Copies an adapter from outside into the store, once it is known that it belongs on the model."""
+"""Takes an adapter from outside into the store, once it is known that it belongs on the model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api import Facts, ModelError, Stage
+from luthier.api.artifact import REFERENCES
 from luthier.artifacts.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_facts
 from luthier.artifacts.json_files import read_json
+from luthier.artifacts.links import bring
 from luthier.artifacts.models import carry_licences, carry_text_files
 from luthier.artifacts.tensors import EMBEDDINGS, PICKLES, safetensors_header, tensor_headers
 from luthier.artifacts.texts import (
@@ -39,10 +41,11 @@ class BaseAdapter(Stage[AdapterConfig]):
         check_finite_adapter(folder)
         if idle:
             context.warn(f"the adapter brings nothing for {len(idle)} modules that its config names: {idle[0]}, ...")
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            shutil.copyfile(folder / name, context.out / name)
+        shutil.copyfile(folder / ADAPTER_CONFIG, context.out / ADAPTER_CONFIG)
+        weights = bring(folder / ADAPTER_WEIGHTS, context.out / ADAPTER_WEIGHTS, copied=self.config.copy_weights)
         _carry_text(model.path, folder, context.out)
-        return {**adapter_facts(context.out, model.key, model), "source": self.config.source}
+        found = {REFERENCES: {ADAPTER_WEIGHTS: weights}} if weights else {}
+        return {**adapter_facts(context.out, model.key, model), "source": self.config.source, **found}
 
 
 def _check_folder(folder: Path) -> None:

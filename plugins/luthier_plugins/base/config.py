@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from luthier.api import Input, ModelError, ModelSource, StageConfig, full_precision_problems
-from luthier.api.artifact import ArtifactKind
-from luthier.api.config import Components
+from luthier.api.artifact import REFERENCES, Artifact, ArtifactKind
+from luthier.api.config import Components, NotIdentity
 from luthier.artifacts.adapters import is_adapter
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import layer_names, shape_facts
 from luthier.artifacts.tensors import tensor_headers
 from luthier.artifacts.texts import chat_template
+
+REFERENCED = "its weights are in the store by reference, and `copy_weights` asks for a copy"
 
 
 class BaseConfig(StageConfig):
@@ -28,6 +30,17 @@ class BaseConfig(StageConfig):
     source: ModelSource = "embedded:nano-base"
     """A folder with safetensors, config and tokenizer; or ``hf:org/name``, ``hf:org/name@revision``; or the
     small model that comes with Luthier, for trying things out on a CPU."""
+    copy_weights: Annotated[bool, NotIdentity()] = False
+    """Copy the weights into the store. Else they stay where they are and take no second place on the disk: as shared
+    blocks or a hard link where the file system can, else as a link; if they change, the store says so."""
+
+    @property
+    def owns_weights(self) -> bool:
+        """Whether weights are copied: those that come with Luthier go when it is installed anew."""
+        return self.copy_weights or self.source.startswith("embedded:")
+
+    def unfit(self, made: Artifact) -> str | None:
+        return REFERENCED if self.owns_weights and REFERENCES in made.facts else None
 
     def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
         for place in sources.get("source", []):
@@ -69,6 +82,11 @@ class AdapterConfig(StageConfig):
     model: Annotated[str, Input(("model",))]
     """The model it was trained on. Its tokenizer, chat template and generation config are taken where the adapter
     brings none."""
+    copy_weights: Annotated[bool, NotIdentity()] = False
+    """Copy the weights into the store, see `base`."""
+
+    def unfit(self, made: Artifact) -> str | None:
+        return REFERENCED if self.copy_weights and REFERENCES in made.facts else None
 
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]

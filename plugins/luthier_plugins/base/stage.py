@@ -1,4 +1,4 @@
-"""Copies a model folder into the store and records what it is."""
+"""Takes a model folder into the store, its weights by reference, and records what it is."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.api import Facts, ModelError, Stage
-from luthier.api.artifact import MANIFEST
+from luthier.api.artifact import MANIFEST, REFERENCES
 from luthier.artifacts.adapters import ADAPTER_CONFIG, is_adapter
 from luthier.artifacts.digest import files_in
 from luthier.artifacts.json_files import read_json, write_json
+from luthier.artifacts.links import bring
 from luthier.artifacts.models import check_model_folder, model_facts
 from luthier.artifacts.tensors import PICKLES, TIES, own_tensors, stray_files, tensor_headers, with_true_ties
 from luthier.artifacts.texts import DEFAULT, TOKENIZER_FILES, chat_templates
 from luthier_plugins.base.config import BaseConfig
 
+WEIGHTS_SUFFIX = ".safetensors"
 OTHER_WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx_data", "*.h5", "*.msgpack", *PICKLES)
 """Files of weights: in folders inside a model's, they are another program's copies."""
 
@@ -34,11 +36,15 @@ class Base(Stage[BaseConfig]):
                 "reads it; left out"
             )
         files = [path for path in files_in(folder) if _is_copied(path, folder, left_out)]
+        references: dict[str, dict[str, str]] = {}
         for done, path in enumerate(files):
             context.progress(done, len(files), "files")
             target = context.out / path.relative_to(folder)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path.suffix != WEIGHTS_SUFFIX:
+                shutil.copyfile(path, target)
+            elif reference := bring(path, target, copied=self.config.owns_weights):
+                references[target.name] = reference
         self._settle_ties()
         templates = chat_templates(context.out)
         if templates and DEFAULT not in templates:
@@ -46,7 +52,8 @@ class Base(Stage[BaseConfig]):
                 f"the model has chat templates for {', '.join(templates)} and none named `{DEFAULT}`: it counts as a "
                 "model without"
             )
-        return {**model_facts(context.out), "source": self.config.source}
+        found = {REFERENCES: references} if references else {}
+        return {**model_facts(context.out), "source": self.config.source, **found}
 
     def _settle_ties(self) -> None:
         """Have the config say of the output head what the weights say."""
