@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import training
 from luthier.api import Artifact
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
+from luthier.running.slots import ALLOCATOR
 from luthier.testing import run_stage
 
 LORA = {"uses": "lora", "r": 16}
@@ -42,9 +44,9 @@ def longer(folder: Path, file: Path, times: int) -> Artifact:
         rows: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, 16)]
     for row in rows:
         row["messages"][-1]["content"] *= times
-    target = folder / f"rows-{times}.jsonl"
+    target = folder / f"longer-{times}.jsonl"
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return training.make_data(folder, target, 16, False)
+    return training.make_data(folder, target, 16, False, f"rows-{times}")
 
 
 def config_of(case: str) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--case", nargs=4, help="Used by the script itself.")
     arguments = parser.parse_args()
     if arguments.case is not None:
@@ -80,12 +83,13 @@ def main() -> None:
         model = training.make_model(folder, arguments.tokenizer, arguments)
         sizes = {times for times, _ in CASES.values()}
         data = {times: longer(folder, arguments.data, times) for times in sizes}
-        for name, (times, _) in CASES.items():
+        for name, (times, _) in ((name, case) for name, case in CASES.items() if name in arguments.cases):
             use = default_registry().use("stage", {"uses": "sft", "model": "m", "data": ["d"], **config_of(name)})
             config: Any = use.config
             estimate: int = config.estimate({"model": [model.facts], "data": [data[times].facts]}).memory
             command = [sys.executable, __file__, "--case", name, str(folder / "store"), model.key, data[times].key]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            environment = {**ALLOCATOR, **os.environ}
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             taken = int(done.stdout.splitlines()[-1])
             shown = f"{estimate / 1e9:6.2f} GB estimated, {taken / 1e9:6.2f} GB taken: {estimate / taken - 1:+.0%}"
             print(f"{name:32} {shown}", flush=True)

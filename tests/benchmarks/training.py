@@ -71,7 +71,7 @@ def make_model(folder: Path, tokenizer: Path, arguments: argparse.Namespace) -> 
     return run_stage(folder / "store", "base", {"source": str(folder / "model")})
 
 
-def make_data(folder: Path, file: Path, count: int, skip_prompts: bool) -> Artifact:
+def make_data(folder: Path, file: Path, count: int, skip_prompts: bool, name: str = "rows") -> Artifact:
     """The first rows of a file, as a dataset in a store."""
     with file.open(encoding="utf-8") as lines:
         rows: list[dict[str, Any]] = [json.loads(line) for line in itertools.islice(lines, count)]
@@ -81,7 +81,7 @@ def make_data(folder: Path, file: Path, count: int, skip_prompts: bool) -> Artif
             row["messages"] = [{"role": role, "content": content} for role, content in turns]
         if skip_prompts and "messages" in row:
             row["messages"] = [{"role": "user", "content": "?"}, row["messages"][-1]]
-    target = folder / "rows.jsonl"
+    target = folder / f"{name}.jsonl"
     target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return run_stage(folder / "store", "data", {"source": str(target)})
 

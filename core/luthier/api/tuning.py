@@ -27,7 +27,7 @@ from luthier.api.data import Schema
 from luthier.api.estimates import Shape, Training, memory_of
 
 CHARACTERS_PER_TOKEN = 4
-ROW_TOKENS = 16
+ROW_TOKENS = 24
 """Tokens of a row that are none of its text's: about what a chat template adds."""
 
 
@@ -303,10 +303,10 @@ def _no_training_rows(inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list
 
 
 def _tokens(data: Sequence[Mapping[str, Any]], rows: int) -> int:
-    """About how many tokens so many rows have: a token is some four characters of text."""
-    characters = sum(facts.get("characters", 0) for facts in data)
+    """About how many tokens so many rows have."""
     known = sum(sum(facts.get("rows", {}).values()) for facts in data if "characters" in facts)
-    return round((characters / CHARACTERS_PER_TOKEN / known + ROW_TOKENS) * rows) if known else 0
+    texts = sum(facts.get("characters", 0) / facts.get("characters_per_token", CHARACTERS_PER_TOKEN) for facts in data)
+    return round((texts / known + ROW_TOKENS) * rows) if known else 0
 
 
 class TuningConfig(TrainingConfig):

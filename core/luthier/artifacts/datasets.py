@@ -10,6 +10,7 @@ from typing import Any, Literal
 from luthier.api.artifact import Artifact
 from luthier.api.data import Row, Schema
 from luthier.api.errors import DataError
+from luthier.api.estimates import tokens_in
 from luthier.artifacts.rows import COLUMNS, RESERVED, texts_of
 
 Split = Literal["train", "validation", "test"]
@@ -57,6 +58,10 @@ def row_at(dataset: Artifact, split: Split, number: int) -> Row:
     raise IndexError(number)
 
 
+COUNTED = 500
+"""Rows of a split in which tokens are estimated."""
+
+
 def require_split(dataset: Artifact, split: Split) -> list[Row]:
     """The rows of a split that must exist.
 
@@ -81,6 +86,13 @@ def check_has(dataset: Artifact, split: Split) -> None:
         )
 
 
+def _characters_per_token(splits: Mapping[Split, Sequence[Row]]) -> float:
+    """About how many characters of these rows are a token, by some of them."""
+    rows = [row for found in splits.values() for row in found[:: max(1, len(found) // COUNTED)]]
+    texts = [text for row in rows for text in texts_of(row)]
+    return sum(map(len, texts)) / max(1, sum(map(tokens_in, texts)))
+
+
 def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:
     """The manifest facts of a dataset: its schema, rows by split, characters, and dropped rows by reason.
 
@@ -94,6 +106,7 @@ def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped
         "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
         "characters": sum(len(text) for rows in splits.values() for row in rows for text in texts_of(row)),
+        "characters_per_token": _characters_per_token(splits),
         "dropped": dict(dropped),
         "columns": sorted({name for rows in splits.values() for row in rows for name in row}),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,21 @@ def digest_value(value: Any) -> str:
     return hashlib.sha256(canonical(value)).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """The sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digest_file(path: Path, read: Callable[[int], None] | None = None) -> str:
+    """The sha256 of a file's bytes.
+
+    Args:
+        path: The file.
+        read: Is told of so many bytes more, from time to time.
+    """
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            if read is not None:
+                read(count)
+    return digest.hexdigest()
 
 
 def files_in(folder: Path, *, sort: bool = True) -> Iterator[Path]:

@@ -7,9 +7,12 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any, cast
 
 from luthier.api.artifact import MANIFEST, Artifact, is_artifact
@@ -20,6 +23,10 @@ STORE_VARIABLE = "LUTHIER_STORE"
 DEFAULT_STORE = ".luthier"
 UNFINISHED = "new-"
 """How names begin of what is being written into the cache."""
+LARGE = 1 << 24
+"""Bytes of a file that takes long to read."""
+_READ: dict[Path, str] = {}
+"""What this process found, by where it is kept: a store may be full, or read-only."""
 DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -97,7 +104,7 @@ class Store:
         return sorted(path.name for path in self.artifacts.glob("*") if path.is_dir())
 
     def damage(self, artifact: Artifact, *, anew: bool = False) -> str | None:
-        """What is wrong with an artifact: its files are not what they were, or the model that it sits on is not.
+        """What is wrong with an artifact's own files: they are not what they were.
 
         Args:
             artifact: The artifact.
@@ -113,12 +120,12 @@ class Store:
         return None
 
     def intact(self, artifact: Artifact) -> Artifact:
-        """An artifact whose files are what they were.
+        """An artifact whose files are what they were, and those of the model that an adapter sits on.
 
         Raises:
             StoreError: they are not.
         """
-        problem = self.damage(artifact)
+        problem = self.damage(artifact) or (self.damage(artifact.base) if artifact.kind == "adapter" else None)
         if problem:
             raise StoreError(
                 f"this artifact is damaged: {problem}",
@@ -189,32 +196,62 @@ class Store:
         except OSError as error:
             raise StoreError(f"cannot be read: {error.strerror}", where=str(path)) from error
 
+    def digest_large(self, paths: Iterable[Path], told: Callable[[int, int], None]) -> None:
+        """Read the large files among these whose digest is not known, all at once, and remember it.
+
+        Args:
+            paths: Files.
+            told: Hears how many bytes are read, of how many.
+        """
+        unknown = {path: size for path in dict.fromkeys(paths) if (size := path.stat().st_size) >= LARGE}
+        unknown = {path: size for path, size in unknown.items() if self._remembered(path) is None}
+        done, total, turn = 0, sum(unknown.values()), Lock()
+
+        def read(count: int) -> None:
+            nonlocal done
+            with turn:
+                done += count
+                told(done, total)
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            digests = pool.map(partial(digest_file, read=read), unknown)
+            for path, digest in zip(unknown, digests, strict=True):
+                self.remember(path, digest)
+
     def digest_once(self, path: Path) -> str:
         """The digest of a file that is about to move: one that is remembered is taken, a new one is not kept."""
         return self._digest_file(path, keep=False)
 
     def _digest_file(self, path: Path, *, keep: bool = True) -> str:
-        memory = self._memory_of(path)
-        try:
-            found = memory.read_text(encoding="ascii")
-            if DIGEST.fullmatch(found):
-                return found
-        except (OSError, ValueError):
-            pass
-        digest = digest_file(path)
-        if keep:
-            self.remember(path, digest)
+        digest = self._remembered(path)
+        if digest is None:
+            digest = digest_file(path)
+            if keep:
+                self.remember(path, digest)
         return digest
 
+    def _remembered(self, path: Path) -> str | None:
+        """The digest of a file that is as it was when it was read."""
+        memory = self._memory_of(path)
+        if memory in _READ:
+            return _READ[memory]
+        try:
+            found = memory.read_text(encoding="ascii")
+        except (OSError, ValueError):
+            return None
+        return found if DIGEST.fullmatch(found) else None
+
     def _memory_of(self, path: Path) -> Path:
-        """Where the digest of a file is kept as long as it is not changed."""
+        """Where the digest of a file is kept as long as it is not changed; links lead to the file itself."""
+        path = path.resolve()
         stat = path.stat()
-        stamp = f"{path.absolute()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
+        stamp = f"{path}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ino}"
         return self.root / "digests" / digest_value(stamp)
 
     def remember(self, path: Path, digest: str) -> None:
         """Keep the digest of a file."""
         memory = self._memory_of(path)
+        _READ[memory] = digest
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             temporary = memory.with_suffix(f".{socket.gethostname()}.{os.getpid()}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -120,6 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         if single.exists():
             return [single]
+        _check_links([single])
         raise _without_weights(folder)
     shards = sorted(set(_weight_map(index).values()))
     if single.exists() and shards != [WEIGHTS]:
@@ -129,10 +130,26 @@ def weight_files(folder: Path) -> list[Path]:
             where=str(folder),
             hint=f"move the set that is out of date to another folder: {INDEX} with its shards, or {WEIGHTS}",
         )
+    _check_links([folder / name for name in shards])
     missing = [name for name in shards if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"lacks the shards {', '.join(missing)}", where=str(folder), hint="download them again")
     return [folder / name for name in shards]
+
+
+def _check_links(files: Sequence[Path]) -> None:
+    """Refuse links that lead nowhere.
+
+    Raises:
+        ModelError: names the first.
+    """
+    for path in files:
+        if path.is_symlink() and not path.exists():
+            raise ModelError(
+                f"is a link to {path.readlink()}, which is not there",
+                where=str(path),
+                hint="was a cache pruned, or a folder moved? download it again, or mend the link",
+            )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

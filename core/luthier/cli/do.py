@@ -16,8 +16,8 @@ from luthier.api.artifact import BASE
 from luthier.api.component import Kind
 from luthier.api.config import Config, Input, Source, SubComponent, configs_of, marker
 from luthier.artifacts.store import Store
+from luthier.cli.reading import planned
 from luthier.cli.tools import offer_missing
-from luthier.planning import plan
 from luthier.recipe import Recipe
 from luthier.recipe.document import parse_scalar
 from luthier.registry import Registry, default_registry
@@ -60,7 +60,7 @@ def run_alone(stage: str, config: dict[str, Any], seed: int, store: Store) -> Ru
     from luthier.cli.display import Display, make_console
 
     recipe = Recipe.from_mapping({"luthier": 1, "name": "do", "seed": seed, "stages": {stage: config}})
-    made = plan(recipe, store)
+    made = planned(recipe, store)
     offer_missing(made)
     with Display(make_console()) as display:
         return run(made, listeners=[display])

@@ -13,8 +13,9 @@ import click
 
 from luthier.api.config import Estimate
 from luthier.api.execution import Event
+from luthier.cli.reading import planned
 from luthier.cli.tools import offer_missing
-from luthier.planning import Plan, plan
+from luthier.planning import Plan
 from luthier.running.runner import run
 
 
@@ -34,7 +35,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @recipe_options
 def plan_command(recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool) -> None:
     """Show per stage whether it is cached, will run or will resume, and why. Runs nothing."""
-    made = plan(recipe, store, overrides=overrides)
+    made = planned(recipe, store, overrides)
     if as_json:
         click.echo(json.dumps([_node_json(made, name) for name in made.nodes], indent=2))
         return
@@ -78,7 +79,7 @@ def run_command(
     recipe: Path, overrides: tuple[str, ...], store: Path | None, as_json: bool, only: tuple[str, ...], keep_going: bool
 ) -> None:
     """Run a recipe: cached stages are not run again, interrupted ones resume."""
-    made = plan(recipe, store, overrides=overrides)
+    made = planned(recipe, store, overrides)
     if as_json:
         sys.exit(run(made, only=only, keep_going=keep_going, listeners=[_print_json]).exit_code)
     offer_missing(made, only)

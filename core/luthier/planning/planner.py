@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,7 +20,7 @@ from luthier.artifacts.digest import digest_value
 from luthier.artifacts.pace import expected_seconds
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
-from luthier.planning.sources import HubLock, ResolvedSource, is_external, resolve
+from luthier.planning.sources import HubLock, ResolvedSource, files_of, is_external, resolve
 from luthier.recipe import Recipe
 from luthier.recipe.problems import near
 from luthier.serving.environments import is_ready
@@ -148,23 +149,31 @@ class Plan:
 
 
 def plan(
-    recipe: Recipe | str | Path, store: Store | str | Path | None = None, *, overrides: Sequence[str] = ()
+    recipe: Recipe | str | Path,
+    store: Store | str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    reading: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Resolve a recipe: nothing is run and nothing heavy is loaded.
+
+    What comes from outside is identified by its content: large files are read once, and remembered as long as they stay
+    as they are.
 
     Args:
         recipe: A recipe, or the path of one.
         store: Where artifacts are kept; see `Store.at`.
         overrides: For a path: values that replace the file's, see `Recipe.load`.
+        reading: Hears how many bytes are read, of how many.
 
     Raises:
         RecipeError: wrong configs, unknown stages, wrong kinds of input, cycles, missing files: all of them.
     """
     store = store if isinstance(store, Store) else Store.at(store)
     if isinstance(recipe, Recipe):
-        return _Planner(recipe, store).plan()
+        return _Planner(recipe, store, reading).plan()
     try:
-        return _Planner(Recipe.load(recipe, overrides=overrides), store).plan()
+        return _Planner(Recipe.load(recipe, overrides=overrides), store, reading).plan()
     except RecipeError as error:
         raise _with_later_problems(error, store) from error
 
@@ -175,7 +184,7 @@ def _with_later_problems(error: RecipeError, store: Store) -> RecipeError:
     if partial is None:
         return error
     try:
-        _Planner(partial, store, left_out=error.left_out).plan()
+        _Planner(partial, store, lambda done, total: None, error.left_out).plan()
     except RecipeError as later:
         problems = [*error.problems, *(problem for problem in later.problems if problem not in error.problems)]
         return RecipeError(sorted(problems, key=lambda problem: problem.line or 0))
@@ -185,8 +194,11 @@ def _with_later_problems(error: RecipeError, store: Store) -> RecipeError:
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, store: Store, left_out: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self, recipe: Recipe, store: Store, reading: Callable[[int, int], None], left_out: frozenset[str] = frozenset()
+    ) -> None:
         self.left_out = left_out
+        self.reading = reading
         self.recipe = recipe
         self.store = store
         self.problems: list[Problem] = []
@@ -204,6 +216,9 @@ class _Planner:
         order = self._order()
         for name in order:
             self._check_kinds(self.nodes[name])
+        # What is not in order is not read; what is wrong with it is said where it is resolved.
+        with suppress(OSError):
+            self.store.digest_large(self._source_files(), self.reading)
         for node in self.nodes.values():
             self._resolve_sources(node)
         # Of a recipe with stages that cannot be read, nothing has a key: it is planned for its problems alone.
@@ -322,6 +337,14 @@ class _Planner:
         return any(
             name not in self.nodes and name not in self.outside for items in node.inputs.values() for name in items
         )
+
+    def _source_files(self) -> Iterator[Path]:
+        """All files that stages take from outside."""
+        for node in self.nodes.values():
+            for _, marker, values in references(node.config, Source):
+                for value in values:
+                    with suppress(LuthierError):
+                        yield from files_of(value, marker.kind, self.recipe.folder)
 
     def _resolve_sources(self, node: Node) -> None:
         for path, marker, values in references(node.config, Source):

@@ -55,6 +55,28 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
         return ResolvedSource(f"{HUB}{repository}@{commit}", f"{HUB}{repository}@{commit}")
     if value.startswith(EMBEDDED):
         return _embedded(value, store)
+    path = _local(value, kind, folder)
+    return ResolvedSource(store.digest_source(path), str(path))
+
+
+def files_of(value: str, kind: str, folder: Path) -> list[Path]:
+    """The files of a source on this machine.
+
+    Raises:
+        LuthierError: a path does not exist.
+    """
+    if value.startswith((HUB, EMBEDDED)):
+        return []
+    path = _local(value, kind, folder)
+    return list(files_in(path)) if path.is_dir() else [path]
+
+
+def _local(value: str, kind: str, folder: Path) -> Path:
+    """The place of a source on this machine.
+
+    Raises:
+        LuthierError: it does not exist.
+    """
     path = (folder / Path(value).expanduser()).absolute()
     try:
         there = path.exists()
@@ -69,7 +91,7 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
         raise LuthierError(f"'{value}' is neither a file nor a folder", hint="name a file that can be read again")
     elif kind == "model":
         raise LuthierError(f"'{value}' is a file", hint="name the model's folder, which holds config.json")
-    return ResolvedSource(store.digest_source(path), str(path))
+    return path
 
 
 def _check_folder(path: Path, value: str, kind: str) -> None:

@@ -425,10 +425,11 @@ class Scheduler:
     def _commit(self, node: Node, running: _Running, answer: Event) -> Artifact:
         self._check_sources(node)
         for name in (name for names in node.inputs.values() for name in names):
-            # Whatever was read after it vanished was read in part.
-            if self.plan.artifact_of(name) is None:
+            # Whatever was read after it vanished was read in part; what it refers to may have changed.
+            problem = self._damage(self.plan.artifact_of(name), self.plan.key_of(name))
+            if problem is not None:
                 raise StoreError(
-                    f"the artifact of '{name}' was removed or damaged while '{node.id}' read it",
+                    f"the artifact of '{name}' was removed or damaged while '{node.id}' read it: {problem}",
                     where=str(self.store.root),
                     hint="nothing was stored; run again",
                 )

@@ -74,11 +74,11 @@ class DataConfig(StageConfig):
         if not path.is_file():
             return {}
         with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip())
-        rows = min(rows, self.limit or rows)
+            there = sum(1 for line in file if line.strip())
+        rows = min(there, self.limit or there)
         return {
             "rows": self._expected_rows(rows),
-            "characters": path.stat().st_size,
+            "characters": path.stat().st_size * rows // max(1, there),
             **({} if self._schema is None else {"schema": self._schema}),
         }
 
