@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,7 +50,8 @@ def read_vocabulary(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
             ids = {str(pair[0]): place for place, pair in enumerate(vocabulary)}
         ids |= {str(entry["content"]): entry["id"] for entry in added}
         merges: Any = cast("dict[str, Any]", model).get("merges") or []
-        odd = next((merge for merge in merges if not _is_merge(merge)), None)
+        # Texts first: there are hundreds of thousands, and a look at each as a text costs next to nothing.
+        odd = next((pair for pair in merges if not (type(pair) is str and " " in pair) and not _is_merge(pair)), None)
     except (KeyError, IndexError, TypeError) as error:
         raise ModelError(
             "its tokens are not listed as in a tokenizer", where=str(path), hint="copy or download it again"
@@ -73,7 +75,7 @@ def _is_merge(value: Any) -> bool:
 def vocabulary_size(folder: Path) -> int | None:
     """How many tokens a folder's tokenizer has, gaps between ids included; None without a ``tokenizer.json``."""
     path = folder / "tokenizer.json"
-    return max(read_vocabulary(path)[1].values(), default=-1) + 1 if path.exists() else None
+    return _about(path).size if path.exists() else None
 
 
 def stop_token_ids(folder: Path) -> list[int]:
@@ -101,8 +103,7 @@ def stop_tokens(folder: Path) -> list[str]:
     path = folder / "tokenizer.json"
     if not path.exists():
         return []
-    entries: list[dict[str, Any]] = read_vocabulary(path)[0].get("added_tokens") or []
-    added = {entry["id"]: entry["content"] for entry in entries}
+    added = _about(path).added
     return [added[item] for item in stop_token_ids(folder) if item in added]
 
 
@@ -211,7 +212,7 @@ def tokenizer_digest(folder: Path) -> str:
     """
     path = folder / "tokenizer.json"
     if path.exists():
-        return _vocabulary_digest(digest_file(path), path)
+        return _about(path).digest
     names = [name for name in VOCABULARY_FILES[1:] if (folder / name).exists()]
     return digest_value({name: digest_file(folder / name) for name in names})
 
@@ -229,10 +230,33 @@ def same_tokenizer(one: Path, other: Path) -> bool:
     return tokenizer_digest(one) == tokenizer_digest(other)
 
 
-@lru_cache(maxsize=32)
-def _vocabulary_digest(content: str, path: Path) -> str:
-    """See `tokenizer_digest`; kept by the `content` of the file."""
-    tokenizer, ids = read_vocabulary(path)
-    pairs: list[str | list[str]] = tokenizer["model"].get("merges") or []
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-    return digest_value({"ids": ids, "merges": merges})
+@dataclass(frozen=True, slots=True)
+class _About:
+    """What is asked of a ``tokenizer.json`` again and again.
+
+    Attributes:
+        size: How many tokens it has, gaps between ids included.
+        digest: See `tokenizer_digest`.
+        added: Its added tokens, by id.
+    """
+
+    size: int
+    digest: str
+    added: Mapping[int, str]
+
+
+_KNOWN: dict[str, _About] = {}
+"""By the digests of the files: reading one with many merges takes most of a second, and models share it."""
+
+
+def _about(path: Path) -> _About:
+    content = digest_file(path)
+    if content not in _KNOWN:
+        tokenizer, ids = read_vocabulary(path)
+        pairs: list[str | list[str]] = tokenizer["model"].get("merges") or []
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+        entries: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
+        added = {entry["id"]: entry["content"] for entry in entries}
+        digest = digest_value({"ids": ids, "merges": merges})
+        _KNOWN[content] = _About(max(ids.values(), default=-1) + 1, digest, added)
+    return _KNOWN[content]
