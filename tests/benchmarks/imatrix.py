@@ -37,9 +37,10 @@ def main() -> None:
     make_model(model, options.tokenizer, 25)
 
     import torch
+    from luthier.modeling.streamed import Streamed
     from luthier_plugins.gguf.imatrix import importances_of
     from luthier_plugins.gguf.write import Source
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     torch.set_num_threads(2)
     with ExitStack() as stack:
@@ -75,10 +76,9 @@ def main() -> None:
 
     theirs(1)
     more = theirs(2 * options.blocks) - theirs(options.blocks)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    importances_of(loaded, source.parts, blocks[:1])
+    importances_of(Streamed(model), source.parts, blocks[:1])
     started = time.perf_counter()
-    importances_of(loaded, source.parts, blocks)
+    importances_of(Streamed(model), source.parts, blocks)
     ours = time.perf_counter() - started
     tokens = BLOCK * options.blocks
     print(f"tokens per second: llama-imatrix {tokens / more:.0f}, ours {tokens / ours:.0f} ({more / ours:.2f} times)")

@@ -17,6 +17,7 @@ from luthier.api import Artifact, DataError, ModelError
 from luthier.modeling.calibration import tuned_on
 from luthier.modeling.compare import CORPUS
 from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.modeling.streamed import Streamed
 from luthier.registry import default_registry
 from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.gguf import exporter
@@ -96,7 +97,7 @@ def test_a_file_that_runs_on_is_refused() -> None:
         def next_log_probabilities(self, ids: list[int], size: int, stop: int) -> np.ndarray:
             return right
 
-        def ends(self, prompt: list[int], limit: int) -> bool:
+        def ends(self, prompt: list[int]) -> bool:
             return self.ended
 
     server: Any = Endless()
@@ -202,9 +203,10 @@ def test_importances_are_computed_on_what_the_model_was_tuned_on(tuned: Artifact
 
 def test_importances_are_the_mean_squares_of_the_inputs(tuned: Artifact) -> None:
     model, block = load_model(tuned), [5, 6, 7, 8]
+    streamed = Streamed(tuned.path)
     with ExitStack() as stack:
         parts = Source(tuned.path, stack).parts
-    found, idle = importances_of(model, parts, [block])
+    found, idle = importances_of(streamed, parts, [block])
     seen: list[torch.Tensor] = []
     layer = model.model.layers[1].mlp.down_proj
     handle = layer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -218,11 +220,11 @@ def test_importances_are_the_mean_squares_of_the_inputs(tuned: Artifact) -> None
 def test_importances_of_experts_are_those_of_the_tokens_that_came_to_them(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", "qwen3-moe")
     base = run_stage(tmp_path / "s", "base", {"source": str(folder)})
-    model = load_model(base)
+    model = Streamed(base.path)
     with ExitStack() as stack:
         parts = Source(folder, stack).parts
     inputs: list[tuple[Any, ...]] = []
-    experts = model.model.layers[0].mlp.experts
+    experts = model.model.model.layers[0].mlp.experts
     handle = experts.register_forward_pre_hook(lambda module, given: inputs.append(given))
     found, _ = importances_of(model, parts, [[5, 6, 7, 8, 9, 10]])
     handle.remove()

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -68,7 +68,15 @@ def sequences_of(tokenizer: Any, data: Sequence[Artifact]) -> list[list[int]]:
     return [ids for ids in found if len(ids) > 1]
 
 
-def compared(reference: Any, changed: Any, sequences: Sequence[Sequence[int]]) -> Comparison:
+class Scores(Protocol):
+    """A model that is asked for its logits, see `luthier.modeling.streamed.Streamed`."""
+
+    def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The logits of each text, with its place; float32 on the CPU, shape (tokens, vocabulary)."""
+        ...
+
+
+def compared(reference: Scores, changed: Scores, sequences: Sequence[Sequence[int]]) -> Comparison:
     """Compare two models with the same vocabulary.
 
     Args:
@@ -77,18 +85,16 @@ def compared(reference: Any, changed: Any, sequences: Sequence[Sequence[int]]) -
         sequences: Token ids of texts, two or more each.
     """
     divergence, same, positions, losses = 0.0, 0, 0, [0.0, 0.0]
-    for model in (reference, changed):
-        model.eval()
-    for ids in sequences:
-        given = torch.tensor([list(ids)])
-        with torch.no_grad():
-            right = reference(given.to(reference.device)).logits[0].float().log_softmax(-1).cpu()
-            found = changed(given.to(changed.device)).logits[0].float().log_softmax(-1).cpu()
+    pairs = zip(reference.logits(sequences), changed.logits(sequences), strict=True)
+    for (place, right), (same_place, found) in pairs:
+        assert place == same_place, "the order hangs on the lengths alone"
+        ids = sequences[place]
+        right, found = right.log_softmax(-1), found.log_softmax(-1)
         divergence += float((right.exp() * (right - found)).sum())
         same += int((right.argmax(-1) == found.argmax(-1)).sum())
         positions += len(ids)
         for place, logs in enumerate((found, right)):
-            losses[place] -= float(logs[:-1].gather(1, given[0, 1:, None]).sum())
+            losses[place] -= float(logs[:-1].gather(1, torch.tensor(ids[1:])[:, None]).sum())
     predicted = positions - len(sequences)
     own, reference_own = (math.exp(min(loss / max(1, predicted), 700.0)) for loss in losses)
     mean = divergence / positions

@@ -19,6 +19,7 @@ from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import carry_text_files, model_facts, positions_in
 from luthier.artifacts.tensors import tensor_headers
+from luthier.modeling.streamed import Streamed, Whole
 
 SHARD = 5_000_000_000
 PROBED = 16
@@ -220,6 +221,9 @@ def dequantized(artifact: Artifact, scratch: Path) -> Artifact:
     config = read_json(artifact.path / "config.json")
     if (config.get("quantization_config") or {}).get("quant_method") not in READABLE:
         return artifact
+    if (scratch / "config.json").exists():
+        # Written last: it was done before.
+        return replace(artifact, path=scratch)
     scratch.mkdir(parents=True, exist_ok=True)
     parameters: int = artifact.facts.get("parameters") or model_facts(artifact.path)["parameters"]
     check_disk_space(scratch, torch.float32.itemsize * parameters, "what is computed with")
@@ -245,6 +249,27 @@ def load_client(artifact: Artifact, scratch: Path) -> Any:
     if artifact.kind == "model":
         round_activations(model, artifact.path)
     return model
+
+
+def stream_client(artifact: Artifact, scratch: Path, dtype: torch.dtype = torch.float32) -> Streamed | Whole:
+    """A model as the programs that serve its folder compute it, layer by layer, for comparing.
+
+    Args:
+        scratch: A folder for weights in float32, where they are quantized.
+        dtype: What it is computed in.
+    """
+    from luthier.modeling.activations import round_activations
+
+    floats = dequantized(artifact, scratch)
+    if "quantization_config" in read_json(floats.path / "config.json"):
+        # What transformers alone can read it loads as a whole.
+        whole: Any = load_model(floats).eval()
+        for parameter in (item for item in whole.parameters() if item.is_floating_point()):
+            parameter.data = parameter.data.to(dtype)
+        return Whole(to_best_device(whole))
+    client = Streamed(floats.path, dtype=dtype)
+    round_activations(client.model, artifact.path)
+    return client
 
 
 def save_model(model: Any, source: Artifact, out: Path, dtypes: Mapping[str, torch.dtype], dtype: torch.dtype) -> Facts:

@@ -23,7 +23,8 @@ from luthier.artifacts.tensors import model_tensors, own_tensors, tensor_headers
 from luthier.modeling.calibration import texts_of, tuned_on
 from luthier.modeling.compare import compared, sequences_of
 from luthier.modeling.hub_folder import lost_in_version_4, model_config, write_texts
-from luthier.modeling.loading import load_client, load_model, load_tokenizer, to_best_device
+from luthier.modeling.loading import load_tokenizer, stream_client
+from luthier.modeling.streamed import Streamed
 
 FEWEST = 0.5
 """Bytes of a weight with four bits: what a quantized folder takes at least."""
@@ -90,7 +91,7 @@ def quantize(
     fewer = _quantized_entries(source, context.out)
     if fewer < parameters / 2:
         context.warn(f"only {fewer:,} of {parameters:,} weights have fewer bits: the others stay in {dtype}")
-    verdict = check_folder(model, limit, FINER, context, computed_in(settings["quantization_config"], dtype))
+    verdict = check_folder(model, source, limit, FINER, context, computed_in(settings["quantization_config"], dtype))
     described = {
         "method": use.name,
         **use.config.model_dump(mode="json"),
@@ -148,11 +149,14 @@ def computed_in(settings: Mapping[str, Any], dtype: str) -> str | None:
     return dtype if dtype in ALLOWANCE and (few or dtype == "float16") else None
 
 
-def check_folder(model: Artifact, limit: float, hint: str, context: StageContext, computed: str | None = None) -> Facts:
+def check_folder(
+    model: Artifact, source: Path, limit: float, hint: str, context: StageContext, computed: str | None = None
+) -> Facts:
     """Compare the written folder with the model.
 
     Args:
         model: What it was made from.
+        source: Its full weights.
         limit: The largest mean KL divergence, in nats.
         hint: What helps where it is larger.
         context: The stage's context, in whose folder it is.
@@ -165,12 +169,12 @@ def check_folder(model: Artifact, limit: float, hint: str, context: StageContext
         ModelError: it reads or thinks differently.
     """
     loaded = replace(model, kind="model", path=context.out)
-    tokenizer, client = load_tokenizer(loaded), load_client(loaded, context.scratch / "floats")
+    tokenizer, client = load_tokenizer(loaded), stream_client(loaded, context.scratch / "floats")
     right = load_tokenizer(model)
     sequences = sequences_of(right, tuned_on(model))
     if sequences_of(tokenizer, tuned_on(model)) != sequences:
         raise ModelError("the written tokenizer reads text differently", where=str(context.out))
-    reference = to_best_device(load_model(model))
+    reference = Streamed(source)
     verdict = compared(reference, client, sequences)
     context.log(f"KL {verdict.kl:.2g} nats, same best token {verdict.top1:.0%}")
     if not verdict.kl <= limit:
@@ -181,9 +185,7 @@ def check_folder(model: Artifact, limit: float, hint: str, context: StageContext
         )
     if computed is None:
         return verdict.facts()
-    # Not the buffers: rotary frequencies stay in float32 everywhere.
-    for parameter in (item for item in client.parameters() if item.is_floating_point()):
-        parameter.data = parameter.data.to(getattr(torch, computed))
+    client = stream_client(loaded, context.scratch / "floats", getattr(torch, computed))
     in_half = compared(reference, client, sequences[:: math.ceil(len(sequences) / FEW_TEXTS)])
     context.log(f"computed in {computed}: KL {in_half.kl:.2g} nats")
     if not in_half.kl <= limit + ALLOWANCE[computed]:

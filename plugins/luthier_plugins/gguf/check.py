@@ -11,10 +11,9 @@ from itertools import chain, cycle, islice
 from typing import Any
 
 import numpy as np
-import torch
 from luthier.api import Facts, Message, ModelError
 from luthier.modeling.compare import CORPUS
-from luthier.modeling.golden import LIMIT
+from luthier.modeling.streamed import Streamed
 from luthier.modeling.text import render
 from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.tokenizer import NormalForm
@@ -33,7 +32,7 @@ PROBABILITIES = 4_000_000
 """... unless these are more numbers: each comes as JSON, a large vocabulary's in a second."""
 OWN = 8
 """Texts of the recipe's own among those whose distributions are compared, ..."""
-OWN_TOKENS = 256
+OWN_TOKENS = 128
 """... and how much of each."""
 UNSEEN = 1e-3
 """The probability that tokens may have together which llama.cpp does not report."""
@@ -65,16 +64,16 @@ class Expected:
     log_probabilities: list[np.ndarray]
     stop_ids: list[int]
     endings: list[list[int]] = field(default_factory=list[list[int]])
-    """Prompts that the model answers and then stops, on its own."""
+    """Prompts with their whole answers, behind which the model stops, on its own."""
 
     @property
     def longest(self) -> int:
-        """The tokens of the longest text, answers of prompts included."""
-        return max([*map(len, self.prefixes), *(len(prompt) + LIMIT for prompt in self.endings)])
+        """The tokens of the longest text, and of what is said behind it."""
+        return max(map(len, [*self.prefixes, *self.endings])) + 1
 
 
 def expected_of(
-    model: Any,
+    model: Streamed,
     tokenizer: Any,
     stop_ids: Sequence[int],
     own: Sequence[str] = (),
@@ -82,7 +81,7 @@ def expected_of(
     spaced: bool = True,
     forms: Sequence[NormalForm] = (),
     length: int | None = None,
-    asked: Sequence[list[int]] = (),
+    answered: Sequence[list[int]] = (),
 ) -> Expected:
     """What a GGUF file of this model has to agree with.
 
@@ -94,9 +93,8 @@ def expected_of(
         forms: The normal forms of Unicode that the tokenizer brings texts into: the texts are compared in them.
         length: The longest text, in tokens, that the file promises to be right for; by default the model's sliding
             window, where it has one.
-        asked: Prompts, open for the assistant: where the model comes to an end, the file has to.
+        answered: Conversations up to the token that ends their last answer: where the model stops, the file has to.
     """
-    model.eval()
     own = [_normal(text, forms) for text in own]
     texts = {
         text: ids_of(tokenizer, text)
@@ -115,24 +113,27 @@ def expected_of(
     prompt_ids = {text: ids_of(tokenizer, text) for text in [*prompts, *own] if spaced or not text[0].isspace()}
     mine = [ids_of(tokenizer, text)[:OWN_TOKENS] for text in own[:OWN]]
     sequences = [prompt_ids[prompt] for prompt in prompts] + list(texts.values()) + mine
-    prefixes: list[list[int]] = []
-    logs: list[np.ndarray] = []
-    positions = min(POSITIONS, PROBABILITIES // model.config.vocab_size + 1)
-    window: int | None = getattr(model.config, "sliding_window", None)
-    longest: int = length or window or getattr(model.config, "max_position_embeddings", None) or 1 << 20
-    for ids in sequences:
-        with torch.no_grad():
-            rows = model(torch.tensor([ids], device=model.device)).logits[0].float().log_softmax(-1).cpu().numpy()
-        step = max(1, len(ids) * len(sequences) // positions)
-        for place in range(min(len(ids), longest) - 1, 0, -step):
-            prefixes.append(ids[: place + 1])
-            logs.append(rows[place])
+    config = model.config
+    positions = min(POSITIONS, PROBABILITIES // config.vocab_size + 1)
+    window: int | None = getattr(config, "sliding_window", None)
+    longest: int = length or window or getattr(config, "max_position_embeddings", None) or 1 << 20
+    # Of each text, the tokens behind which distributions are compared.
+    compared = [
+        range(min(len(ids), longest) - 1, 0, -max(1, len(ids) * len(sequences) // positions)) for ids in sequences
+    ]
     if window and window < longest and window <= WINDOW:
-        prefixes.append(_long(sequences, min(window + BEHIND, longest)))
-        with torch.no_grad():
-            given = torch.tensor(prefixes[-1:], device=model.device)
-            logs.append(model(given).logits[0, -1].float().log_softmax(-1).cpu().numpy())
-    endings = [prompt for prompt in asked if len(prompt) + LIMIT <= longest and _ends(model, prompt, stop_ids)]
+        sequences.append(_long(sequences, min(window + BEHIND, longest)))
+        compared.append(range(len(sequences[-1]) - 1, len(sequences[-1]) - 2, -1))
+    answered = [ids for ids in answered if len(ids) < longest] if stop_ids else []
+    rows: dict[int, list[np.ndarray]] = {}
+    endings: list[list[int]] = []
+    for number, logits in model.logits([*sequences, *answered]):
+        if number < len(sequences):
+            rows[number] = list(logits[list(compared[number])].log_softmax(-1).numpy())
+        elif int(logits[-1].argmax()) in stop_ids:
+            endings.append(answered[number - len(sequences)])
+    prefixes = [sequences[number][: place + 1] for number in sorted(rows) for place in compared[number]]
+    logs = [row for number in sorted(rows) for row in rows[number]]
     return Expected(texts, prompts, dated, prompt_ids, prefixes, logs, list(stop_ids), endings)
 
 
@@ -140,27 +141,6 @@ def _normal(text: str, forms: Sequence[NormalForm]) -> str:
     for form in forms:
         text = unicodedata.normalize(form, text)
     return text
-
-
-def _ends(model: Any, prompt: list[int], stop_ids: Sequence[int]) -> bool:
-    """Whether the model's greedy answer ends on a stop token before it is too long."""
-    if not stop_ids:
-        return False
-    given = torch.tensor([prompt], device=model.device)
-    with torch.no_grad():
-        written = model.generate(
-            input_ids=given,
-            attention_mask=torch.ones_like(given),
-            max_new_tokens=LIMIT,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            repetition_penalty=None,
-            eos_token_id=list(stop_ids),
-            pad_token_id=stop_ids[0],
-        )
-    return int(written[0, -1]) in stop_ids
 
 
 def _long(sequences: Sequence[list[int]], length: int) -> list[int]:
@@ -206,7 +186,7 @@ def check(server: LlamaServer, expected: Expected, largest_kl: float) -> Facts:
     facts = _compare(server, expected, largest_kl)
     if not expected.endings:
         return facts
-    ended = sum(server.ends(prompt, LIMIT) for prompt in expected.endings)
+    ended = sum(server.ends(answered) for answered in expected.endings)
     if not ended:
         raise UnlikeError(
             f"the file does not stop: none of {len(expected.endings)} answers that the model ends end in llama.cpp",

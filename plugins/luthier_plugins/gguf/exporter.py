@@ -10,16 +10,19 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from luthier.api import Artifact, Exporter, Facts, ModelError, StageContext
+from luthier.api import Artifact, DataError, Exporter, Facts, ModelError, StageContext
+from luthier.artifacts.datasets import read_split
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.json_files import read_json
 from luthier.artifacts.models import carry_licences
+from luthier.artifacts.rows import conversations
 from luthier.merging.folding import full_weights
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import fold, load_model, load_tokenizer, to_best_device
+from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.quantizing import refuse_quantized
+from luthier.modeling.streamed import Streamed
 from luthier.serving.bundle import write_bundle
 from luthier_plugins.gguf.card import write_card
 from luthier_plugins.gguf.check import Expected, UnlikeError, check, expected_of
@@ -39,8 +42,9 @@ OWN_TEXTS = 50
 """Texts of the recipe's own that have to become the same tokens."""
 EXACT: dict[str, FileType] = {"BF16": "BF16", "F16": "F16"}
 """The type of a file in which weights of a dtype are what they are."""
-ASKED = 4
-"""Prompts of the recipe's own whose answers have to end where the model's do."""
+ANSWERED, ANSWERED_TOKENS = 4, 256
+"""Conversations of the recipe's own behind whose answers the file has to stop where the model does, and how long they
+may be."""
 CALIBRATION_TOKENS = 16_384
 BLOCK = 512
 """Tokens that the model is shown at once."""
@@ -70,19 +74,18 @@ class Gguf(Exporter[GgufConfig]):
                 _warn_of_fallbacks(source, file_type, context)
             tokenizer, data = load_tokenizer(model), self._data(model)
             blocks = self._blocks(tokenizer, data) if self.config.wants_imatrix else []
-            loaded = to_best_device(fold(load_model(model)))
-            facts: Facts = {"imatrix": _weigh(source, loaded, blocks, context)} if blocks else {}
+            reference = Streamed(weights)
+            facts: Facts = {"imatrix": _weigh(source, reference, blocks, context)} if blocks else {}
             expected = expected_of(
-                loaded,
+                reference,
                 tokenizer,
                 model.facts["stop_token_ids"],
                 _own(data, tokenizer),
                 spaced=source.tokenizer.spaced,
                 forms=source.tokenizer.forms,
                 length=source.context_length,
-                asked=_asked(data, tokenizer),
+                answered=_answered(data, tokenizer, model.facts["stop_token_ids"]),
             )
-            del loaded
             for remark in source.tokenizer.remarks:
                 context.warn(remark)
             if not source.tokenizer.spaced:
@@ -136,27 +139,24 @@ class Gguf(Exporter[GgufConfig]):
         context = self.context
         if model.kind != "adapter":
             raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
-        loaded, tokenizer, stops = (
-            to_best_device(load_model(model)),
-            load_tokenizer(model),
-            model.facts["stop_token_ids"],
-        )
+        loaded, tokenizer, stops = load_model(model), load_tokenizer(model), model.facts["stop_token_ids"]
         path, base = context.scratch / "adapter.gguf", context.scratch / "base-F16.gguf"
         with ExitStack() as stack:
             source = Source(model.base.path, stack, context.collected(ARCHITECTURES))
             count = write_lora(path, source, loaded, model.key[:12])
+            del loaded
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
         data = self._data(model)
         expected = expected_of(
-            loaded,
+            Streamed(full_weights(model, context.scratch / "folded")),
             tokenizer,
             stops,
             _own(data, tokenizer),
             spaced=source.tokenizer.spaced,
             forms=source.tokenizer.forms,
             length=source.context_length,
-            asked=_asked(data, tokenizer),
+            answered=_answered(data, tokenizer, stops),
         )
         with LlamaServer(
             base, context_length=max(CHECK_CONTEXT, expected.longest + 1), lora=path, exact=True
@@ -194,13 +194,13 @@ class Gguf(Exporter[GgufConfig]):
         tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         data = self._data(model)
         expected = expected_of(
-            to_best_device(load_model(model)),
+            Streamed(weights),
             tokenizer,
             stops,
             _own(data, tokenizer),
             spaced=spaced_in(weights),
             forms=forms_in(weights),
-            asked=_asked(data, tokenizer),
+            answered=_answered(data, tokenizer, stops),
         )
         files: dict[str, Facts] = {"F16": _written(path, expected, self.config.largest_kl("F16"), script.name, context)}
         length = read_json(weights / "config.json").get("max_position_embeddings") or CHECK_CONTEXT
@@ -262,7 +262,7 @@ class Gguf(Exporter[GgufConfig]):
             yield url
 
 
-def _weigh(source: Source, model: Any, blocks: Sequence[Sequence[int]], context: StageContext) -> Facts:
+def _weigh(source: Source, model: Streamed, blocks: Sequence[Sequence[int]], context: StageContext) -> Facts:
     """Compute the importances, and have the source quantize with them."""
     importances, idle = importances_of(
         model, source.parts, blocks, lambda done, total: context.progress(done, total, "texts for the importances")
@@ -286,13 +286,24 @@ def _own(data: Sequence[Artifact], tokenizer: Any) -> list[str]:
     return list(islice(texts, OWN_TEXTS))
 
 
-def _asked(data: Sequence[Artifact], tokenizer: Any) -> list[list[int]]:
-    """Some prompts of the recipe's own that are short, as tokens."""
-    if tokenizer.chat_template is None:
+def _answered(data: Sequence[Artifact], tokenizer: Any, stops: Sequence[int]) -> list[list[int]]:
+    """Some conversations of the recipe's own that are short, as tokens up to the one that ends the last answer."""
+    if tokenizer.chat_template is None or not stops:
         return []
-    encoder = ChatEncoder(tokenizer)
-    prompts = (encoder.prompt(messages) for messages in conversations_of(data)[1:])
-    return list(islice((prompt for prompt in prompts if len(prompt) <= BLOCK), ASKED))
+    encoder = ChatEncoder(tokenizer, stops)
+    rows = islice((row for item in data for row in read_split(item, "train")), OWN_TEXTS)
+    found: list[list[int]] = []
+    for conversation in (messages for row in rows for messages in conversations(row)[:1]):
+        try:
+            ids = encoder.answer(conversation).input_ids
+        except DataError:
+            # What a template refuses, or does not end, was not trained either.
+            continue
+        if ids[-1] in stops and len(ids) <= ANSWERED_TOKENS:
+            found.append(ids[:-1])
+        if len(found) == ANSWERED:
+            break
+    return found
 
 
 def _warn_of_fallbacks(source: Source, file_type: FileType, context: StageContext) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from luthier.modeling.streamed import Streamed
 from luthier_plugins.gguf.architectures import Planned
 from torch import Tensor, nn
 
@@ -105,8 +107,12 @@ def _experts(layer: int, collector: Collector) -> Callable[..., None]:
     return hook
 
 
+def _passed(model: Any, ids: Tensor) -> None:
+    model(input_ids=ids, use_cache=False)
+
+
 def importances_of(
-    model: Any,
+    model: Streamed,
     parts: Sequence[Planned],
     blocks: Sequence[Sequence[int]],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -122,9 +128,11 @@ def importances_of(
         The importances by name in GGUF, and how many experts no token came to.
     """
     collector = Collector()
-    with torch.no_grad(), watching(model, collector):
-        for place, block in enumerate(blocks, 1):
-            model(input_ids=torch.tensor([list(block)], device=model.device))
+    given = [torch.tensor([list(block)], device=model.device) for block in blocks]
+    with watching(model.model, collector):
+        # Not padded: inputs of padding would count.
+        through = model.walk([partial(_passed, model.model, ids) for ids in given])
+        for place, _ in enumerate(through, 1):
             progress(place, len(blocks))
     means = collector.means()
     found: dict[str, np.ndarray] = {}

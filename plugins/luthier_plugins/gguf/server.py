@@ -184,9 +184,9 @@ class LlamaServer(Generator[Any]):
         }
         return self._post("/completion", body)["stop_type"] == "eos"
 
-    def ends(self, prompt: Sequence[int], limit: int) -> bool:
-        """Whether the greedy answer to a prompt comes to an end on its own."""
-        body = {"prompt": list(prompt), "n_predict": limit, "temperature": 0, "cache_prompt": False}
+    def ends(self, prompt: Sequence[int]) -> bool:
+        """Whether the most likely token behind a text is one that ends generation."""
+        body = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "cache_prompt": False}
         return self._post("/completion", body)["stop_type"] == "eos"
 
     def next_log_probabilities(self, ids: Sequence[int], vocabulary_size: int, stop: int) -> np.ndarray:

@@ -127,7 +127,9 @@ class Hf(Exporter[HfConfig]):
             self.context.progress(done, total, "tensors")
         write_folder_texts(model, source, name, {}, self.context)
         limit = LARGEST_KL if self.config.max_kl is None else self.config.max_kl
-        verdict = check_folder(model, limit, "store it as bfloat16 or float32", self.context, computed_in({}, name))
+        verdict = check_folder(
+            model, source, limit, "store it as bfloat16 or float32", self.context, computed_in({}, name)
+        )
         files = {name: {"file": ".", "dtype": name, "bytes": _size(self.context.out)}}
         return {**model_facts(self.context.out), **verdict, "parameters": parameters, "files": files}
 
