@@ -20,6 +20,7 @@ from luthier.modeling.loading import load_model, load_tokenizer
 from luthier.modeling.streamed import Streamed
 from luthier.registry import default_registry
 from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
+from luthier_plugins.gguf import check as checking
 from luthier_plugins.gguf import exporter
 from luthier_plugins.gguf.architectures.gemma import Gemma2
 from luthier_plugins.gguf.check import Expected, check
@@ -27,6 +28,7 @@ from luthier_plugins.gguf.config import GgufConfig
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.mixes import tensor_type
 from luthier_plugins.gguf.modelfile import FORMATS, format_of, write_modelfile
+from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.tokenizer import DEEPSEEK_SPLITS
 from luthier_plugins.gguf.write import Source
 from safetensors.torch import load_file, save_file
@@ -85,6 +87,26 @@ def test_what_llama_cpp_does_not_report_is_no_agreement() -> None:
     expected = Expected({}, [], [], {}, [[1, 2]], [right], [])
     with pytest.raises(ModelError, match="does not behave like"):
         check(Silent(), expected, 1e9)  # type: ignore[arg-type]
+
+
+def test_asking_for_likely_tokens_alone_changes_no_verdict(tuned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"format": {"uses": "gguf", "types": ["Q8_0"], "imatrix": False}}
+    asked: list[int | None] = []
+    ask = LlamaServer.next_log_probabilities
+
+    def counted(self: LlamaServer, ids: Any, size: int, stop: int, most: int | None = None) -> np.ndarray:
+        asked.append(most)
+        return ask(self, ids, size, stop, most)
+
+    monkeypatch.setattr(LlamaServer, "next_log_probabilities", counted)
+    whole = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned}).facts["files"]["Q8_0"]
+    assert set(asked) == {None}
+    asked.clear()
+    monkeypatch.setattr(checking, "LIKELY", 600)
+    some = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned}).facts["files"]["Q8_0"]
+    assert 600 in asked, "the model has learned some by heart"
+    assert some["kl"] == pytest.approx(whole["kl"], abs=1e-4)
+    assert some["top1"] == whole["top1"]
 
 
 def test_a_file_that_runs_on_is_refused() -> None:

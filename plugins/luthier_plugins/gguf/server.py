@@ -189,12 +189,15 @@ class LlamaServer(Generator[Any]):
         body = {"prompt": list(prompt), "n_predict": 1, "temperature": 0, "cache_prompt": False}
         return self._post("/completion", body)["stop_type"] == "eos"
 
-    def next_log_probabilities(self, ids: Sequence[int], vocabulary_size: int, stop: int) -> np.ndarray:
-        """log p of every token after `ids`: shape (vocabulary_size,), -inf where llama.cpp reports none."""
+    def next_log_probabilities(
+        self, ids: Sequence[int], vocabulary_size: int, stop: int, most: int | None = None
+    ) -> np.ndarray:
+        """log p of every token after `ids`, or of the `most` likely: shape (vocabulary_size,), -inf where llama.cpp
+        reports none."""
         body = {
             "prompt": list(ids),
             "n_predict": 1,
-            "n_probs": vocabulary_size,
+            "n_probs": most or vocabulary_size,
             "temperature": 0,
             "cache_prompt": False,
             "post_sampling_probs": False,
