@@ -103,9 +103,10 @@ def test_asking_for_likely_tokens_alone_changes_no_verdict(tuned: Artifact, monk
     assert set(asked) == {None}
     asked.clear()
     monkeypatch.setattr(checking, "LIKELY", 600)
+    monkeypatch.setattr(checking, "IMPOSSIBLE", 0.02)
     some = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned}).facts["files"]["Q8_0"]
     assert 600 in asked, "the model has learned some by heart"
-    assert some["kl"] == pytest.approx(whole["kl"], abs=1e-4)
+    assert some["kl"] == pytest.approx(whole["kl"], abs=1e-3)
     assert some["top1"] == whole["top1"]
 
 
