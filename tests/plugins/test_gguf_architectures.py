@@ -28,7 +28,6 @@ from luthier_plugins.gguf.config import GgufConfig
 from luthier_plugins.gguf.imatrix import importances_of
 from luthier_plugins.gguf.mixes import tensor_type
 from luthier_plugins.gguf.modelfile import FORMATS, format_of, write_modelfile
-from luthier_plugins.gguf.server import LlamaServer
 from luthier_plugins.gguf.tokenizer import DEEPSEEK_SPLITS
 from luthier_plugins.gguf.write import Source
 from safetensors.torch import load_file, save_file
@@ -89,25 +88,29 @@ def test_what_llama_cpp_does_not_report_is_no_agreement() -> None:
         check(Silent(), expected, 1e9)  # type: ignore[arg-type]
 
 
-def test_asking_for_likely_tokens_alone_changes_no_verdict(tuned: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = {"format": {"uses": "gguf", "types": ["Q8_0"], "imatrix": False}}
+@pytest.mark.parametrize("peaked", [True, False])
+def test_likely_tokens_alone_are_asked_for_where_the_others_are_as_good_as_impossible(peaked: bool) -> None:
+    scores = np.linspace(0.0, -60.0 if peaked else -0.1, 20_000)
+    right = scores - np.log(np.exp(scores).sum())
     asked: list[int | None] = []
-    ask = LlamaServer.next_log_probabilities
 
-    def counted(self: LlamaServer, ids: Any, size: int, stop: int, most: int | None = None) -> np.ndarray:
-        asked.append(most)
-        return ask(self, ids, size, stop, most)
+    class Half:
+        """Knows the likely ones, and says no more than it is asked for."""
 
-    monkeypatch.setattr(LlamaServer, "next_log_probabilities", counted)
-    whole = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned}).facts["files"]["Q8_0"]
-    assert set(asked) == {None}
-    asked.clear()
-    monkeypatch.setattr(checking, "LIKELY", 600)
-    monkeypatch.setattr(checking, "IMPOSSIBLE", 0.02)
-    some = run_stage(tuned.path.parents[1], "export", config, inputs={"model": tuned}).facts["files"]["Q8_0"]
-    assert 600 in asked, "the model has learned some by heart"
-    assert some["kl"] == pytest.approx(whole["kl"], abs=1e-3)
-    assert some["top1"] == whole["top1"]
+        file = Path("x.gguf")
+
+        def next_log_probabilities(self, ids: list[int], size: int, stop: int, most: int | None = None) -> np.ndarray:
+            asked.append(most)
+            found = right.copy()
+            if most is not None:
+                found[most:] = -np.inf
+            return found
+
+    expected = Expected({}, [], [], {}, [[1, 2]], [right], [])
+    facts = check(Half(), expected, 1e-9)  # type: ignore[arg-type]
+    assert asked == [checking.LIKELY] if peaked else [None]
+    assert facts["kl"] == pytest.approx(0.0, abs=1e-12)
+    assert facts["top1"] == 1.0
 
 
 def test_a_file_that_runs_on_is_refused() -> None:
