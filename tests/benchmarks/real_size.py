@@ -3,9 +3,9 @@
     python tests/benchmarks/real_size.py --tokenizer FOLDER [--methods linear slerp ties dare_ties] [--layers 24]
 
 Two or three Qwen2 of 2.06 B parameters (4.1 GB each in bfloat16, random) are made, and are used as they lie there: a
-first `luthier run` into an empty store beside mergekit's command line, then an export to Q4_K_M, and `luthier diff`. The
-floor is reading the inputs once and writing as much as the result, fsynced. Memory is that of all processes together,
-without the pages of files that are mapped.
+first `luthier run` into an empty store beside mergekit's command line, then an export to Q4_K_M, and `luthier diff`.
+The floor is reading the inputs once and writing as much as the result, fsynced. Memory is that of all processes
+together, without the pages of files that are mapped.
 """
 
 from __future__ import annotations
@@ -153,6 +153,7 @@ def main() -> None:
     folder.mkdir(parents=True)
     names = ["a", "b", *(["base"] if set(options.methods) & set(WITH_BASE) else [])]
     started = time.perf_counter()
+    count = 0
     for seed, name in enumerate(names):
         count = real_models.make_model(folder / name, options.tokenizer, real_models.config_of(options.layers), seed)
     print(

@@ -235,3 +235,24 @@ stages:
     nodes = plan(path, tmp_path / "s").nodes
     assert (nodes["one"].estimate.rows, nodes["two"].estimate.rows) == (10, 5)
     assert nodes["two"].estimate.tokens == pytest.approx((nodes["one"].estimate.tokens or 0) / 2, abs=5)
+
+
+def test_a_plan_says_what_an_export_takes(tmp_path: Path) -> None:
+    path = tmp_path / "out.yaml"
+    path.write_text(
+        """\
+luthier: 1
+stages:
+  base: {uses: base}
+  file: {uses: export, model: base, format: gguf}
+  folder: {uses: export, model: base, format: hf}
+  small: {uses: quantize, model: base, method: int8}
+"""
+    )
+    nodes = plan(path, tmp_path / "s").nodes
+    rows, block = 1024, 589_824
+    assert nodes["base"].expected_facts["vocab_size"] == rows
+    # A block in float32, which is larger than the embedding here, and logits of 512 tokens twice; of two models, more.
+    assert nodes["file"].estimate.memory == 4 * block + 2 * 4 * 512 * rows
+    both = 2 * 4 * block + 3 * 4 * 512 * rows
+    assert nodes["folder"].estimate.memory == nodes["small"].estimate.memory == both

@@ -19,6 +19,8 @@ MOMENTS = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "muon": 4}
 """Bytes of an optimizer's states for each trained weight; others are taken to have as many as AdamW."""
 TILE = 1 << 26
 """Bytes of the logits that are held at a time."""
+COMPARED = 512
+"""Tokens that are computed together where models are compared, see `luthier.modeling.streamed`."""
 MASTER, GRADIENT = 4, 4
 STORED = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0, "4bit": 0.52}
 """Bytes of a weight of a frozen base; in 4 bits with the constants of its blocks, twice quantized."""
@@ -84,6 +86,22 @@ class Training:
     optimizer: str
     pass_tokens: int
     kept: bool
+
+
+def comparing_memory(facts: Mapping[str, Any], models: int = 1) -> int | None:
+    """Bytes that comparing models layer by layer holds at its peak, beside the libraries; None where the facts of the
+    model do not say enough.
+
+    Args:
+        facts: The model's.
+        models: How many are read side by side.
+    """
+    shape, rows = Shape.of(facts), facts.get("vocab_size")
+    if shape is None or not rows:
+        return None
+    block = (shape.parameters - shape.outside) // shape.layers
+    # Beside the largest matrix, logits of what is computed together and what is made of them.
+    return 4 * models * max(block, rows * shape.width) + 4 * (models + 1) * COMPARED * rows
 
 
 def memory_of(shape: Shape, training: Training) -> int:

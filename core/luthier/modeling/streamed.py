@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from luthier.api.errors import ModelError
+from luthier.api.estimates import COMPARED
 from luthier.artifacts.tensors import TensorHeader, model_tensors
 
 FLOATS: dict[str, torch.dtype] = {
@@ -38,7 +39,7 @@ FLOATS: dict[str, torch.dtype] = {
 }
 PIECE = 1 << 24
 """Bytes that are read at a time: beside a tensor in float32 there is not the whole of it as it is stored."""
-TOGETHER = 512
+TOGETHER = COMPARED
 """Tokens that are computed at a time, padding included: more are no faster, and their logits take memory."""
 ALIKE = 0.6
 """How long a text is at least that is computed with a longer one, as a share of it."""

@@ -62,9 +62,10 @@ class BaseConfig(StageConfig):
         whole = [folder for folder in folders if not is_adapter(folder)]
         template = None if len(whole) != 1 else chat_template(whole[0])
         digest = None if template is None else digest_value(template)
+        config = read_json(whole[0] / "config.json") if len(whole) == len(headers) == 1 else {}
         return {
             **({"chat_template": digest} if whole else {}),
-            **(shape_facts(read_json(whole[0] / "config.json"), headers[0]) if len(whole) == len(headers) == 1 else {}),
+            **({**shape_facts(config, headers[0]), "vocab_size": config.get("vocab_size")} if config else {}),
             "parameters": sum(math.prod(item.shape) for found in headers for item in found.values()),
             "layer_names": sorted({name for found in headers for name in layer_names(found)}),
         }

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from luthier.api import Estimate, ExporterUse, Field, ModelInput, StageConfig
 from luthier.api.artifact import ArtifactKind
+from luthier.api.estimates import comparing_memory
 
 
 class ExportConfig(StageConfig):
@@ -21,7 +22,6 @@ class ExportConfig(StageConfig):
     """The format and its settings."""
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
-        parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
-        # The check holds the model in fp32, and beside it what was written, unless llama.cpp holds that.
+        # Beside the model stands what was written, unless llama.cpp maps that.
         models = 1 if self.format.name == "gguf" else 2
-        return Estimate(memory=4 * models * parameters or None)
+        return Estimate(memory=next((comparing_memory(facts, models) for facts in inputs.get("model", [])), None))

@@ -15,6 +15,7 @@ from luthier.api import (
     full_precision_problems,
 )
 from luthier.api.artifact import ArtifactKind
+from luthier.api.estimates import comparing_memory
 
 
 class QuantizeConfig(StageConfig):
@@ -41,6 +42,5 @@ class QuantizeConfig(StageConfig):
         return full_precision_problems(inputs, ("model",), "take the model that it was made from")
 
     def estimate(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Estimate:
-        parameters = sum(facts.get("parameters", 0) for facts in inputs.get("model", []))
-        # The check holds the model in fp32, and beside it what was written.
-        return Estimate(memory=8 * parameters or None)
+        # Beside the model stands what was written.
+        return Estimate(memory=next((comparing_memory(facts, 2) for facts in inputs.get("model", [])), None))
