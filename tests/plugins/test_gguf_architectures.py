@@ -411,6 +411,10 @@ def test_an_adapter_that_llama_cpp_cannot_add_is_refused(tuned: Artifact) -> Non
     dora = run_stage(store, "sft", {"adapter": "dora", "steps": 2}, inputs={"model": tuned, "data": [data]})
     with pytest.raises(ModelError, match=r"takes no DoRA adapter[\s\S]*folded into its base"):
         run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": dora})
+    config = {"adapter": {"uses": "lora", "r": 2, "modules_to_save": ["norm"]}, "steps": 2}
+    whole = run_stage(store, "sft", config, inputs={"model": tuned, "data": [data]})
+    with pytest.raises(ModelError, match="no adapter that brings a weight whole"):
+        run_stage(store, "export", {"format": {"uses": "gguf", "adapter": True}}, inputs={"model": whole})
 
 
 SPLITTERS = {

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from gguf_models import MODELS, make_gpt2, make_model
@@ -91,6 +92,16 @@ def test_a_text_that_cannot_be_computed_stops_all(tmp_path: Path) -> None:
     found.close()
     assert threading.active_count() == before
     assert len(list(streamed.logits([[3, 4, 5]]))) == 1
+
+
+def test_too_little_memory_for_one_layer_is_said_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_model(tmp_path / "model", "llama")
+    real = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: real._replace(available=1_000_000))
+    with pytest.raises(ModelError, match=r"layer by layer takes [\d.]+ GB of memory, and 0\.001 are free"):
+        Streamed(folder)
 
 
 def test_weights_that_lack_are_named(tmp_path: Path) -> None:

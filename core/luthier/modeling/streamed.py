@@ -7,12 +7,14 @@ hidden states of all texts, and what is computed is what the whole model does, w
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
+import psutil
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -28,7 +30,9 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from luthier.api.errors import ModelError
-from luthier.api.estimates import COMPARED
+from luthier.api.estimates import COMPARED, comparing_memory
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.models import shape_facts
 from luthier.artifacts.tensors import TensorHeader, model_tensors
 
 FLOATS: dict[str, torch.dtype] = {
@@ -160,12 +164,13 @@ class Streamed:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
         self._headers = model_tensors(folder)
+        self._check_room()
         self._empty: dict[str, nn.Parameter] = dict(self.model.named_parameters(remove_duplicate=False))
         self._mapping: list[Any] = get_model_conversion_mapping(self.model)
         self._units = self._watched_units()
         self._assign_files()
 
-    def logits(self, sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, sequences: Sequence[Sequence[int]]) -> Generator[tuple[int, Tensor]]:
         """The logits of all positions of each text: its place, and float32 on the CPU, shape (tokens, vocabulary).
 
         Texts of about one length are computed together, and come together: the order depends on the lengths alone.
@@ -213,6 +218,26 @@ class Streamed:
         finally:
             for traveller in travellers:
                 traveller.abandon()
+
+    def _check_room(self) -> None:
+        """Refuse what even one layer of is too large.
+
+        Raises:
+            ModelError: there is too little memory.
+        """
+        parameters = sum(math.prod(header.shape) for header in self._headers.values())
+        shape = shape_facts(read_json(self.folder / "config.json"), self._headers)
+        rows = self.config.get_text_config().vocab_size
+        needed = comparing_memory({**shape, "parameters": parameters, "vocab_size": rows})
+        if needed is None or self.device != "cpu":
+            return
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise ModelError(
+                f"computing it layer by layer takes {needed / 1e9:.3g} GB of memory, and {free / 1e9:.3g} are free",
+                where=str(self.folder),
+                hint="end other programs, or do this on a machine with more",
+            )
 
     # -- units -------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from luthier.merging.folding import full_weights
 from luthier.modeling.calibration import blocks_of, digest_of, texts_of, tuned_on
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.golden import LIMIT, conversations_of, entries_of
-from luthier.modeling.loading import load_model, load_tokenizer
+from luthier.modeling.loading import load_tokenizer
 from luthier.modeling.quantizing import refuse_quantized
 from luthier.modeling.streamed import Streamed
 from luthier.serving.bundle import write_bundle
@@ -139,12 +139,11 @@ class Gguf(Exporter[GgufConfig]):
         context = self.context
         if model.kind != "adapter":
             raise ModelError("`adapter: true` writes an adapter alone, and this is a full model", hint="leave it out")
-        loaded, tokenizer, stops = load_model(model), load_tokenizer(model), model.facts["stop_token_ids"]
+        tokenizer, stops = load_tokenizer(model), model.facts["stop_token_ids"]
         path, base = context.scratch / "adapter.gguf", context.scratch / "base-F16.gguf"
         with ExitStack() as stack:
             source = Source(model.base.path, stack, context.collected(ARCHITECTURES))
-            count = write_lora(path, source, loaded, model.key[:12])
-            del loaded
+            count = write_lora(path, source, model)
             for done in source.write(base, "F16", model.base.key[:12]):
                 context.progress(done, len(source.parts), "tensors of the base")
         data = self._data(model)

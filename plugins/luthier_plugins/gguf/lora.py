@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from luthier.api import ModelError
+from luthier.api import Artifact, ModelError
+from luthier.artifacts.adapters import ADAPTER_WEIGHTS
+from luthier.artifacts.json_files import read_json
+from luthier.artifacts.tensors import model_tensors, safetensors_header
+from luthier.merging.lowrank import EMBEDDING_A, LowRank, Unfoldable
 from luthier_plugins.gguf.architectures import Planned
 from luthier_plugins.gguf.write import Source
 from torch import Tensor
 
 import gguf
 
-WRAPPED = "base_model.model."
-ACTIVE = "default"
+MAGNITUDE = ".lora_magnitude_vector"
 
 
-def updates_of(model: Any) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """The low-rank updates of a PEFT model: each weight's name, A of shape (r, columns), and B times the scale of shape
-    (rows, r).
+def updates_of(model: Artifact) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """The low-rank updates of an adapter, from its file alone: each weight's name, A of shape (r, columns), and B times
+    the scale of shape (rows, r).
 
     Raises:
         ModelError: the adapter does more than that.
     """
-    for name, module in model.named_modules():
-        if ACTIVE not in getattr(module, "lora_A", {}):
-            if ACTIVE in getattr(module, "lora_embedding_A", {}):
-                raise ModelError("llama.cpp takes no adapter on the embedding", where=name, hint=FOLD)
-            continue
-        if ACTIVE in getattr(module, "lora_magnitude_vector", {}):
+    for name in safetensors_header(model.path / ADAPTER_WEIGHTS):
+        if name.endswith(EMBEDDING_A):
+            raise ModelError("llama.cpp takes no adapter on the embedding", where=name, hint=FOLD)
+        if MAGNITUDE in name:
             raise ModelError("llama.cpp takes no DoRA adapter", where=name, hint=FOLD)
-        a, b = module.lora_A[ACTIVE].weight.detach(), module.lora_B[ACTIVE].weight.detach()
-        yield f"{name.removeprefix(WRAPPED)}.weight", a.float().cpu(), (b * module.scaling[ACTIVE]).float().cpu()
+    base = model.base.path
+    try:
+        found = LowRank(model.path, model_tensors(base), read_json(base / "config.json"))
+    except Unfoldable as reason:
+        raise ModelError(f"llama.cpp takes no adapter with {reason}", where=str(model.path), hint=FOLD) from reason
+    with closing(found):
+        if found.replaced:
+            name = next(iter(found.replaced))
+            raise ModelError("llama.cpp takes no adapter that brings a weight whole", where=name, hint=FOLD)
+        for name in found.targets:
+            b, a, _ = found.factors(name)
+            yield name, a, b
 
 
 FOLD = "export the whole model: leave `adapter` out, and it is folded into its base"
 
 
-def write_lora(path: Path, source: Source, model: Any, key: str) -> int:
-    """Write the adapter of a PEFT model.
+def write_lora(path: Path, source: Source, model: Artifact) -> int:
+    """Write an adapter.
 
     Args:
         source: The base, as it is written.
-        key: What identifies the adapter.
+        model: The adapter.
 
     Returns:
         How many weights it changes.
@@ -55,7 +66,7 @@ def write_lora(path: Path, source: Source, model: Any, key: str) -> int:
     places = {part.sources[0]: part for part in source.parts if len(part.sources) == 1}
     writer = gguf.GGUFWriter(path, source.architecture.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_name(key)
+    writer.add_name(model.key[:12])
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     # The scale is in B already; 0 says so.
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0.0)
