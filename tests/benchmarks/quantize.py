@@ -9,10 +9,13 @@ layers), on all cores.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 
 import torch
-from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
+from luthier.modeling.streamed import Streamed
+from luthier_plugins.quantizers.rounding import Grid, round_on_data, to_nearest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
@@ -44,9 +47,10 @@ def main() -> None:
     for name in names:
         to_nearest(model.get_parameter(name).detach(), grid)
     nearest = time.perf_counter() - started
-    started = time.perf_counter()
-    for _ in rounded_on_data(model, names, ids.tolist(), grid):
-        pass
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        started = time.perf_counter()
+        round_on_data(Streamed(Path(folder)), names, ids.tolist(), grid, lambda name, found: None)
     feedback = time.perf_counter() - started
     print(
         f"{options.layers} layers, {options.tokens:,} tokens: to nearest {nearest / options.layers:.2f} s a layer, "

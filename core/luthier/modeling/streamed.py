@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -55,12 +55,16 @@ class _Unit:
     """What is read and dropped together: a decoder layer, or one module outside of them.
 
     Attributes:
+        module: Its name.
         names: Its parameters.
         keys: What they are made of, by the names in the files.
+        again: What a text stands before when it has been through and goes through a second time; None: it does not.
     """
 
+    module: str
     names: list[str]
     keys: list[str] = field(default_factory=list[str])
+    again: _Unit | None = None
 
 
 class _Abandoned(BaseException):
@@ -187,11 +191,15 @@ class Streamed:
         found = self.walk([of(group) for group in groups])
         yield from _each(groups, sequences, found)
 
-    def walk(self, works: Sequence[Callable[[], Result]]) -> Iterator[Result]:
+    def walk(
+        self, works: Sequence[Callable[[], Result]], revise: Callable[[str], None] = lambda module: None
+    ) -> Iterator[Result]:
         """What several calls of the model return, in their order: they go through its layers side by side.
 
         Args:
             works: Each calls `model`, once or more.
+            revise: Called with the name of each unit that `revised` named, when all texts have been through it: it may
+                change the weights, and the texts go through once more.
         """
         travellers = [_Traveller(work) for work in works]
         for traveller in travellers:
@@ -206,14 +214,10 @@ class Streamed:
                     yield cast("Result", waiting.pop(0).result)
                     continue
                 self._load(unit)
-                for traveller in list(waiting):
-                    # Results come in their order: one that is through is not given before those in front of it.
-                    if traveller.at is unit:
-                        traveller.move()
-                    if traveller is waiting[0] and traveller.at is None:
-                        waiting.pop(0)
-                        yield cast("Result", traveller.result)
-                        traveller.result = None
+                yield from _through(waiting, unit)
+                if unit.again is not None:
+                    revise(unit.module)
+                    yield from _through(waiting, unit.again)
                 self._drop(unit)
         finally:
             for traveller in travellers:
@@ -239,6 +243,18 @@ class Streamed:
                 hint="end other programs, or do this on a machine with more",
             )
 
+    def revised(self, modules: Iterable[str]) -> None:
+        """Have texts go twice through the units that hold these modules: see `walk`.
+
+        Args:
+            modules: Names of modules with weights.
+        """
+        for name in modules:
+            unit = next(unit for unit in self._units.values() if f"{name}.weight" in unit.names)
+            if unit.again is None:
+                unit.again = _Unit(unit.module, [])
+                _go_twice(self.model.get_submodule(unit.module), unit.again)
+
     # -- units -------------------------------------------------------------------------------------
 
     def _watched_units(self) -> dict[str, _Unit]:
@@ -251,7 +267,7 @@ class Streamed:
             if inside is not None or (not whole and not list(module.named_parameters(recurse=False))):
                 continue
             parts = [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
-            found[name] = _Unit([f"{name}.{part}" if name else part for part, _ in parts])
+            found[name] = _Unit(name, [f"{name}.{part}" if name else part for part, _ in parts])
             module.register_forward_pre_hook(_waits(found[name]), prepend=True)
         return found
 
@@ -385,6 +401,31 @@ def groups_of(lengths: Sequence[int]) -> list[list[int]]:
         else:
             groups.append([place])
     return groups
+
+
+def _through(waiting: list[_Traveller[Result]], unit: _Unit) -> Iterator[Result]:
+    """Let those go on that stand before a unit; give the results of those that arrive, in their order."""
+    for traveller in list(waiting):
+        if traveller.at is unit:
+            traveller.move()
+        # One that is through is not given before those in front of it.
+        if traveller is waiting[0] and traveller.at is None:
+            waiting.pop(0)
+            yield cast("Result", traveller.result)
+            traveller.result = None
+
+
+def _go_twice(module: nn.Module, again: _Unit) -> None:
+    """Have a module compute, wait, and compute anew: what it gives is what it gives the second time."""
+    once = module.forward
+
+    def twice(*inputs: Any, **settings: Any) -> Any:
+        if _CURRENT.traveller is not None:
+            once(*inputs, **settings)
+            _CURRENT.traveller.stand(again)
+        return once(*inputs, **settings)
+
+    module.forward = twice
 
 
 def _waits(unit: _Unit) -> Callable[..., None]:

@@ -12,13 +12,14 @@ import torch
 from luthier.api import Artifact, Context, DataError, Facts, Interrupted, ModelError, Quantizer
 from luthier.artifacts.tensors import model_tensors, tensor_headers
 from luthier.modeling.calibration import blocks_of, digest_of
-from luthier.modeling.loading import load_model, load_tokenizer, to_best_device
+from luthier.modeling.loading import load_tokenizer
 from luthier.modeling.quantized import Grouped, to_awq, to_gptq
 from luthier.modeling.shards import ShardWriter, tensors_of
+from luthier.modeling.streamed import Streamed
 from luthier.serving.environments import python_of, run_script
 from luthier_plugins.quantizers.config import AwqConfig, GptqConfig
 from luthier_plugins.quantizers.layers import EXPERT, check_divisible, check_done, kept_of, layers_of
-from luthier_plugins.quantizers.rounding import Grid, rounded_on_data, to_nearest
+from luthier_plugins.quantizers.rounding import Grid, round_on_data, to_nearest
 from luthier_plugins.quantizers.tools import AUTO_ROUND
 from safetensors import safe_open
 from torch import Tensor
@@ -62,12 +63,18 @@ class _Grouped(Quantizer[Any], ABC):
         if self.config.rounding == "gptq" and dense:
             blocks = self._blocks(model, calibration)
             facts["calibration"] = digest_of(blocks)
-            loaded = to_best_device(load_model(model)).eval()
-            for name, matrix in rounded_on_data(
-                loaded, dense, blocks, self.grid, lambda done, total: self.context.progress(done, total, "layers")
-            ):
+
+            def take(name: str, matrix: Grouped) -> None:
                 made[name] = type(self).layout(matrix)
-            del loaded
+
+            round_on_data(
+                Streamed(model.path),
+                dense,
+                blocks,
+                self.grid,
+                take,
+                lambda done, total: self.context.progress(done, total, "layers"),
+            )
         writer = ShardWriter(out, SHARD)
         quantized = set(chosen)
         for place, (name, tensor) in enumerate(tensors_of(model.path), 1):

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
 from luthier.api import ModelError
 from luthier.modeling.quantized import Grouped
+from luthier.modeling.streamed import Streamed
 from torch import Tensor, nn
 
 DAMPING = 0.01
 """Added to the Hessian's diagonal, as a share of its mean (Frantar et al. 2022, section 3.3)."""
-BUDGET = 2 << 30
-"""Bytes that the Hessians of the layers that are measured together may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,65 +121,66 @@ def _inverse_root(hessian: Tensor) -> Tensor:
     )
 
 
-def rounded_on_data(
-    model: Any,
+def round_on_data(
+    model: Streamed,
     names: Sequence[str],
     blocks: Sequence[Sequence[int]],
     grid: Grid,
+    take: Callable[[str, Grouped], None],
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Iterator[tuple[str, Grouped]]:
-    """Round the linear layers of a model in place, in their order, on what the layers before make of the data.
+) -> None:
+    """Round the linear layers of a model, decoder layer by decoder layer, on what the rounded ones before make of the
+    data. One of them is in memory, with the inner products of its inputs.
 
     Args:
-        names: Their weights.
+        model: The model; it is not asked again.
+        names: The weights.
         blocks: Token ids.
+        take: Is given each weight's name and what became of it.
         progress: Called with the layers done and their number.
-
-    Yields:
-        Each weight's name and what became of it.
     """
-    modules: dict[str, nn.Linear] = {name: model.get_submodule(name.removesuffix(".weight")) for name in names}
-    done = 0
-    for together in _together(modules):
-        hessians = {name: torch.zeros(modules[name].in_features, modules[name].in_features) for name in together}
-        with torch.no_grad(), _summing(modules, hessians):
-            for block in blocks:
-                model(input_ids=torch.tensor([list(block)], device=model.device))
-        for name in together:
+    modules: dict[str, nn.Linear] = {name: model.model.get_submodule(name.removesuffix(".weight")) for name in names}
+    hessians: dict[str, Tensor] = {}
+    # These are not measured when the texts come again.
+    finished: set[str] = set()
+
+    def revise(inside: str) -> None:
+        for name in [name for name in hessians if name.startswith(f"{inside}.")]:
             found = with_feedback(modules[name].weight.detach(), hessians.pop(name), grid)
             modules[name].weight.data.copy_(found.floats())
-            done += 1
-            progress(done, len(names))
-            yield name, found
+            finished.add(name)
+            progress(len(finished), len(names))
+            take(name, found)
+
+    model.revised([name.removesuffix(".weight") for name in names])
+    given = [torch.tensor([list(block)], device=model.device) for block in blocks]
+    with _summing(modules, hessians, finished):
+        for _ in model.walk([partial(_passed, model.model, ids) for ids in given], revise):
+            pass
 
 
-def _together(modules: dict[str, nn.Linear]) -> Iterator[list[str]]:
-    """Weights in order, as many at once as their Hessians fit into memory."""
-    chosen: list[str] = []
-    size = 0
-    for name, module in modules.items():
-        mine = 4 * module.in_features**2
-        if chosen and size + mine > BUDGET:
-            yield chosen
-            chosen, size = [], 0
-        chosen.append(name)
-        size += mine
-    if chosen:
-        yield chosen
+def _passed(model: Any, ids: Tensor) -> None:
+    # Logits of a large vocabulary would take longer than a layer, and nobody looks at them.
+    few = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+    model(input_ids=ids, use_cache=False, **few)
 
 
 @contextmanager
-def _summing(modules: dict[str, nn.Linear], hessians: dict[str, Tensor]) -> Iterator[None]:
-    """Add up the inner products of inputs while it lasts."""
+def _summing(modules: dict[str, nn.Linear], hessians: dict[str, Tensor], finished: set[str]) -> Iterator[None]:
+    """Add up the inner products of inputs while it lasts, of each module until it is among the finished ones."""
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if name in finished:
+                return
             seen = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            if name not in hessians:
+                hessians[name] = torch.zeros(seen.shape[-1], seen.shape[-1])
             hessians[name].add_((seen.T @ seen).cpu())
 
         return hook
 
-    handles = [modules[name].register_forward_pre_hook(hook_of(name)) for name in hessians]
+    handles = [module.register_forward_pre_hook(hook_of(name)) for name, module in modules.items()]
     try:
         yield
     finally:
