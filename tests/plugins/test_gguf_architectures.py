@@ -21,7 +21,6 @@ from luthier.modeling.streamed import Streamed
 from luthier.registry import default_registry
 from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.gguf import check as checking
-from luthier_plugins.gguf import exporter
 from luthier_plugins.gguf.architectures.gemma import Gemma2
 from luthier_plugins.gguf.check import Expected, check
 from luthier_plugins.gguf.config import GgufConfig
@@ -266,7 +265,7 @@ def test_coarse_types_without_data_are_refused_with_a_remedy(tmp_path: Path, mon
     made = tiny_model(tmp_path / "elsewhere", hidden_size=256, intermediate_size=256)
     model = run_stage(tmp_path, "base", {"source": str(made.path)})
     config: dict[str, Any] = {"format": {"uses": "gguf", "types": ["IQ2_XXS"]}}
-    monkeypatch.setattr(exporter, "load_model", lambda model: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Streamed, "walk", lambda *given: pytest.fail("the model was read"))
     with pytest.raises(ModelError, match="name a dataset as `calibration`"):
         run_stage(tmp_path, "export", config, inputs={"model": model})
 

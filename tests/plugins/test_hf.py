@@ -28,13 +28,13 @@ from luthier.modeling.compare import compared
 from luthier.modeling.golden import entries_of
 from luthier.modeling.hub_folder import model_config
 from luthier.modeling.loading import load_model
+from luthier.modeling.streamed import Streamed
 from luthier.registry import default_registry
 from luthier.serving.chat_request import ChatRequest, chat_request
 from luthier.serving.golden import ServerError, ask, streamed
 from luthier.serving.serve import TransformersBackend
 from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from luthier_plugins.export.config import ExportConfig
-from luthier_plugins.quantizers import grouped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -149,7 +149,7 @@ def test_weights_that_do_not_fit_are_refused(tuned: Artifact, tmp_path: Path) ->
 def test_weights_that_are_nan_are_refused_before_anything_is_computed(
     method: str, tuned: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped, "load_model", lambda model: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Streamed, "walk", lambda *given: pytest.fail("the model was read"))
     odd = broken(tuned, tmp_path / "a", "model.layers.0.mlp.up_proj.weight", float("nan"))
     with pytest.raises(ModelError, match=r"up_proj\.weight: the tensor has NaN or infinite values"):
         run_stage(tmp_path / "s", "export", {"format": {"uses": "hf", "quantize": method}}, inputs={"model": odd})
