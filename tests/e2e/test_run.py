@@ -53,8 +53,8 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
     assert done.returncode == 1
     assert f"{chats}:11: " in done.stderr
     assert message in done.stderr
-    assert "on_error: drop" in done.stderr
-    kept = cli("run", "small.yaml", "--set", "stages.chats.on_error=drop")
+    assert "bad_rows: {drop_up_to: 0.091}" in done.stderr
+    kept = cli("run", "small.yaml", "--set", "stages.chats.bad_rows={drop_up_to: 0.1}")
     assert kept.returncode == 0
     assert "1 rows were dropped" in kept.stderr
 
@@ -62,7 +62,7 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[\n  {"messages": []}\n]\n', "is one JSON array"),
+        ('[\n  {"messages": []}\n', "is not valid JSON"),
         (
             '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}\n',
             "surrogate",
@@ -70,7 +70,7 @@ def test_a_bad_row_names_file_line_and_remedy(recipe: Path, chats: Path, cli, ro
         (
             '{"messages": [{"role": "user", "content": "a"}, '
             '{"role": "assistant", "content": "b", "tool_calls": [1]}]}\n',
-            "has tool calls",
+            "a tool call without the name",
         ),
     ],
 )
@@ -78,23 +78,23 @@ def test_data_that_is_something_else_is_one_message(recipe: Path, chats: Path, c
     chats.write_text(text)
     done = cli("run", "small.yaml")
     # What a glance at the file shows is reported by the plan, the rest when its rows are read.
-    assert done.returncode == (1 if message == "has tool calls" else 2)
+    assert done.returncode == (1 if message != "surrogate" else 2)
     assert message in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_bad_first_row_is_dropped_like_any_other_and_unused_keys_are_reported(recipe: Path, chats: Path, cli) -> None:
     rows = [json.loads(line) for line in chats.read_text().splitlines()]
-    rows[0]["tools"] = []
-    rows[1]["messages"][0]["name"] = "ann"
+    rows[0]["rating"] = 5
+    rows[1]["messages"][0]["mood"] = "fine"
     chats.write_text('{"foo": 1}\n' + "".join(json.dumps(row) + "\n" for row in rows))
     refused = cli("run", "small.yaml")
     assert refused.returncode == 1
     assert f"{chats}:1: " in refused.stderr
-    kept = cli("run", "small.yaml", "--set", "stages.chats.on_error=drop")
+    kept = cli("run", "small.yaml", "--set", "stages.chats.bad_rows={drop_up_to: 0.1}")
     assert kept.returncode == 0
-    assert "tools (in 1 rows)" in kept.stderr
-    assert "messages.name (in 1 rows)" in kept.stderr
+    assert "rating (in 1 rows)" in kept.stderr
+    assert "messages.mood (in 1 rows)" in kept.stderr
 
 
 def test_an_empty_data_file(recipe: Path, chats: Path, cli) -> None:

@@ -25,14 +25,14 @@ def answers(data: Artifact) -> list[tuple[str, bool]]:
     return [(row["completion"][0]["content"], row["label"]) for row in read_split(data, "train")]
 
 
-@pytest.mark.parametrize("label", [True, False, 1, 0])
+@pytest.mark.parametrize("label", [True, False, 1, 0, "true", "False", "1"])
 def test_labelled_answers_are_recognised_and_may_have_numbers(tmp_path: Path, label: Any) -> None:
     data = read(tmp_path, [{**VOTE, "label": label}])
     assert data.facts["schema"] == "labelled"
-    assert answers(data) == [("On.", bool(label))]
+    assert answers(data) == [("On.", label not in (False, 0, "False"))]
 
 
-@pytest.mark.parametrize("label", [None, "true", 2, 0.5])
+@pytest.mark.parametrize("label", [None, "yes", 2, 0.5])
 def test_a_label_that_is_neither_is_refused(tmp_path: Path, label: Any) -> None:
     with pytest.raises(DataError, match="no true or false under 'label'"):
         read(tmp_path, [{**VOTE, "label": label}])

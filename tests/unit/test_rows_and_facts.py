@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from luthier import Recipe, plan
 from luthier.api import DataError, Message, RecipeError, StageError
-from luthier.artifacts.datasets import read_split
+from luthier.artifacts.datasets import SPLITS, read_split
 from luthier.artifacts.rows import taught_by
 from luthier.testing import run_stage
 from luthier.worker.execute import check_facts
 from luthier_plugins.data.config import SplitConfig
-from luthier_plugins.data.stage import split_rows
+from luthier_plugins.data.sides import draws_of, sides_of
 
 
 def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
@@ -50,15 +50,43 @@ MAKERS = {
 @pytest.mark.parametrize("schema", MAKERS)
 @given(seed=st.integers(0, 9), twins=st.integers(1, 5), test=st.floats(0.1, 0.4), validation=st.floats(0.0, 0.4))
 def test_twins_are_never_on_two_sides(schema: str, seed: int, twins: int, test: float, validation: float) -> None:
-    rows = [MAKERS[schema](key, twin) for twin in range(twins) for key in range(12)]
-    dealt = split_rows(rows, SplitConfig(test=test, validation=validation), seed)
-    sides = {name: {taught_by(row) for row in part} for name, part in dealt.items()}
-    assert sum(map(len, sides.values())) == 12
-    assert sum(map(len, dealt.values())) == len(rows)
-    assert len(sides["test"]) == max(1, round(test * 12))
-    for part in dealt.values():
-        places = [rows.index(row) for row in part]
-        assert places == sorted(places)
+    rows = [(MAKERS[schema](key, twin), None) for twin in range(twins) for key in range(12)]
+    sides = sides_of(draws_of(rows, seed), SplitConfig(test=test, validation=validation)).reshape(twins, 12)
+    assert (sides == sides[0]).all()
+    assert (sides == SPLITS.index("test")).any()
+    assert (sides == SPLITS.index("validation")).any() == (validation > 0)
+
+
+@given(seed=st.integers(0, 5), more=st.integers(1, 400), test=st.floats(0.05, 0.4), validation=st.floats(0.05, 0.4))
+def test_a_row_stays_on_its_side_when_others_come(seed: int, more: int, test: float, validation: float) -> None:
+    split = SplitConfig(test=test, validation=validation)
+    rows = [(chat(f"q{key}", "a"), None) for key in range(200 + more)]
+    few, all_ = (sides_of(draws_of(some, seed), split) for some in (rows[:200], rows))
+    assert (few == all_[:200]).all()
+
+
+@pytest.mark.parametrize(("test", "validation"), [(0.1, 0.0), (0.05, 0.3), (0.4, 0.5)])
+def test_shares_are_what_was_asked_for(test: float, validation: float) -> None:
+    draws = draws_of([(chat(f"q{key}", "a"), None) for key in range(5000)], 3)
+    sides = sides_of(draws, SplitConfig(test=test, validation=validation))
+    for name, share in (("test", test), ("validation", validation)):
+        spread = math.sqrt(share * (1 - share) / 5000)
+        assert abs(float((sides == SPLITS.index(name)).mean()) - share) <= 4 * spread
+
+
+def test_groups_and_prompts_stay_together_whatever_is_answered() -> None:
+    split = SplitConfig(test=0.5)
+    same = [(chat("What is it?", f"a{key}"), None) for key in range(50)]
+    assert len(set(draws_of(same, 0)[:, 0])) == 1
+    grouped = [(chat(f"q{key}", "a"), f"author {key % 5}") for key in range(50)]
+    sides = sides_of(draws_of(grouped, 0), split).reshape(10, 5)
+    assert (sides == sides[0]).all()
+    assert len(set(sides[0])) == 2
+
+
+def test_too_few_prompts_for_the_shares_are_refused() -> None:
+    with pytest.raises(DataError, match="1 different prompts are too few"):
+        sides_of(draws_of([(chat("q", "a"), None)] * 9, 0), SplitConfig(test=0.2))
 
 
 def test_white_space_and_case_make_no_other_row() -> None:
@@ -69,11 +97,11 @@ def test_white_space_and_case_make_no_other_row() -> None:
 
 def test_kept_columns_do_not_split_twins(tmp_path: Path) -> None:
     source = tmp_path / "chats.jsonl"
-    rows = [chat(f"q{n % 8}", f"a{n % 8}", id=f"r{n}") for n in range(32)]
+    rows = [chat(f"q{n % 8}", f"a{n % 8}", slice=f"r{n}") for n in range(32)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made = run_stage(tmp_path / "s", "data", {"source": str(source), "split": {"test": 0.25}, "keep": ["id"]})
+    made = run_stage(tmp_path / "s", "data", {"source": str(source), "split": {"test": 0.25}, "keep": ["slice"]})
     train, test = ({taught_by(row) for row in read_split(made, split)} for split in ("train", "test"))
-    assert len(test) == 2
+    assert test
     assert not train & test
 
 
@@ -84,20 +112,10 @@ def test_augmented_rows_that_are_held_out_in_other_words_are_dropped(tmp_path: P
     template = {"messages": [{"role": "user", "content": "say  {{ n }}"}, {"role": "assistant", "content": "{{ n }}!"}]}
     method = {"uses": "template", "templates": [template], "slots": {"n": [str(n) for n in range(6)]}, "count": 6}
     more = run_stage(tmp_path / "s", "augment", {"method": method}, inputs={"data": data})
-    assert more.facts["dropped"]["is held out"] == 3
+    assert more.facts["dropped"]["is held out"] == data.facts["rows"]["test"] > 0
     assert not {taught_by(row) for row in read_split(more, "train")} & {
         taught_by(row) for row in read_split(more, "test")
     }
-
-
-@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
-def test_calls_in_messages_are_refused(tmp_path: Path, key: str) -> None:
-    source = tmp_path / "chats.jsonl"
-    row = chat("How warm?", "")
-    row["messages"][1] |= {key: {"name": "sensor"}}
-    source.write_text(json.dumps(row) + "\n")
-    with pytest.raises(DataError, match="call"):
-        run_stage(tmp_path / "s", "data", {"source": str(source)})
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

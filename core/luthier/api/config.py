@@ -243,10 +243,11 @@ class Source:
     """Marks a field that names something outside the store; its content is part of the key.
 
     Attributes:
-        kind: ``"file"`` (one file, or a folder of files) or ``"model"`` (a model folder or ``hf:`` id).
+        kind: ``"file"`` (one file, or a folder of files), ``"data"`` (the same, or a pattern of files) or ``"model"``
+            (a model folder or ``hf:`` id).
     """
 
-    kind: Literal["file", "model"]
+    kind: Literal["file", "data", "model"]
 
 
 class Components(Protocol):
@@ -349,6 +350,8 @@ DatasetInput = Annotated[str, Input(("dataset",))]
 DatasetInputs = Annotated[list[DatasetInput], Field(min_length=1), OneOrMany()]
 ModelInput = Annotated[str, Input(("model", "adapter"))]
 FileSource = Annotated[str, Source("file")]
+DataSource = Annotated[str, Source("data")]
+DataSources = Annotated[list[DataSource], Field(min_length=1), OneOrMany()]
 ModelSource = Annotated[str, Source("model")]
 
 

@@ -19,6 +19,16 @@ COLUMNS: dict[Schema, tuple[str, ...]] = {
     "prompt": ("prompt",),
 }
 """The columns that every row of a schema has; there may be others."""
+TOOLS = "tools"
+"""The column of the functions that the assistant may call, as OpenAI describes them."""
+WEIGHT = "weight"
+"""The column that says how much a row weighs in the loss, beside rows of 1."""
+ID = "id"
+"""The column of what identifies a row: a digest of what it teaches with, see `luthier.artifacts.rows.id_of`."""
+SOURCE = "source"
+"""The column that says where a row is from: its file and line, or the augmenter that made it."""
+PARENTS = "parents"
+"""The column with the ids of the rows that a row was made from."""
 
 
 class Message(TypedDict):

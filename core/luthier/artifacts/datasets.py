@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -11,29 +11,75 @@ from luthier.api.artifact import Artifact
 from luthier.api.data import Row, Schema
 from luthier.api.errors import DataError
 from luthier.api.estimates import tokens_in
+from luthier.artifacts.columns import arrow_schema, columns_of, from_arrow, json_columns, optional_in, to_arrow
 from luthier.artifacts.rows import COLUMNS, RESERVED, texts_of
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 ROW_GROUP = 20_000
 """Rows that are read together at least."""
+CHUNK = 1000
+"""Rows that are made Arrow columns at a time."""
+COUNTED = 500
+"""Rows of a dataset in which tokens are estimated, at least."""
+
+
+class ParquetRows:
+    """A Parquet file that is written batch by batch: never more than a row group in memory. A context manager.
+
+    Args:
+        path: The file.
+        schema: The Arrow schema of what is written.
+    """
+
+    def __init__(self, path: Path, schema: Any) -> None:
+        # pyarrow has no type stubs, and is slow to import: not needed for planning.
+        self._arrow: Any = import_module("pyarrow")
+        parquet: Any = import_module("pyarrow.parquet")
+        self._writer = parquet.ParquetWriter(path, schema, compression="zstd")
+        self._schema = schema
+        self._waiting: list[Any] = []
+        self._rows = 0
+
+    def write(self, batch: Any) -> None:
+        """Write a record batch."""
+        self._waiting.append(batch)
+        self._rows += batch.num_rows
+        if self._rows >= ROW_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(self._arrow.Table.from_batches(self._waiting, self._schema))
+        self._waiting, self._rows = [], 0
+
+    def __enter__(self) -> ParquetRows:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is None:
+            self._flush()
+        self._writer.close()
 
 
 def write_split(folder: Path, split: Split, rows: Sequence[Row]) -> None:
     """Write one split as Parquet; no rows, no file."""
     if rows:
-        # pyarrow has no type stubs, and is slow to import: not needed for planning.
-        arrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-        table = arrow.Table.from_pylist(list(rows))
-        parquet.write_table(table, folder / f"{split}.parquet", compression="zstd", row_group_size=ROW_GROUP)
+        names = columns_of(_schema_like(rows[0]), {name for row in rows for name in row})
+        schema = arrow_schema(names, optional_in(rows), json_columns(rows))
+        with ParquetRows(folder / f"{split}.parquet", schema) as file:
+            for start in range(0, len(rows), CHUNK):
+                file.write(to_arrow(rows[start : start + CHUNK], schema))
+
+
+def _schema_like(row: Row) -> Schema:
+    """The schema with the most columns that a row has."""
+    return max(COLUMNS, key=lambda schema: len(row.keys() & set(COLUMNS[schema])))
 
 
 def read_split(dataset: Artifact, split: Split) -> list[Row]:
     """The rows of one split; empty when the dataset has none."""
-    path = dataset.path / f"{split}.parquet"
-    parquet: Any = import_module("pyarrow.parquet")
-    return parquet.read_table(path).to_pylist() if path.exists() else []
+    return [row for rows in iter_rows(dataset, split, CHUNK) for row in rows]
 
 
 def iter_rows(dataset: Artifact, split: Split, size: int) -> Iterator[list[Row]]:
@@ -43,7 +89,7 @@ def iter_rows(dataset: Artifact, split: Split, size: int) -> Iterator[list[Row]]
         parquet: Any = import_module("pyarrow.parquet")
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(size):
-                yield batch.to_pylist()
+                yield from_arrow(batch)
 
 
 def row_at(dataset: Artifact, split: Split, number: int) -> Row:
@@ -53,13 +99,9 @@ def row_at(dataset: Artifact, split: Split, number: int) -> Row:
         for group in range(file.num_row_groups):
             count = file.metadata.row_group(group).num_rows
             if number < count:
-                return file.read_row_group(group).slice(number, 1).to_pylist()[0]
+                return from_arrow(file.read_row_group(group).slice(number, 1))[0]
             number -= count
     raise IndexError(number)
-
-
-COUNTED = 500
-"""Rows of a split in which tokens are estimated."""
 
 
 def require_split(dataset: Artifact, split: Split) -> list[Row]:
@@ -86,11 +128,37 @@ def check_has(dataset: Artifact, split: Split) -> None:
         )
 
 
-def _characters_per_token(splits: Mapping[Split, Sequence[Row]]) -> float:
-    """About how many characters of these rows are a token, by some of them."""
-    rows = [row for found in splits.values() for row in found[:: max(1, len(found) // COUNTED)]]
-    texts = [text for row in rows for text in texts_of(row)]
-    return sum(map(len, texts)) / max(1, sum(map(tokens_in, texts)))
+class Sizes:
+    """How much text rows hold, counted as they come; tokens are estimated in some of them.
+
+    Attributes:
+        characters: Of all texts so far.
+    """
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._seen = 0
+        self._every = 1
+        self._sample: list[tuple[int, int]] = []
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Count these rows."""
+        for row in rows:
+            texts = list(texts_of(row))
+            size = sum(map(len, texts))
+            self.characters += size
+            if self._seen % self._every == 0:
+                self._sample.append((size, sum(map(tokens_in, texts))))
+                if len(self._sample) > 2 * COUNTED:
+                    self._sample = self._sample[::2]
+                    self._every *= 2
+            self._seen += 1
+
+    def facts(self) -> dict[str, float]:
+        """The facts of a dataset that say so."""
+        tokens = sum(count for _, count in self._sample)
+        per_token = sum(size for size, _ in self._sample) / max(1, tokens)
+        return {"characters": self.characters, "characters_per_token": per_token}
 
 
 def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:
@@ -102,11 +170,13 @@ def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped
     for row in (row for rows in splits.values() for row in rows):
         if RESERVED & row.keys() != frozenset(COLUMNS[schema]):
             raise DataError(f"a row with the columns {', '.join(sorted(row))} does not match the schema {schema}")
+    sizes = Sizes()
+    for rows in splits.values():
+        sizes.add(rows)
     return {
         "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
-        "characters": sum(len(text) for rows in splits.values() for row in rows for text in texts_of(row)),
-        "characters_per_token": _characters_per_token(splits),
+        **sizes.facts(),
         "dropped": dict(dropped),
         "columns": sorted({name for rows in splits.values() for row in rows for name in row}),
     }

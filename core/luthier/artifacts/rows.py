@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
 
-from luthier.api.data import COLUMNS, Message, Row, Schema
+import orjson
+
+from luthier.api.data import COLUMNS, ID, PARENTS, SOURCE, TOOLS, WEIGHT, Message, Row, Schema
 from luthier.api.errors import DataError
+from luthier.artifacts.messages import messages, tools
 
 __all__ = [
     "COLUMNS",
     "SCHEMAS",
+    "asked_by",
     "checked",
     "conversation",
     "conversations",
+    "id_of",
     "messages",
     "prompt_of",
     "reference_of",
@@ -28,22 +34,25 @@ __all__ = [
 SCHEMAS: tuple[Schema, ...] = get_args(Schema)
 RESERVED = frozenset(column for columns in COLUMNS.values() for column in columns)
 """Names that mean the same in every dataset: a row has those of its schema, and no others."""
-WEIGHT = "weight"
-"""The column that says how much a row weighs in the loss, beside rows of 1."""
-ROLES = ("system", "user", "assistant", "tool")
+MEANT = frozenset((TOOLS, WEIGHT, ID, SOURCE, PARENTS))
+"""Names with a meaning that rows of any schema may have beside its columns."""
 
 
 def checked(schema: Schema, values: Mapping[str, Any]) -> Row:
-    """A row with exactly the columns of a schema; prompts and answers may be texts instead of messages.
+    """A row with exactly the columns of a schema, and its tools where it has some; prompts and answers may be texts
+    instead of messages.
 
     Raises:
         DataError: what is wrong with it.
     """
     if schema == "text":
         return {"text": _text(values)}
+    row: Row = {}
+    if values.get(TOOLS):
+        row[TOOLS] = tools(values[TOOLS])
     if schema == "messages":
-        return {"messages": conversation(values.get("messages"), "messages")}
-    row: Row = {"prompt": _prompt(values.get("prompt"), "prompt")}
+        return {"messages": conversation(values.get("messages"), "messages"), **row}
+    row = {"prompt": _prompt(values.get("prompt"), "prompt"), **row}
     if schema == "preference":
         row |= {key: _answer(values.get(key), key) for key in ("chosen", "rejected")}
         if row["chosen"] == row["rejected"]:
@@ -62,37 +71,10 @@ def _text(values: Mapping[str, Any]) -> str:
     return value
 
 
-def messages(value: Any, field: str) -> list[Message]:
-    """A list of messages with known roles and texts.
-
-    Raises:
-        DataError: what is wrong, and at which message.
-    """
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise DataError(f"has no messages under '{field}'", hint='a row looks like {"messages": [{"role": "user", ...')
-    return [_message(item, index) for index, item in enumerate(cast("Sequence[Any]", value))]
-
-
-def _message(item: Any, index: int) -> Message:
-    if not isinstance(item, Mapping):
-        raise DataError(f"message {index} is not an object with 'role' and 'content'")
-    message = cast("Mapping[str, Any]", item)
-    for key, calls in (("tool_calls", "tool calls"), ("function_call", "a function_call")):
-        if message.get(key):
-            raise DataError(
-                f"message {index} has {calls}, which would be lost", hint="write them into its content, as text"
-            )
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise DataError(f"message {index} has the unknown role {role!r}", hint=f"roles are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise DataError(f"message {index} has no text under 'content'")
-    made = Message(role=role, content=content)
-    if message.get("train") is not None:
-        if not isinstance(message["train"], bool):
-            raise DataError(f"message {index} has no true or false under 'train'")
-        made["train"] = message["train"]
-    return made
+def id_of(row: Row) -> str:
+    """What identifies a row by what it holds: 16 hex digits of the SHA-256 of its schema's columns and its tools."""
+    held = {key: value for key, value in row.items() if key in RESERVED or key == TOOLS}
+    return hashlib.sha256(orjson.dumps(held, option=orjson.OPT_SORT_KEYS)).hexdigest()[:16]
 
 
 def conversation(value: Any, field: str) -> list[Message]:
@@ -105,7 +87,7 @@ def conversation(value: Any, field: str) -> list[Message]:
     last = found[-1]
     if last["role"] != "assistant":
         raise DataError(f"ends with a turn of the {last['role']}", hint="the last turn has to be the assistant's")
-    if not last["content"].strip():
+    if not last["content"].strip() and not last.get("tool_calls"):
         raise DataError("the assistant's last turn is empty")
     return found
 
@@ -191,6 +173,13 @@ def taught_by(row: Row) -> str:
     return json.dumps(_normal(row[column]), sort_keys=True, ensure_ascii=False)
 
 
+def asked_by(row: Row) -> str:
+    """What a row answers to, as one text, or what it teaches where it answers to nothing: rows with the same belong on
+    one side of a split. White space and upper case do not count."""
+    prompt = prompt_of(row)
+    return json.dumps(_normal(prompt), sort_keys=True, ensure_ascii=False) if prompt else taught_by(row)
+
+
 def _normal(value: Any) -> Any:
     if isinstance(value, str):
         return " ".join(value.split()).casefold()
@@ -206,7 +195,14 @@ def texts_of(row: Row) -> Iterator[str]:
     if "text" in row:
         yield row["text"]
     for part in ("messages", "prompt", "chosen", "rejected", "completion"):
-        yield from (message["content"] for message in cast("list[Message]", row.get(part) or []))
+        for message in cast("list[Message]", row.get(part) or []):
+            if "reasoning" in message:
+                yield message["reasoning"]
+            yield message["content"]
+            if "tool_calls" in message:
+                yield orjson.dumps(message["tool_calls"]).decode()
+    if TOOLS in row:
+        yield orjson.dumps(row[TOOLS]).decode()
 
 
 def trainable_text(schema: Schema) -> bool:

@@ -17,7 +17,8 @@ from typing import Any, cast
 
 from luthier.api.artifact import MANIFEST, Artifact, is_artifact
 from luthier.api.errors import StoreError
-from luthier.artifacts.digest import digest_file, digest_value, files_in
+from luthier.artifacts.digest import digest_file, digest_value
+from luthier.artifacts.places import files_at, root_of
 
 STORE_VARIABLE = "LUTHIER_STORE"
 DEFAULT_STORE = ".luthier"
@@ -188,11 +189,12 @@ class Store:
         return artifact
 
     def digest_source(self, path: Path) -> str:
-        """The digest of a file's or folder's content, remembered by size and modification time."""
+        """The digest of what a file, a folder or a pattern's files hold, remembered by size and modification time."""
         try:
             if path.is_file():
                 return self._digest_file(path)
-            return digest_value({str(file.relative_to(path)): self._digest_file(file) for file in files_in(path)})
+            root = root_of(path)
+            return digest_value({str(file.relative_to(root)): self._digest_file(file) for file in files_at(path)})
         except OSError as error:
             raise StoreError(f"cannot be read: {error.strerror}", where=str(path)) from error
 

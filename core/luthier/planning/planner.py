@@ -18,6 +18,7 @@ from luthier.artifacts.adapters import is_adapter, named_base
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.pace import expected_seconds
+from luthier.artifacts.places import files_at
 from luthier.artifacts.store import Store
 from luthier.planning.reasons import reason_to_run
 from luthier.planning.sources import HubLock, ResolvedSource, files_of, is_external, resolve
@@ -355,7 +356,7 @@ class _Planner:
                 except LuthierError as error:
                     self._fail(node, path, error.message, error.hint)
                     return
-        local = {path: [place for place in places if Path(place).exists()] for path, places in node.places.items()}
+        local = {path: [place for place in places if files_at(Path(place))] for path, places in node.places.items()}
         try:
             node.config = node.config.resolved(local, self.recipe.registry)
         except LuthierError as error:

@@ -14,6 +14,7 @@ import yaml
 from luthier.api.errors import LuthierError, ModelError
 from luthier.artifacts.adapters import ADAPTER_CONFIG
 from luthier.artifacts.digest import files_in
+from luthier.artifacts.places import files_at
 from luthier.artifacts.store import Store
 from luthier.recipe.document import parse
 
@@ -67,8 +68,7 @@ def files_of(value: str, kind: str, folder: Path) -> list[Path]:
     """
     if value.startswith((HUB, EMBEDDED)):
         return []
-    path = _local(value, kind, folder)
-    return list(files_in(path)) if path.is_dir() else [path]
+    return files_at(_local(value, kind, folder))
 
 
 def _local(value: str, kind: str, folder: Path) -> Path:
@@ -83,6 +83,8 @@ def _local(value: str, kind: str, folder: Path) -> Path:
     except (OSError, ValueError):
         # A name that no file can have.
         there = False
+    if not there and kind == "data" and files_at(path):
+        return path
     if not there:
         raise LuthierError(f"there is no file or folder '{value[:200]}'", hint=f"searched for {str(path)[:200]}")
     if path.is_dir():

@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 from luthier.api import Augmenter, DataError, Facts, Row, Schema, Stage
+from luthier.api.data import ID, SOURCE
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
-from luthier.artifacts.rows import COLUMNS, checked, taught_by
+from luthier.artifacts.rows import COLUMNS, MEANT, checked, id_of, taught_by
 from luthier_plugins.augment.config import AugmentConfig
 
 
@@ -26,11 +27,11 @@ class Augment(Stage[AugmentConfig]):
         known = splits["train"]
         train = list(known) if self.config.keep_original else []
         seen = {_text(row, schema) for row in train}
-        extra = [key for key in (known[0] if known else {}) if key not in COLUMNS[schema]]
+        extra = {key for row in known[:1] for key in row} - {*COLUMNS[schema], *MEANT}
         dropped = {"repeats another row": 0, "is held out": 0}
         for raw in augmenter.rows(known):
             try:
-                row = checked(schema, raw) | {key: raw[key] for key in extra if key in raw}
+                row = checked(schema, raw) | {key: raw[key] for key in sorted(extra & raw.keys())}
             except DataError as error:
                 name = self.config.method.name
                 raise DataError(f"the augmenter '{name}' made a row that {error.message}", hint=error.hint) from error
@@ -40,7 +41,7 @@ class Augment(Stage[AugmentConfig]):
                 dropped["is held out" if is_held_out else "repeats another row"] += 1
                 continue
             seen.add(text)
-            train.append(row)
+            train.append({**row, ID: id_of(row), SOURCE: self.config.method.name})
             context.progress(len(train), None, "rows")
         splits["train"] = train
         for split, rows in splits.items():

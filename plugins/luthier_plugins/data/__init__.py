@@ -9,9 +9,9 @@ def luthier_components() -> list[Component]:
         Component(
             kind="stage",
             name="data",
-            summary="Read, check and split a data file (JSON lines or text)",
+            summary="Read, check and split data files",
             config="luthier_plugins.data.config:DataConfig",
             impl="luthier_plugins.data.stage:Data",
-            revision=3,
+            revision=4,
         )
     ]

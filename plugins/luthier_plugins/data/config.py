@@ -4,40 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import Config, Field, FileSource, FormatUse, Schema, StageConfig
+from luthier.api import BadRows, Config, DataSources, Field, FormatUse, Schema, StageConfig
 from luthier.api.config import Components
-from luthier.artifacts.rows import RESERVED
-from pydantic import PrivateAttr, field_validator
+from luthier.artifacts.rows import MEANT, RESERVED
+from pydantic import PrivateAttr, field_validator, model_validator
 
 
 class SplitConfig(Config):
-    """Shares of the rows that are held out of training."""
+    """Shares of the rows that are held out of training. Which rows is told from each row itself: a row stays on its
+    side when others are added, and rows with the same prompt are always on the same side."""
 
     validation: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The share of rows that training stages evaluate on."""
     test: float = Field(default=0.0, ge=0.0, lt=1.0)
     """The share of rows that `evaluate` reads."""
+    group_by: str | None = None
+    """A key of the rows, such as an author's name: rows with the same value are on the same side."""
+
+    @model_validator(mode="after")
+    def _something_is_left(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError("the shares of validation and test leave nothing to train on")
+        return self
 
 
 class DataConfig(StageConfig):
-    """Reads a data file into a dataset; every row is checked."""
+    """Reads data files into a dataset; every row is checked, and gets an `id` and the place that it is from."""
 
     quick: ClassVar[bool] = True
 
-    source: FileSource
-    """The file: ``.jsonl`` with one row per line, or ``.txt`` with one text per paragraph."""
+    source: DataSources
+    """Files, one or several: each a file, a folder, or a pattern such as ``chats/*.jsonl``. JSON lines or arrays
+    (``.jsonl``, ``.json``), tables (``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), texts (``.txt``, a row for each
+    paragraph; ``.md``, one for each file), all but Parquet and Arrow also as ``.gz`` or ``.zst``."""
     format: FormatUse | None = None
     """What a row looks like; by default recognised from the first rows, when the recipe is planned."""
+    columns: dict[str, str] = {}
+    """Other names for keys of the rows, such as ``{question: prompt, answer: completion}``, before anything is read
+    of them."""
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
     """Shares to hold out, or the one split that all rows belong to."""
     keep: list[str] = []
-    """Further text keys to keep as columns, such as the name of a slice; not those that are columns of a schema, such
-    as ``text`` or ``prompt``."""
-    on_error: Literal["fail", "drop"] = "fail"
-    """What to do with a bad row: stop (all are listed), or drop it (all are counted by reason)."""
-    limit: int | None = Field(default=None, gt=0)
+    """Further keys to keep as columns, such as the name of a slice; not those that mean something, such as ``text``,
+    ``prompt`` or ``id``: give them another name with `columns`."""
+    bad_rows: BadRows = BadRows(drop_up_to=0.0)
+    """The share of rows that may be bad: they are left out, counted by reason. By default one stops the stage."""
+    limit: Annotated[int | None, Field(gt=0)] = None
     """Read only that many rows."""
 
     _schema: Schema | None = PrivateAttr(default=None)
@@ -45,19 +59,22 @@ class DataConfig(StageConfig):
     @field_validator("keep")
     @classmethod
     def _not_reserved(cls, value: list[str]) -> list[str]:
-        reserved = sorted(RESERVED & set(value))
+        reserved = sorted((RESERVED | MEANT) & set(value))
         if reserved:
-            raise ValueError(f"'{reserved[0]}' is a column of a schema and would change what rows mean: rename the key")
+            raise ValueError(
+                f"'{reserved[0]}' is a column with a meaning of its own, and would change what rows mean: rename the "
+                f"key with `columns: {{{reserved[0]}: ...}}`"
+            )
         return value
 
     def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
-        files = [Path(place) for place in sources.get("source", [])]
-        if self.format is not None or not files:
+        if self.format is not None or len(sources.get("source", [])) < len(self.source):
             return self._of_schema(components)
         # Only where it is needed: a recipe that names its formats reads no data to be planned.
         from luthier_plugins.data.recognise import recognised
 
-        return self.model_copy(update={"format": recognised(files[0], components)})._of_schema(components)
+        found = recognised([Path(place) for place in sources["source"]], self.columns, components)
+        return self.model_copy(update={"format": found})._of_schema(components)
 
     def _of_schema(self, components: Components) -> DataConfig:
         """This config, which knows the schema of the rows that it makes."""
@@ -70,17 +87,17 @@ class DataConfig(StageConfig):
     def expected_facts(
         self, inputs: Mapping[str, Sequence[Mapping[str, Any]]], sources: Mapping[str, Sequence[str]]
     ) -> Mapping[str, Any]:
-        (path,) = [Path(place) for place in sources["source"]] or [Path()]
-        if not path.is_file():
-            return {}
-        with path.open("rb") as file:
-            there = sum(1 for line in file if line.strip())
+        # Only here: a module that validates recipes loads no libraries of data.
+        from luthier.data.sizes import size_of
+
+        known: dict[str, Any] = {} if self._schema is None else {"schema": self._schema}
+        found = [size_of(Path(place)) for place in sources.get("source", [])]
+        if not found or None in found:
+            return known
+        there = sum(size.rows for size in found if size)
         rows = min(there, self.limit or there)
-        return {
-            "rows": self._expected_rows(rows),
-            "characters": path.stat().st_size * rows // max(1, there),
-            **({} if self._schema is None else {"schema": self._schema}),
-        }
+        characters = sum(size.characters for size in found if size) * rows // max(1, there)
+        return {**known, "rows": self._expected_rows(rows), "characters": characters}
 
     def _expected_rows(self, rows: int) -> dict[str, int]:
         """About how many rows each split will have; a split that is not named will have none."""

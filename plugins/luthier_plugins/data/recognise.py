@@ -1,35 +1,44 @@
-"""Recognises the format of a data file from its first rows."""
+"""Recognises the format of data files from their first rows."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from luthier.api import DataError, Format, LuthierError, PluginError, Use
-from luthier_plugins.data.reading import raw_rows
+from luthier.data.files import data_files
+from luthier.data.raw import raw_rows
 from pydantic import ValidationError
 
 ROWS = 100
 """Rows that are read, at most."""
 
 
-def recognised(path: Path, components: Any) -> Use:
+def recognised(places: Sequence[Path], columns: Mapping[str, str], components: Any) -> Use:
     """The one format that recognises the first row that any does; rows before it are bad ones, which reading reports.
 
     Args:
-        path: The file.
+        places: Where the files are; the first file of the first one is read.
+        columns: Other names for keys, by their names in the rows.
         components: Where formats are looked up.
 
     Raises:
         DataError: the file has no rows, or no format recognises one, or several do.
     """
-    formats = _with_defaults(components)
-    errors: list[DataError] = []
+    path = data_files(places[0])[0][0]
+    formats = with_defaults(components)
+    bad: DataError | None = None
     first: tuple[int, Any] | None = None
-    for line, raw in islice(raw_rows(path, errors), ROWS):
+    for line, raw in islice(raw_rows(path), ROWS):
+        if isinstance(raw, DataError):
+            bad = bad or DataError(raw.message, where=f"{path}:{line}", hint=raw.hint)
+            continue
+        raw = renamed(raw, columns) if isinstance(raw, dict) else raw
         first = first or (line, raw)
-        found = [use for use, form in formats if isinstance(raw, dict) and _recognises(use, form, raw, components)]
+        found = [use for use, form in formats if isinstance(raw, dict) and recognises(use, form, raw, components)]
         if len(found) == 1:
             return found[0]
         if found:
@@ -37,21 +46,32 @@ def recognised(path: Path, components: Any) -> Use:
             where = f"{path}:{line}"
             raise DataError(f"the formats {names} both recognise the row", where=where, hint="choose a `format`")
     if first is None:
-        raise (
-            errors[0]
-            if errors
-            else DataError("has no rows", where=str(path), hint="an empty file cannot be trained on")
-        )
-    keys = sorted(cast("dict[str, Any]", first[1])) if isinstance(first[1], dict) else []
+        raise bad or DataError("has no rows", where=str(path), hint="an empty file cannot be trained on")
+    keys = sorted(cast("dict[str, Any]", first[1]))[:ROWS] if isinstance(first[1], dict) else []
     raise DataError(
         f"the row's keys match no format: {', '.join(keys) or 'it is not an object'}",
         where=f"{path}:{first[0]}",
-        hint="a row has 'messages'; or 'prompt' with 'chosen' and 'rejected', or with 'completion' and 'label'; or "
-        "'text'; else choose a `format`",
+        hint="a row has 'messages'; 'conversations'; 'instruction' and 'output'; 'prompt' with 'completion', with "
+        "'chosen' and 'rejected', or alone; or 'text'. Give keys these names with `columns`, or choose a `format`",
     )
 
 
-def _with_defaults(components: Any) -> list[tuple[Use, Format[Any]]]:
+def renamed(raw: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A raw row whose keys have the names that a recipe gives them.
+
+    Raises:
+        DataError: two keys would have one name.
+    """
+    if not columns:
+        return raw
+    made = {columns.get(key, key): value for key, value in raw.items()}
+    if len(made) < len(raw):
+        twice = Counter(columns.get(key, key) for key in raw).most_common(1)[0][0]
+        raise DataError(f"has the key '{twice}' already", hint="`columns` can give that one another name, too")
+    return made
+
+
+def with_defaults(components: Any) -> list[tuple[Use, Format[Any]]]:
     """Every format that needs no settings; one that needs some, or cannot be made, is not guessed."""
     found: list[tuple[Use, Format[Any]]] = []
     for name in components.names("format"):
@@ -63,7 +83,12 @@ def _with_defaults(components: Any) -> list[tuple[Use, Format[Any]]]:
     return found
 
 
-def _recognises(use: Use, form: Format[Any], raw: dict[str, Any], components: Any) -> bool:
+def recognises(use: Use, form: Format[Any], raw: dict[str, Any], components: Any) -> bool:
+    """Whether a format says that a row is its own.
+
+    Raises:
+        PluginError: it cannot say.
+    """
     try:
         return bool(form.recognises(raw))
     # A format is foreign code: whatever it raises is reported under its name.

@@ -2,43 +2,32 @@
 
 from luthier.api import Component, hookimpl
 
+FORMATS = {
+    "messages": ("Conversations: {messages: [{role, content}, ...]}, the assistant's turn last", "messages:Messages"),
+    "sharegpt": ("Conversations: {conversations: [{from: human, value}, {from: gpt, value}]}", "sharegpt:ShareGpt"),
+    "alpaca": ("Instructions: {instruction, input, output}, and a system prompt or a history", "alpaca:Alpaca"),
+    "prompt_completion": (
+        "Questions and answers: {prompt, completion}, as texts or lists of messages; the completion is trained",
+        "completion:PromptCompletion",
+    ),
+    "preference": ("Pairs: {prompt, chosen, rejected}, as texts or lists of messages", "preference:Preference"),
+    "labelled": ("Good and bad answers: {prompt, completion, label}, the label true or false", "labelled:Labelled"),
+    "unpaired": ("Pairs {prompt, chosen, rejected}, each as a good and a bad answer", "labelled:Unpaired"),
+    "prompt": ("Prompts without an answer: {prompt}, as a text or a list of messages", "prompt:Prompt"),
+    "text": ("Plain text: {text}, for pre-training", "text:Text"),
+}  # fmt: skip
+
 
 @hookimpl
 def luthier_components() -> list[Component]:
+    here = "luthier_plugins.formats"
     return [
         Component(
             kind="format",
-            name="messages",
-            summary="Conversations: {messages: [{role, content}, ...]}, the last turn the assistant's",
-            config="luthier_plugins.formats.config:MessagesConfig",
-            impl="luthier_plugins.formats.messages:Messages",
-        ),
-        Component(
-            kind="format",
-            name="preference",
-            summary="Pairs: {prompt, chosen, rejected}, as texts or lists of messages",
-            config="luthier_plugins.formats.config:PreferenceConfig",
-            impl="luthier_plugins.formats.preference:Preference",
-        ),
-        Component(
-            kind="format",
-            name="labelled",
-            summary="Good and bad answers: {prompt, completion, label}, the label true or false",
-            config="luthier_plugins.formats.config:LabelledConfig",
-            impl="luthier_plugins.formats.labelled:Labelled",
-        ),
-        Component(
-            kind="format",
-            name="unpaired",
-            summary="Pairs {prompt, chosen, rejected}, each as a good and a bad answer",
-            config="luthier_plugins.formats.config:UnpairedConfig",
-            impl="luthier_plugins.formats.labelled:Unpaired",
-        ),
-        Component(
-            kind="format",
-            name="text",
-            summary="Plain text: {text}, for pre-training",
-            config="luthier_plugins.formats.config:TextConfig",
-            impl="luthier_plugins.formats.text:Text",
-        ),
+            name=name,
+            summary=summary,
+            config=f"{here}.config:{impl.partition(':')[2]}Config",
+            impl=f"{here}.{impl}",
+        )
+        for name, (summary, impl) in FORMATS.items()
     ]

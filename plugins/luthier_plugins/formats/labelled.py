@@ -6,8 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from luthier.api import Format, Row, Schema
-from luthier.artifacts.rows import checked
 from luthier_plugins.formats.config import LabelledConfig, UnpairedConfig
+from luthier_plugins.formats.parts import role_keys
+from luthier_plugins.formats.preference import pair_of
+
+WORDS = {"true": True, "false": False, "1": True, "0": False}
+"""Labels as tables of texts have them."""
 
 
 class Labelled(Format[LabelledConfig]):
@@ -19,15 +23,16 @@ class Labelled(Format[LabelledConfig]):
         return {self.config.prompt, self.config.completion, self.config.label} <= set(raw)
 
     def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
-        keys = {"prompt": self.config.prompt, "completion": self.config.completion, "label": self.config.label}
-        values = {name: raw.get(key) for name, key in keys.items()}
-        if isinstance(values["label"], int) and values["label"] in (0, 1):
-            values["label"] = bool(values["label"])
-        yield checked("labelled", values)
+        label = raw.get(self.config.label)
+        if isinstance(label, int) and label in (0, 1):
+            label = bool(label)
+        elif isinstance(label, str):
+            label = WORDS.get(label.strip().lower(), label)
+        prompt, completion = raw.get(self.config.prompt), raw.get(self.config.completion)
+        yield {"prompt": prompt, "completion": completion, "label": label, "tools": raw.get("tools")}
 
     def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
-        keys = (self.config.prompt, self.config.completion, self.config.label)
-        return {name for key in keys for name in (key, f"{key}.role", f"{key}.content")}
+        return {*role_keys(self.config.prompt, self.config.completion), self.config.label, "tools"}
 
 
 class Unpaired(Format[UnpairedConfig]):
@@ -40,10 +45,9 @@ class Unpaired(Format[UnpairedConfig]):
         return False
 
     def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
-        for key, label in ((self.config.chosen, True), (self.config.rejected, False)):
-            values = {"prompt": raw.get(self.config.prompt), "completion": raw.get(key), "label": label}
-            yield checked("labelled", values)
+        pair = pair_of(raw, self.config)
+        for side, label in (("chosen", True), ("rejected", False)):
+            yield {"prompt": pair["prompt"], "completion": pair[side], "label": label, "tools": raw.get("tools")}
 
     def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
-        keys = (self.config.prompt, self.config.chosen, self.config.rejected)
-        return {name for key in keys for name in (key, f"{key}.role", f"{key}.content")}
+        return {*role_keys(self.config.prompt, self.config.chosen, self.config.rejected), "tools"}

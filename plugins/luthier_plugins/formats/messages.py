@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from luthier.api import Format, Row, Schema
-from luthier.artifacts.rows import conversation
+from luthier.artifacts.messages import KEYS
 from luthier_plugins.formats.config import MessagesConfig
 
 
@@ -19,7 +19,7 @@ class Messages(Format[MessagesConfig]):
         return self.config.field in raw
 
     def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
-        yield {"messages": conversation(raw.get(self.config.field), self.config.field)}
+        yield {"messages": raw.get(self.config.field), "tools": raw.get("tools")}
 
     def keys_read(self, raw: Mapping[str, Any]) -> Iterable[str]:
-        return {self.config.field, *(f"{self.config.field}.{key}" for key in ("role", "content", "train"))}
+        return {self.config.field, "tools", *(f"{self.config.field}.{key}" for key in KEYS)}

@@ -15,7 +15,7 @@ class Text(Format[TextConfig]):
     schema: ClassVar[Schema] = "text"
 
     def recognises(self, raw: Mapping[str, Any]) -> bool:
-        return set(raw) >= {self.config.field} and isinstance(raw[self.config.field], str)
+        return isinstance(raw.get(self.config.field), str)
 
     def parse(self, raw: Mapping[str, Any]) -> Iterable[Row]:
         value = raw.get(self.config.field)
