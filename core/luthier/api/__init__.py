@@ -81,7 +81,7 @@ if TYPE_CHECKING:
         TrackerUse as TrackerUse,
     )
     from luthier.api.context import Context, StageContext
-    from luthier.api.data import Augmenter, Format, Message, Row, Schema
+    from luthier.api.data import Augmenter, Conversation, Format, Message, Row, Schema
     from luthier.api.errors import (
         DataError,
         GateError,
@@ -139,7 +139,7 @@ _HOME = {
         "StageConfig", "SubComponent", "Use", "full_precision_problems", "schema_problems",
     ),
     "context": ("Context", "StageContext"),
-    "data": ("Augmenter", "Format", "Message", "Row", "Schema"),
+    "data": ("Augmenter", "Conversation", "Format", "Message", "Row", "Schema"),
     "errors": (
         "DataError", "GateError", "Interrupted", "LuthierError", "ModelError", "PluginError", "Problem", "RecipeError",
         "StageError", "StoreError",
@@ -173,6 +173,7 @@ __all__ = [
     "Component",
     "Config",
     "Context",
+    "Conversation",
     "DataError",
     "DatasetInput",
     "DatasetInputs",

@@ -43,6 +43,31 @@ class Message(TypedDict):
     train: NotRequired[bool]
 
 
+class Conversation(list[Message]):
+    """Messages, with the functions that the assistant may call in them.
+
+    Attributes:
+        tools: The functions, as OpenAI describes them; none in most conversations.
+    """
+
+    def __init__(self, messages: Iterable[Message] = (), tools: Iterable[dict[str, Any]] = ()) -> None:
+        super().__init__(messages)
+        self.tools = list(tools)
+
+    @classmethod
+    def of(cls, messages: Iterable[Message]) -> Conversation:
+        """Messages as a conversation: with their tools, where they are one."""
+        return messages if isinstance(messages, Conversation) else cls(messages)
+
+    def upto(self, end: int) -> Conversation:
+        """The messages before a place."""
+        return Conversation(self[:end], self.tools)
+
+    def plus(self, *messages: Message) -> Conversation:
+        """These messages, and others behind them."""
+        return Conversation([*self, *messages], self.tools)
+
+
 class Format(Implementation[C]):
     """Kind ``format``: how a raw row of a source becomes rows of a schema.
 

@@ -10,7 +10,7 @@ from typing import Any, cast, get_args
 
 import orjson
 
-from luthier.api.data import COLUMNS, ID, PARENTS, SOURCE, TOOLS, WEIGHT, Message, Row, Schema
+from luthier.api.data import COLUMNS, ID, PARENTS, SOURCE, TOOLS, WEIGHT, Conversation, Message, Row, Schema
 from luthier.api.errors import DataError
 from luthier.artifacts.messages import messages, tools
 
@@ -126,15 +126,15 @@ def schema_of(row: Row) -> Schema:
     raise DataError(f"a row with the columns {', '.join(sorted(row))} matches no schema")
 
 
-def conversations(row: Row) -> list[list[Message]]:
+def conversations(row: Row) -> list[Conversation]:
     """The whole conversations of a row, each ending with an answer; none of a text or a prompt alone.
 
     Of a preference the chosen answer comes first.
     """
     if "messages" in row:
-        return [row["messages"]]
+        return [Conversation(row["messages"], row.get(TOOLS) or ())]
     answers = [row[key] for key in ("chosen", "rejected", "completion") if key in row]
-    return [[*row["prompt"], *answer] for answer in answers]
+    return [Conversation([*row["prompt"], *answer], row.get(TOOLS) or ()) for answer in answers]
 
 
 def weight_of(row: Mapping[str, Any]) -> float:
@@ -151,9 +151,10 @@ def weight_of(row: Mapping[str, Any]) -> float:
     return float(value)
 
 
-def prompt_of(row: Row) -> list[Message]:
+def prompt_of(row: Row) -> Conversation:
     """The conversation that waits for an answer; empty for a text."""
-    return row["messages"][:-1] if "messages" in row else row.get("prompt") or []
+    messages: list[Message] = row["messages"][:-1] if "messages" in row else row.get("prompt") or []
+    return Conversation(messages, row.get(TOOLS) or ())
 
 
 def reference_of(row: Row) -> str | None:

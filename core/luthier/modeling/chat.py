@@ -6,15 +6,16 @@ import datetime
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from luthier.api.data import Message, Row
+from luthier.api.data import Conversation, Message, Row
 from luthier.api.errors import DataError
+from luthier.artifacts.rows import conversations
 from luthier.modeling.control import ControlTokens
 from luthier.modeling.text import IGNORED, Encoded, render, template_of
 from luthier.modeling.thinking import USUAL, Thinking, thinking_of
@@ -84,21 +85,42 @@ class ChatEncoder:
     def _render(self, messages: Sequence[Message], *, open_turn: bool = False) -> str:
         return render(self.tokenizer, messages, open_turn=open_turn, date=self.date)
 
-    def _shielded(self, messages: Sequence[Message]) -> list[Message]:
-        # Templates are told what a server tells them.
-        kept = [{name: value for name, value in item.items() if name != "train"} for item in messages]
-        found = [cast("Message", {**item, "content": self.controls.shielded(str(item["content"]))}) for item in kept]
-        if any(one["content"] != other["content"] for one, other in zip(found, messages, strict=True)):
+    def _shielded(self, messages: Sequence[Message]) -> Conversation:
+        """What templates are told: what a server tells them, without names of control tokens."""
+        given = Conversation.of(messages)
+        found = [self._all_shielded({name: item[name] for name in item if name != "train"}) for item in given]
+        tools = self._all_shielded(given.tools)
+        if tools != given.tools or any(
+            item[name] != said[name] for said, item in zip(given, found, strict=True) for name in item
+        ):
             self.notes[CONTROL] += 1
-        return found
+        return Conversation([self._with_thinking(item) for item in found], tools)
+
+    def _all_shielded(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.controls.shielded(value)
+        if isinstance(value, dict):
+            return {key: self._all_shielded(item) for key, item in value.items()}
+        return [self._all_shielded(item) for item in value] if isinstance(value, list) else value
+
+    def _with_thinking(self, message: dict[str, Any]) -> Message:
+        """A message whose reasoning stands before its content, between the marks that the model writes."""
+        thought = message.pop("reasoning", None)
+        if thought:
+            marks = self.thinking
+            message["content"] = f"{marks.opens}\n{thought}\n{marks.closes}\n\n{message['content']}"
+        return cast("Message", message)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation that waits for the assistant.
 
         Raises:
-            DataError: the chat template refuses it.
+            DataError: the chat template refuses it, or leaves out its tools.
         """
-        return self.controls.encode(self._render(self._shielded(messages), open_turn=True))
+        shielded = self._shielded(messages)
+        text = self._render(shielded, open_turn=True)
+        self._check_tools(shielded, text)
+        return self.controls.encode(text)
 
     def holds_control(self, messages: Sequence[Message]) -> str | None:
         """The name of a control token that a message holds; None if none does."""
@@ -133,10 +155,10 @@ class ChatEncoder:
         for place in turns:
             if messages[place].get("train") is False:
                 continue
-            if not shielded[place]["content"].strip():
+            if not shielded[place]["content"].strip() and not shielded[place].get("tool_calls"):
                 self.notes[EMPTY] += 1
                 continue
-            before, said = self._answer(shielded[: place + 1])
+            before, said = self._answer(shielded.upto(place + 1))
             if answers == "apart" or before[: len(ids)] != ids:
                 made += [Encoded(ids, labels)] if ids else []
                 ids, labels = [], []
@@ -153,17 +175,20 @@ class ChatEncoder:
         before, said = self._answer(self._shielded(messages))
         return Encoded([*before, *said], [*[IGNORED] * len(before), *said])
 
-    def _answer(self, messages: list[Message]) -> tuple[list[int], list[int]]:
+    def _answer(self, messages: Conversation) -> tuple[list[int], list[int]]:
         """Tokens of the prompt of the last message, and of the message with its stop token."""
         prompt, said = self._turn(messages)
         return self._joined(prompt, said)
 
-    def _turn(self, messages: list[Message]) -> tuple[str, str]:
+    def _turn(self, messages: Conversation) -> tuple[str, str]:
         """What a server sends to the model for the last message, and what the model has to say."""
         content = messages[-1]["content"]
+        before = messages.upto(-1)
         whole = self._render(messages)
         prompt = self._prompt_text(messages, whole)
-        self._check_contents(messages[:-1], prompt)
+        self._check_contents(before, prompt)
+        if messages[-1].get("tool_calls"):
+            return prompt, self._called(messages[-1], prompt, whole)
         opened = prompt.rstrip().endswith(self.thinking.opens)
         if self.thinking.unended(content):
             raise DataError(f"the answer opens its thinking with {self.thinking.opens} and never closes it")
@@ -171,15 +196,51 @@ class ChatEncoder:
             # The prompt has the mark already.
             content = content.lstrip().removeprefix(self.thinking.opens)
             content = content.removeprefix("\n") if prompt.endswith("\n") else content
-        said = self._as_rendered(messages[:-1], content, prompt, whole)
+        said = self._as_rendered(before, content, prompt, whole)
         if said is not None:
             return prompt, said
         if opened and self.thinking.closes not in content:
             content = f"\n{self.thinking.closes}\n\n{content}"
             self.notes[UNOPENED] += 1
-        return prompt, content + self._closing(messages[:-1])
+        return prompt, content + self._closing(before)
 
-    def _as_rendered(self, before: list[Message], content: str, prompt: str, whole: str) -> str | None:
+    def _called(self, message: Message, prompt: str, whole: str) -> str:
+        """An answer that calls tools, as the template writes it behind its prompt, up to its stop token.
+
+        Raises:
+            DataError: the template writes something else there, a part of it, or no stop token.
+        """
+        rest = whole[len(prompt) :]
+        ends = [match for match in self.controls.all_in(rest) if self.controls.names[match[0]] in self.stop_ids]
+        if not whole.startswith(prompt) or not ends:
+            raise DataError(
+                "the chat template writes no tool calls that could be trained: they do not stand behind their prompt, "
+                "with a stop token at their end",
+                hint="give the model a template that writes tool calls, or take these rows out",
+            )
+        said = rest[: ends[0].end()]
+        self._check_calls(message, said)
+        if _squeezed(message["content"]) not in _squeezed(said):
+            raise DataError("the chat template leaves out what an answer says beside its tool calls")
+        return said
+
+    @staticmethod
+    def _check_calls(message: Message, text: str) -> None:
+        """Refuse a text in which a call is missing, or one of its arguments.
+
+        Raises:
+            DataError: names the function.
+        """
+        for call in message.get("tool_calls") or ():
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            parts = [name, *(str(part) for part in _leaves(arguments))]
+            if not all(part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text for part in parts):
+                raise DataError(
+                    f"the chat template leaves out the call of {name}, or an argument of it",
+                    hint="give the model a template that writes tool calls, or take these rows out",
+                )
+
+    def _as_rendered(self, before: Conversation, content: str, prompt: str, whole: str) -> str | None:
         """An answer as the template writes it behind its prompt, up to its stop token; None where that is not all of
         it, or more: thinking of the template's own before that of the answer."""
         if not whole.startswith(prompt):
@@ -207,9 +268,9 @@ class ChatEncoder:
     def _thinks_twice(self, before: str, content: str) -> bool:
         return self.thinking.closes in before and self.thinking.closes in content
 
-    def _prompt_text(self, messages: list[Message], whole: str) -> str:
+    def _prompt_text(self, messages: Conversation, whole: str) -> str:
         try:
-            return self._render(messages[:-1], open_turn=True)
+            return self._render(messages.upto(-1), open_turn=True)
         except DataError:
             # Templates refuse no messages at all, before an assistant that speaks first.
             opening = self._opening
@@ -226,7 +287,7 @@ class ChatEncoder:
 
     @cached_property
     def _usual_closing(self) -> str:
-        return self._closing([Message(role="user", content=PROBE)])
+        return self._closing(Conversation([Message(role="user", content=PROBE)]))
 
     def _check_ends(self) -> None:
         """Refuse to train earlier answers where the template does not end them as it ends the last.
@@ -250,13 +311,13 @@ class ChatEncoder:
         found = self.controls.first_in(text.rpartition(PROBE)[2])
         return None if found is None else found[0]
 
-    def _closing(self, before: list[Message]) -> str:
+    def _closing(self, before: Conversation) -> str:
         """What the template writes behind an answer, up to the stop token that ends the turn.
 
         Raises:
             DataError: it writes none, or another control token first.
         """
-        whole = self._render([*before, Message(role="assistant", content=PROBE)])
+        whole = self._render(before.plus(Message(role="assistant", content=PROBE)))
         _, found, behind = whole.rpartition(PROBE)
         if not found:
             raise DataError(
@@ -279,16 +340,18 @@ class ChatEncoder:
             )
         return behind[: first.end()]
 
-    def _check_contents(self, messages: Sequence[Message], text: str) -> None:
-        """Refuse a prompt in which a message is missing.
+    def _check_contents(self, messages: Conversation, text: str) -> None:
+        """Refuse a prompt in which a message is missing, or a tool.
 
         Raises:
-            DataError: names the message.
+            DataError: names it.
         """
+        self._check_tools(messages, text)
         squeezed: str | None = None
         unseen = self._unseen([message["role"] for message in messages])
         for place, message in enumerate(messages):
             content = message["content"].strip()
+            self._check_calls(message, text)
             if message["role"] == "assistant":
                 content = self.thinking.split(content)[1].strip()
             if content and place in unseen:
@@ -303,6 +366,16 @@ class ChatEncoder:
                     f"the chat template leaves out or changes message {place}, of the role {message['role']}",
                     hint="the model would be trained without what it answers to: give the model a template that "
                     "writes this role",
+                )
+
+    @staticmethod
+    def _check_tools(messages: Conversation, text: str) -> None:
+        for tool in messages.tools:
+            name = tool["function"]["name"]
+            if name not in text:
+                raise DataError(
+                    f"the chat template leaves out the tool {name}",
+                    hint="give the model a template that writes tools, or take them out of the rows",
                 )
 
     def _unseen(self, roles: Sequence[str]) -> frozenset[int]:
@@ -356,7 +429,7 @@ class ChatEncoder:
             text = self.controls.shielded(row["text"])
             self.notes[CONTROL] += text != row["text"]
         else:
-            messages = self._shielded(row["messages"])
+            messages = self._shielded(conversations(row)[0])
             text = self._render(messages)
             self._check_contents(messages, text)
             squeezed = _squeezed(text)
@@ -378,6 +451,18 @@ class ChatEncoder:
         place = next(n for n in range(len(framed)) if framed[n : n + len(bare)] == bare)
         eos: int | None = self.tokenizer.eos_token_id
         return framed[:place], [] if eos is None else [eos]
+
+
+def _leaves(value: Any) -> Iterator[str | int | float]:
+    """The texts and numbers in a value."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        yield value
 
 
 def _squeezed(text: str) -> str:

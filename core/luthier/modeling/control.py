@@ -46,6 +46,10 @@ class ControlTokens:
         """The first control token that is named in a text."""
         return self._pattern.search(text) if self._pattern else None
 
+    def all_in(self, text: str) -> list[re.Match[str]]:
+        """All control tokens that are named in a text."""
+        return list(self._pattern.finditer(text)) if self._pattern else []
+
     def last_in(self, text: str) -> str | None:
         """The last control token that is named in a text."""
         found = self._pattern.findall(text) if self._pattern else []

@@ -25,7 +25,9 @@ def conversations_of(data: Sequence[Artifact]) -> list[list[Message]]:
     rows: Iterator[Row] = (row for item in data for row in read_split(item, "train"))
     for row in rows:
         messages = prompt_of(row)
-        if messages and messages[-1]["role"] == "user" and messages not in found:
+        # Servers spell tools and their calls in ways of their own.
+        plain = not messages.tools and not any("tool_calls" in item for item in messages)
+        if plain and messages and messages[-1]["role"] == "user" and messages not in found:
             found.append(messages)
         if len(found) == ENTRIES:
             break

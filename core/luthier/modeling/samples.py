@@ -128,6 +128,8 @@ def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool
         room: The most tokens that the model can see; None: any number.
         scored: Whether log-probabilities of the row's own answers are wanted.
     """
+    if any("tool_calls" in talk[-1] for talk in conversations(row)):
+        return "its answer is a call of tools, which is not compared"
     try:
         lengths = [len(encoder.prompt(prompt_of(row))) + 1]
         if scored:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from luthier.api.data import Message
+from luthier.api.data import Conversation, Message
 from luthier.api.errors import DataError
 
 IGNORED = -100
@@ -34,12 +34,13 @@ class Encoded:
     lengths: tuple[int, ...] = ()
 
 
-def template_of(tokenizer: Any) -> str | None:
-    """The chat template of a tokenizer: its only one, or of several the one for conversations without tools."""
+def template_of(tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()) -> str | None:
+    """The chat template of a tokenizer: its only one, or of several the one for conversations without tools, or with
+    these."""
     known = tokenizer.chat_template
     if isinstance(known, dict) and "default" not in known:
         return None
-    return None if known is None else tokenizer.get_chat_template()
+    return None if known is None else tokenizer.get_chat_template(tools=list(tools) or None)
 
 
 def uses_clock(template: str | None) -> bool:
@@ -74,6 +75,7 @@ def render(
     """The text of a conversation in the model's chat template.
 
     Args:
+        messages: The messages; the tools of a `Conversation` are told to the template.
         open_turn: End with the opening of an assistant turn, for the model to go on from.
         date: The day that a template is told which asks for it; by default the same day always.
         **variables: What the template may use beside the messages, such as `date_string`.
@@ -81,13 +83,19 @@ def render(
     Raises:
         DataError: the tokenizer has no chat template, or it refuses these messages.
     """
-    template = template_of(tokenizer)
+    tools = Conversation.of(messages).tools
+    template = template_of(tokenizer, tools)
     if template is None:
         raise DataError("the model has no chat template", hint="tune a model that has one, or train on `text`")
     clock = _dated(template, date or UNDATED) if uses_clock(template) else {}
     try:
         return cast("Any", tokenizer).apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=open_turn, **clock, **variables
+            list(messages),
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=open_turn,
+            **clock,
+            **variables,
         )
     # Templates may raise anything: jinja2.TemplateError, TypeError, ValueError.
     except Exception as error:

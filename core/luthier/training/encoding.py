@@ -61,7 +61,7 @@ def encode_row(encoder: ChatEncoder, row: Row, answers: Answers = "all") -> Enco
     if schema == "text":
         return replace(block_of(encoder.document(row)), weight=weight)
     if schema == "messages":
-        made = encoder.conversation(row["messages"], answers)
+        made = encoder.conversation(conversations(row)[0], answers)
         if not made:
             raise DataError("no turn of the assistant says anything that is trained")
         return EncodedRow(tuple(made), weight=weight)

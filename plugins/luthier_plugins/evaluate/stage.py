@@ -143,6 +143,8 @@ class Evaluate(Stage[EvaluateConfig]):
             for place, row in enumerate(rows):
                 problem = None if place in bad else problem_of(encoder, row, room, scored=scored and not served)
                 name = encoder.holds_control(prompt_of(row)) if served else None
+                if served and (prompt_of(row).tools or any("tool_calls" in item for item in prompt_of(row))):
+                    problem = "it has tools, which are not told to programs that serve"
                 if name is not None:
                     problem = f"it holds {name}, which the program would obey"
                 if problem is not None:
