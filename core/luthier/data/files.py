@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from luthier.api.artifact import MANIFEST
 from luthier.api.errors import DataError
 from luthier.artifacts.places import files_at, root_of
 
@@ -29,8 +30,10 @@ KINDS = {
 }
 """What the end of a file's name says of it."""
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
-BESIDE = frozenset(("dataset_info.json", "state.json", "dataset_dict.json"))
-"""Files that describe a folder of `datasets`, and hold no rows."""
+BESIDE = frozenset(("dataset_info.json", "state.json", "dataset_dict.json", MANIFEST))
+"""Files that describe a folder of `datasets`, or an artifact, and hold no rows."""
+SIDES = ("train", "test", "valid", "dev", "eval")
+"""How the names of files begin that belong on one side of a split."""
 MARK = b"\xef\xbb\xbf"
 """What some programs set before UTF-8."""
 WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -72,6 +75,14 @@ def data_files(place: Path) -> tuple[list[Path], list[Path]]:
             f"there are files of several kinds: {', '.join(kinds)}",
             where=str(place),
             hint=f"say which with a pattern, such as `{root_of(place).name}/*{kinds[0]}`",
+        )
+    sides = {side: path for path in files for side in SIDES if path.name.lower().startswith(side)}
+    if place.is_dir() and len(sides) > 1:
+        names = " and ".join(path.name for path in sides.values())
+        raise DataError(
+            f"there are files of several splits, {names}, which would become one",
+            where=str(place),
+            hint=f"read them in a stage each: `{place.name}/{next(iter(sides))}*` with `split: train`, and so on",
         )
     return files, [path for path in found if path not in set(files)]
 
