@@ -509,3 +509,66 @@ def test_an_id_is_told_from_what_a_row_teaches_with_alone() -> None:
     assert id_of(row) == id_of({**row, "slice": "x", "source": "y", "weight": 2.0})
     assert id_of(row) != id_of({**row, "tools": [{"name": "f"}]})
     assert id_of(row) != id_of(checked("messages", {"messages": [USER, {**ANSWER, "train": False}]}))
+
+
+# -- rows that repeat others -----------------------------------------------------------------------
+
+
+def worded(number: int, change: str = "") -> dict[str, Any]:
+    words = [f"w{number}x{place}" for place in range(60)]
+    words[30] = change or words[30]
+    return {"prompt": f"question {number} {change}", "completion": " ".join(words)}
+
+
+def test_rows_that_are_the_same_are_left_out_and_shown(tmp_path: Path) -> None:
+    rows = [worded(1), worded(2), {key: f" {value.upper()}\n" for key, value in worded(1).items()}, worded(1, "other")]
+    data = read(tmp_path, rows, dedupe={})
+    assert [row["source"] for row in rows_of(data)] == ["rows.jsonl:1", "rows.jsonl:2", "rows.jsonl:4"]
+    assert data.facts["dropped"] == {"is the same as an earlier row": 1}
+    assert data.facts["characters"] == sum(
+        len(message["content"]) for row in rows_of(data) for message in row["messages"]
+    )
+    (pair,) = map(json.loads, (data.path / "duplicates.jsonl").read_text().splitlines())
+    assert (pair["kept"]["source"], pair["left_out"]["source"], pair["similarity"]) == (
+        "rows.jsonl:1",
+        "rows.jsonl:3",
+        1,
+    )
+    assert read(tmp_path, rows).facts["dropped"] == {}
+
+
+def test_similar_rows_are_left_out_from_the_similarity_that_is_asked_for(tmp_path: Path) -> None:
+    rows = [worded(1), worded(2), worded(1, "other")]
+    data = read(tmp_path, rows, dedupe={"near": 0.7})
+    assert [row["source"] for row in rows_of(data)] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert data.facts["dropped"] == {"is similar to an earlier row (0.7 or more)": 1}
+    (pair,) = map(json.loads, (data.path / "duplicates.jsonl").read_text().splitlines())
+    assert 0.7 < pair["similarity"] < 0.9
+    assert "other" in pair["left_out"]["text"]
+    assert read(tmp_path, rows, dedupe={"near": 0.95}).facts["dropped"] == {}
+
+
+def test_similar_rows_are_never_on_two_sides(tmp_path: Path) -> None:
+    rows = [worded(number, change) for number in range(40) for change in ("", "other", "third")]
+    sides = read(tmp_path, rows, split={"test": 0.3, "validation": 0.2, "near_duplicates": 0.7})
+
+    def numbers(data: Artifact, name: Any) -> set[str]:
+        return {row["messages"][1]["content"].split("x")[0] for row in read_split(data, name)}
+
+    found = [numbers(sides, name) for name in SPLITS]
+    assert all(found)
+    assert sum(map(len, found)) == 40
+    apart = read(tmp_path, rows, split={"test": 0.3, "validation": 0.2, "near_duplicates": False})
+    assert sum(len(numbers(apart, name)) for name in SPLITS) > 40
+
+
+def test_rows_that_are_nearly_all_alike_are_told_of(tmp_path: Path) -> None:
+    rows = [worded(1, f"change{number}") for number in range(30)] + [worded(number) for number in range(2, 10)]
+    data = read(tmp_path, rows, split={"test": 0.2, "near_duplicates": 0.7})
+    assert any("30 of 38 rows are similar to each other" in text for text in data.manifest["warnings"])
+
+
+def test_system_prompts_that_all_rows_share_make_no_duplicates(tmp_path: Path) -> None:
+    system = {"role": "system", "content": " ".join(f"rule{n}" for n in range(300))}
+    rows = [{"messages": [system, {"role": "user", "content": f"what is {n}?"}, ANSWER]} for n in range(20)]
+    assert read(tmp_path, rows, dedupe={"near": 0.5}).facts["dropped"] == {}

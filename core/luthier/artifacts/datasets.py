@@ -141,11 +141,13 @@ class Sizes:
         self._every = 1
         self._sample: list[tuple[int, int]] = []
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Count these rows."""
+    def add(self, rows: Iterable[Row]) -> list[int]:
+        """Count these rows; gives the characters of each."""
+        sizes: list[int] = []
         for row in rows:
             texts = list(texts_of(row))
             size = sum(map(len, texts))
+            sizes.append(size)
             self.characters += size
             if self._seen % self._every == 0:
                 self._sample.append((size, sum(map(tokens_in, texts))))
@@ -153,6 +155,7 @@ class Sizes:
                     self._sample = self._sample[::2]
                     self._every *= 2
             self._seen += 1
+        return sizes
 
     def facts(self) -> dict[str, float]:
         """The facts of a dataset that say so."""

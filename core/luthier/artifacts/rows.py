@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast, get_args
@@ -18,6 +17,8 @@ __all__ = [
     "COLUMNS",
     "SCHEMAS",
     "asked_by",
+    "compared_text",
+    "content_of",
     "checked",
     "conversation",
     "conversations",
@@ -171,14 +172,36 @@ def taught_by(row: Row) -> str:
     """
     schema = schema_of(row)
     column = {"text": "text", "messages": "messages"}.get(schema, "prompt")
-    return json.dumps(_normal(row[column]), sort_keys=True, ensure_ascii=False)
+    return _normalized(row[column])
 
 
 def asked_by(row: Row) -> str:
     """What a row answers to, as one text, or what it teaches where it answers to nothing: rows with the same belong on
     one side of a split. White space and upper case do not count."""
     prompt = prompt_of(row)
-    return json.dumps(_normal(prompt), sort_keys=True, ensure_ascii=False) if prompt else taught_by(row)
+    return _normalized(prompt) if prompt else taught_by(row)
+
+
+def content_of(row: Row) -> str:
+    """All that a row holds of its schema, as one text; white space and upper case do not count."""
+    return _normalized({key: value for key, value in row.items() if key in RESERVED or key == TOOLS})
+
+
+def compared_text(row: Row) -> str:
+    """What is compared to find rows that are nearly the same: all but system prompts and tools, which many share."""
+    if "text" in row:
+        return row["text"]
+    parts: list[str] = []
+    for column in ("messages", "prompt", "chosen", "rejected", "completion"):
+        for message in cast("list[Message]", row.get(column) or []):
+            if message["role"] != "system":
+                parts += [message.get("reasoning", ""), message["content"]]
+                parts += [orjson.dumps(call["function"]).decode() for call in message.get("tool_calls") or ()]
+    return "\n".join(parts)
+
+
+def _normalized(value: Any) -> str:
+    return orjson.dumps(_normal(value), option=orjson.OPT_SORT_KEYS).decode()
 
 
 def _normal(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,8 +19,6 @@ SIGNS = re.compile(rb'\\(?:.|\Z)|["\[\]{}]', re.DOTALL)
 KEY = re.compile(rb'"\s*:')
 """The end of a key, or of a text that ends with a quotation mark before a colon."""
 LARGEST = 2**63 - 1
-LONG_NUMBER = re.compile(rb"\d{19}")
-"""Digits that may be more than a whole number of 64 bits has."""
 
 
 def parsed(text: bytes) -> Any:
@@ -35,8 +34,9 @@ def parsed(text: bytes) -> Any:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
         value = None
-    # Of two equal keys one is lost: where texts cannot explain all ends of keys, each object is looked at.
-    if value is None or len(KEY.findall(text)) != _keys(value) or LONG_NUMBER.search(text):
+    # Of two equal keys one is lost, of a whole number with more than 64 bits its last digits: where either may be, each
+    # object and number is looked at.
+    if value is None or len(KEY.findall(text)) != _keys(value):
         value = _strictly(text)
     if b"\\u0000" in text and _has_null(value):
         raise ValueError("a text has a null character, which ends texts in other programs")
@@ -83,12 +83,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _keys(value: Any) -> int:
+    """How many keys there are; -1 or less where a number may have lost digits."""
+    if isinstance(value, str):
+        return 0
     if isinstance(value, dict):
         inside = cast("dict[str, Any]", value)
-        return len(inside) + sum(_keys(item) for item in inside.values() if isinstance(item, (dict, list)))
+        return len(inside) + sum(map(_keys, inside.values()))
     if isinstance(value, list):
-        return sum(_keys(item) for item in cast("list[Any]", value) if isinstance(item, (dict, list)))
-    return 0
+        return sum(map(_keys, cast("list[Any]", value)))
+    return -sys.maxsize if isinstance(value, float) and abs(value) > LARGEST else 0
 
 
 def _has_null(value: Any) -> bool:

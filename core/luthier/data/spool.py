@@ -8,10 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from luthier.api.data import COLUMNS, ID, PARENTS, SOURCE, TOOLS, WEIGHT, Row, Schema
-from luthier.artifacts.columns import OPTIONAL, TALKS, arrow_schema, columns_of, json_columns, optional_in, to_arrow
+from luthier.artifacts.columns import (
+    OPTIONAL,
+    TALKS,
+    arrow_schema,
+    columns_of,
+    from_arrow,
+    json_columns,
+    optional_in,
+    to_arrow,
+)
 from luthier.artifacts.datasets import ParquetRows
 
 READ = 5000
@@ -83,6 +93,17 @@ class Spool:
                     for name in schema.names
                 ]
                 yield arrow.RecordBatch.from_arrays(arrays, schema=schema)
+
+    def rows_at(self, places: Collection[int]) -> dict[int, Row]:
+        """The rows at some places, counted from 0."""
+        found: dict[int, Row] = {}
+        wanted, start = np.unique(np.fromiter(places, np.int64)), 0
+        for batch in self.batches():
+            mine = wanted[(wanted >= start) & (wanted < start + batch.num_rows)]
+            if len(mine):
+                found |= dict(zip(mine.tolist(), from_arrow(batch.take(mine - start)), strict=True))
+            start += batch.num_rows
+        return found
 
     def _paths(self, file: Any) -> list[str]:
         """What is read of the file: of messages only what some have."""

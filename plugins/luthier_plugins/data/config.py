@@ -23,11 +23,23 @@ class SplitConfig(Config):
     group_by: str | None = None
     """A key of the rows, such as an author's name: rows with the same value are on the same side."""
 
+    near_duplicates: Annotated[float, Field(gt=0, le=1)] | Literal[False] = 0.8
+    """How similar rows are, at least, that are always on one side: the share of their runs of five words that both
+    have; system prompts do not count. `false` looks for none."""
+
     @model_validator(mode="after")
     def _something_is_left(self) -> SplitConfig:
         if self.validation + self.test >= 1:
             raise ValueError("the shares of validation and test leave nothing to train on")
         return self
+
+
+class DedupeConfig(Config):
+    """Leaves out rows that repeat another one; the first of them stays."""
+
+    near: Annotated[float, Field(gt=0, le=1)] | None = None
+    """How similar a row is to another one, at least, to count as its repetition: the share of their runs of five words
+    that both have. By default only rows that are the same count, but for white space and upper case."""
 
 
 class DataConfig(StageConfig):
@@ -49,6 +61,9 @@ class DataConfig(StageConfig):
     keep: list[str] = []
     """Further keys to keep as columns, such as the name of a slice; not those that mean something, such as ``text``,
     ``prompt`` or ``id``: give them another name with `columns`."""
+    dedupe: DedupeConfig | None = None
+    """Whether rows that repeat another one are left out: `{}` those that are the same, `{near: 0.8}` similar ones
+    too."""
     bad_rows: BadRows = BadRows(drop_up_to=0.0)
     """The share of rows that may be bad: they are left out, counted by reason. By default one stops the stage."""
     limit: Annotated[int | None, Field(gt=0)] = None

@@ -15,14 +15,29 @@ TRAIN, VALIDATION, TEST = (SPLITS.index(name) for name in ("train", "validation"
 
 
 def draws_of(rows: Sequence[tuple[Row, str | None]], seed: int) -> np.ndarray:
-    """Two numbers for each row, drawn by what it answers to, or by its group: uint64, shape (rows, 2)."""
+    """Three numbers for each row, drawn by what it answers to, or by its group: uint64, shape (rows, 3)."""
     digests = [
         hashlib.blake2b(
-            (asked_by(row) if group is None else group).encode(), digest_size=16, key=seed.to_bytes(8, "little")
+            (asked_by(row) if group is None else group).encode(), digest_size=24, key=seed.to_bytes(8, "little")
         ).digest()
         for row, group in rows
     ]
-    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 3)
+
+
+def shared(draws: np.ndarray, tied: np.ndarray) -> np.ndarray:
+    """The numbers of rows that are tied to each other, made the same: those of the one with the smallest third number,
+    which says nothing of its side, and is seldom another one when rows are added.
+
+    Args:
+        draws: See `draws_of`.
+        tied: The place of the first row that each is tied to, shape (rows,).
+    """
+    order = np.lexsort((draws[:, 2], tied))
+    heads = order[np.flatnonzero(np.diff(tied[order], prepend=-1))]
+    found = draws.copy()
+    found[order] = draws[np.repeat(heads, np.bincount(tied)[tied[heads]])]
+    return found
 
 
 def sides_of(draws: np.ndarray, split: SplitConfig | Split) -> np.ndarray:

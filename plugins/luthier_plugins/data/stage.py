@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -9,12 +10,22 @@ from typing import Any
 
 import numpy as np
 from luthier.api import DataError, Facts, Format, Stage
+from luthier.api.data import SOURCE
 from luthier.artifacts.datasets import SPLITS, ParquetRows, Sizes
+from luthier.artifacts.rows import compared_text
 from luthier.data.files import data_files, named
 from luthier.data.spool import Spool
 from luthier_plugins.data.config import DataConfig
+from luthier_plugins.data.duplicates import Duplicates, Verdict
 from luthier_plugins.data.intake import Intake
-from luthier_plugins.data.sides import draws_of, sides_of
+from luthier_plugins.data.sides import draws_of, shared, sides_of
+
+NOWHERE = -1
+"""The side of a row that is left out."""
+FEW, MANY = 10, 0.05
+"""Rows, and the share of all rows, that may be tied to each other without a word."""
+DUPLICATES = "duplicates.jsonl"
+"""Some rows that were left out, beside those that they repeat."""
 
 
 class Data(Stage[DataConfig]):
@@ -25,25 +36,31 @@ class Data(Stage[DataConfig]):
         assert config.format is not None, "planning recognises the format where the recipe names none"
         form: Format[Any] = context.build(config.format)
         intake = Intake(config, form)
-        sizes, draws = Sizes(), list[np.ndarray]()
-        with Spool(context.scratch / "rows.parquet", form.schema, config.keep) as spool:
-            for batch in intake.batches(self._files()):
-                rows = [row for row, _ in batch]
-                sizes.add(rows)
-                draws.append(draws_of(batch, context.seed))
-                spool.write(rows)
-                context.progress(intake.rows, None, "rows")
-        intake.check()
-        if not intake.rows:
-            raise DataError("has no rows", where=config.source[0], hint="an empty file cannot be trained on")
+        sizes, lengths, draws = Sizes(), list[int](), list[np.ndarray]()
+        with Duplicates(config, context.scratch) as duplicates:
+            with Spool(context.scratch / "rows.parquet", form.schema, config.keep) as spool:
+                for batch in intake.batches(self._files()):
+                    rows = [row for row, _ in batch]
+                    lengths += sizes.add(rows)
+                    draws.append(draws_of(batch, context.seed))
+                    duplicates.add(rows)
+                    spool.write(rows)
+                    context.progress(intake.rows, None, "rows")
+            intake.check()
+            if not intake.rows:
+                raise DataError("has no rows", where=config.source[0], hint="an empty file cannot be trained on")
+            verdict = duplicates.verdict()
         self._tell(intake, form)
-        sides = sides_of(np.concatenate(draws), config.split)
+        self._tell_of_duplicates(verdict, spool)
+        sides = np.full(intake.rows, NOWHERE, np.int8)
+        sides[verdict.kept] = sides_of(shared(np.concatenate(draws), verdict.tied)[verdict.kept], config.split)
         self._deal(spool, sides)
         return {
             "schema": form.schema,
             "rows": {name: count for place, name in enumerate(SPLITS) if (count := int((sides == place).sum()))},
             **sizes.facts(),
-            "dropped": dict(intake.dropped),
+            "characters": int(np.asarray(lengths)[verdict.kept].sum()),
+            "dropped": {**intake.dropped, **verdict.dropped},
             "columns": sorted(spool.columns),
             "format": config.format.name,
             "read": intake.read,
@@ -68,6 +85,29 @@ class Data(Stage[DataConfig]):
         unused = intake.unused_keys()
         if unused is not None:
             self.context.warn(unused)
+
+    def _tell_of_duplicates(self, verdict: Verdict, spool: Spool) -> None:
+        """Say which rows repeat others, and write some of them beside those."""
+        counts = np.bincount(verdict.tied)
+        largest = int(counts.max())
+        if largest > max(FEW, MANY * len(verdict.tied)):
+            self.context.warn(
+                f"{largest} of {len(verdict.tied)} rows are similar to each other, one by one, and are on one side of "
+                "the split: shares may be far from what was asked for; `near_duplicates: false` deals them out, "
+                "`dedupe: {near: ...}` keeps one of each kind"
+            )
+        if not verdict.samples:
+            return
+        for reason, count in verdict.dropped.items():
+            self.context.log(f"left out: {count} rows, each {reason}")
+        found = spool.rows_at({place for pair in verdict.samples for place in pair[:2]})
+        with (self.context.out / DUPLICATES).open("w", encoding="utf-8") as file:
+            for first, place, likeness in verdict.samples:
+                pair = {
+                    name: {SOURCE: found[at][SOURCE], "text": compared_text(found[at])}
+                    for name, at in (("kept", first), ("left_out", place))
+                }
+                file.write(json.dumps({**pair, "similarity": round(likeness, 3)}, ensure_ascii=False) + "\n")
 
     def _deal(self, spool: Spool, sides: np.ndarray) -> None:
         """Write each row to the file of its side."""
