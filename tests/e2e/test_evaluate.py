@@ -28,7 +28,14 @@ stages:
     layers: 2
     heads: 2
     dtype: float32
-  tuned: {uses: sft, model: base, data: same, steps: 200, learning_rate: 5e-3, batch_size: 4}
+  tuned:
+    uses: sft
+    model: base
+    data: same
+    steps: 200
+    learning_rate: 5e-3
+    batch_size: 4
+    allow_leakage: it is asked for what it learned by heart
   quality:
     uses: evaluate
     model: tuned

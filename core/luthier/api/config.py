@@ -119,6 +119,12 @@ class StageConfig(Config):
     """Whether several processes can compute the stage together: rank 0 alone writes, in `context.out` and in
     `context.scratch`."""
 
+    learns_from: ClassVar[tuple[str, ...]] = ()
+    """The fields that name datasets whose split `train` the stage trains on."""
+    measures_on: ClassVar[tuple[str, ...]] = ()
+    """The fields that name datasets whose split `test` the stage measures on: before training, and before measuring,
+    none of it may be in what is trained on."""
+
     after: Annotated[list[str], NotIdentity()] = []
     """Stages that must be done, and their gates hold, before this one starts."""
     seed: Annotated[int | None, NotIdentity()] = Field(default=None, ge=0, lt=2**32)
@@ -131,6 +137,11 @@ class StageConfig(Config):
         if not self.several_ranks and (self.resources.processes or 1) > 1:
             raise ValueError("the stage is computed by one process: leave `resources.processes` out")
         return self
+
+    @property
+    def leakage_allowed(self) -> str | None:
+        """Why rows may be both trained on and tested on; None where they may not."""
+        return None
 
     @property
     def ranks(self) -> int:

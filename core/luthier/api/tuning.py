@@ -74,6 +74,7 @@ class TrainingConfig(StageConfig):
     """What every training stage has: what is trained, on what, how long, how fast and in which batches."""
 
     dated: ClassVar[bool] = True
+    learns_from: ClassVar[tuple[str, ...]] = ("data",)
 
     model: ModelInput
     """The model to train; an adapter is trained further, on its base, loaded as it was."""
@@ -116,6 +117,8 @@ class TrainingConfig(StageConfig):
     bad_rows: BadRows = BadRows()
     """Rows that the chat template refuses, renders without a part of them, or leaves without a stop token; pairs whose
     sides become the same tokens."""
+    allow_leakage: Annotated[str | None, Field(min_length=1), NotIdentity()] = None
+    """Why rows that the recipe tests on may be trained on; by default nothing is trained then."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, NotIdentity()] = "auto"
     """Compute activations twice instead of keeping them: less memory, more time. `auto`: where one row would not fit
     otherwise."""
@@ -181,6 +184,10 @@ class TrainingConfig(StageConfig):
                 "takes a part of a step's rows"
             )
         return self
+
+    @property
+    def leakage_allowed(self) -> str | None:
+        return self.allow_leakage
 
     @property
     def fails_on_long(self) -> bool:

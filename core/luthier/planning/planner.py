@@ -39,6 +39,7 @@ class Node:
         asked: The stage and field that name such an input, for messages; empty for stages of the recipe.
         inputs: Stage ids (or ``artifact:<folder>``) by field path.
         sources: Resolved files and models by field path.
+        tests: The datasets that the recipe tests on, by the stage that does, of a stage that trains.
         names: The stage (or artifact from outside) that each value of an input field stands for.
         code: Digests of the source files of the stage's component and of those it uses, by kind and name.
         changed_code: Those of them whose code is not what made the cached artifact, though their revision is the same.
@@ -54,6 +55,7 @@ class Node:
     produces: ArtifactKind
     inputs: dict[str, list[str]] = field(default_factory=dict[str, list[str]])
     sources: dict[str, list[ResolvedSource]] = field(default_factory=dict[str, list[ResolvedSource]])
+    tests: dict[str, str] = field(default_factory=dict[str, str])
     names: dict[str, str] = field(default_factory=dict[str, str])
     code: dict[str, str] = field(default_factory=dict[str, str])
     changed_code: tuple[str, ...] = ()
@@ -80,8 +82,13 @@ class Node:
 
     @property
     def needs(self) -> list[str]:
-        """The ids of the stages that must be finished before."""
+        """The ids of the stages that it is made from, or comes after."""
         return [*dict.fromkeys([item for items in self.inputs.values() for item in items] + self.config.after)]
+
+    @property
+    def waits_for(self) -> list[str]:
+        """The ids of the stages that must be finished before."""
+        return [*dict.fromkeys([*self.needs, *self.tests.values()])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +131,7 @@ class Plan:
             name = pending.pop()
             if name in self.nodes and name not in found:
                 found.add(name)
-                pending += self.nodes[name].needs
+                pending += self.nodes[name].waits_for
         return found
 
     def missing_tools(self, targets: Iterable[str] = ()) -> list[ToolEnvironment]:
@@ -214,6 +221,7 @@ class _Planner:
         for node in list(self.nodes.values()):
             self._connect(node)
         # All problems are reported at once: stages after a broken input are checked as far as possible.
+        self._connect_tests()
         order = self._order()
         for name in order:
             self._check_kinds(self.nodes[name])
@@ -247,6 +255,31 @@ class _Planner:
         for value in node.config.after:
             if value not in self.recipe.stages and value not in self.left_out:
                 self._fail(node, "after", f"there is no stage '{value}'", near(value, self.recipe.stages))
+
+    def _connect_tests(self) -> None:
+        """Have each stage that trains wait for what the recipe tests on, so that it can be told whether it leaks; but
+        for what is made with its own result."""
+        tests = {
+            node.id: name
+            for node in self.nodes.values()
+            for field in node.config.measures_on
+            for name in node.inputs.get(field, [])
+            if name in self.nodes or name in self.outside
+        }
+        for node in self.nodes.values():
+            if node.config.learns_from:
+                node.tests = {stage: name for stage, name in tests.items() if node.id not in self._before(name)}
+
+    def _before(self, name: str) -> set[str]:
+        """A stage, and all that it is made from."""
+        found: set[str] = set()
+        pending = [name]
+        while pending:
+            some = pending.pop()
+            if some in self.nodes and some not in found:
+                found.add(some)
+                pending += self.nodes[some].needs
+        return found
 
     def _provider(self, node: Node, path: str, value: str) -> str:
         if value in self.recipe.stages:
@@ -289,7 +322,7 @@ class _Planner:
     def _order(self) -> list[str]:
         """A topological order: quick stages first, else the file's order where inputs leave the choice."""
         position = {name: index for index, name in enumerate(self.nodes)}
-        waiting = {name: {need for need in node.needs if need in self.nodes} for name, node in self.nodes.items()}
+        waiting = {name: {need for need in node.waits_for if need in self.nodes} for name, node in self.nodes.items()}
         names = list(self.nodes)
 
         def rank(name: str) -> tuple[bool, int]:

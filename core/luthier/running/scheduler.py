@@ -130,12 +130,12 @@ class Scheduler:
             for name, stage in self.results.items()
             if stage.outcome not in ("cached", "done") or any(not gate.ok for gate in stage.gates)
         ]
-        blocked = [name for name in node.needs if name in broken]
+        blocked = [name for name in node.waits_for if name in broken]
         if self.interrupts or blocked or (broken and not self.keep_going):
             self.results[node.id] = StageResult(node, "skipped")
             self.events("stage_skipped", stage=node.id, because=blocked or broken)
             return True
-        if any(name in self.plan.nodes and name not in self.results for name in node.needs):
+        if any(name in self.plan.nodes and name not in self.results for name in node.waits_for):
             return False
         started = time.perf_counter()
         try:
@@ -358,6 +358,7 @@ class Scheduler:
             step=last_step(work),
             ranks=node.config.ranks,
             date=None if recipe.date is None else recipe.date.isoformat(),
+            tests={stage: str(self._input(name).path) for stage, name in node.tests.items()},
         )
 
     # -- what workers say --------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from luthier.api.execution import Outcome
 from luthier.registry import Registry
 from luthier.worker.context import JobContext, Listener
 from luthier.worker.job import Job
+from luthier.worker.leaking import check_leakage
 from luthier.worker.tracking import Trackers
 
 LITTLE = 1 << 20
@@ -41,6 +42,8 @@ def execute(job: Job, registry: Registry, listener: Listener, *, rank: int = 0, 
             context.out.mkdir(parents=True)
         use = registry.use("stage", {"uses": job.component, **job.config})
         config = cast("StageConfig", use.config)
+        if not rank:
+            check_leakage(config, job.tests, registry, context)
         stage = registry.build(use, context)
         seed_everything(job.seed)
         loaded = time.perf_counter()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from luthier.api.artifact import ArtifactKind
@@ -30,6 +30,7 @@ class Job:
         trackers: The recipe's trackers, as a recipe would write them.
         step: The step of the checkpoint to go on from; None where there is none.
         ranks: How many processes compute it together.
+        tests: The datasets that the recipe tests on, by the stage that does: artifact folders.
         date: The recipe's date, as ``YYYY-MM-DD``; None where it has none.
     """
 
@@ -51,6 +52,7 @@ class Job:
     step: int | None = None
     ranks: int = 1
     date: str | None = None
+    tests: dict[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which it can be made again."""

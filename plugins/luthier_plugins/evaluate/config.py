@@ -48,6 +48,7 @@ class EvaluateConfig(StageConfig):
 
     kind_made: ClassVar[ArtifactKind] = "report"
     dated: ClassVar[bool] = True
+    measures_on: ClassVar[tuple[str, ...]] = ("data",)
 
     model: Measured
     """The model or adapter to measure; or an export, asked in the program it is made for."""
@@ -61,6 +62,8 @@ class EvaluateConfig(StageConfig):
     """What to measure; one metric, or a list. One metric may appear twice, with other settings and a `name`."""
     bad_rows: BadRows = BadRows()
     """Rows that a model's chat template refuses, or that are longer than its context: no model is asked them."""
+    allow_leakage: Annotated[str | None, Field(min_length=1), NotIdentity()] = None
+    """Why the model may have been trained on rows that it is tested on; by default it is not tested then."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
     thinking: Literal["auto", "keep"] | Marks = "auto"
@@ -71,6 +74,10 @@ class EvaluateConfig(StageConfig):
     require: Annotated[dict[str, str], NotIdentity()] = {}
     """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
     `against`, as ``exact_match: ">= merged - 0.05"``."""
+
+    @property
+    def leakage_allowed(self) -> str | None:
+        return self.allow_leakage
 
     @property
     def names(self) -> list[str]:
