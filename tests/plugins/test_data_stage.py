@@ -203,6 +203,8 @@ def test_a_bad_row_is_named_with_its_line_and_can_be_left_out(tmp_path: Path, ro
     assert data.facts["read"] == 3
     assert data.facts["rows"] == {"train": 2}
     assert sum(data.facts["dropped"].values()) == 1
+    assert data.facts["ledger"][0] == ["rows were read", 3]
+    assert sum(count for _, count in data.facts["ledger"]) == 2
     assert [row["source"] for row in rows_of(data)] == ["rows.jsonl:1", "rows.jsonl:3"]
     with pytest.raises(DataError, match=r"drop_up_to: 0\.334"):
         read(tmp_path, content, bad_rows={"drop_up_to": 0.33})
@@ -540,6 +542,7 @@ def test_rows_that_are_the_same_are_left_out_and_shown(tmp_path: Path) -> None:
 def test_similar_rows_are_left_out_from_the_similarity_that_is_asked_for(tmp_path: Path) -> None:
     rows = [worded(1), worded(2), worded(1, "other")]
     data = read(tmp_path, rows, dedupe={"near": 0.7})
+    assert data.facts["ledger"] == [["rows were read", 3], ["is similar to an earlier row (0.7 or more)", -1]]
     assert [row["source"] for row in rows_of(data)] == ["rows.jsonl:1", "rows.jsonl:2"]
     assert data.facts["dropped"] == {"is similar to an earlier row (0.7 or more)": 1}
     (pair,) = map(json.loads, (data.path / "duplicates.jsonl").read_text().splitlines())
@@ -572,3 +575,21 @@ def test_system_prompts_that_all_rows_share_make_no_duplicates(tmp_path: Path) -
     system = {"role": "system", "content": " ".join(f"rule{n}" for n in range(300))}
     rows = [{"messages": [system, {"role": "user", "content": f"what is {n}?"}, ANSWER]} for n in range(20)]
     assert read(tmp_path, rows, dedupe={"near": 0.5}).facts["dropped"] == {}
+
+
+def test_the_ledger_adds_up_through_stages(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"q{n}", "chosen": "a", "rejected": "b"} for n in range(4)] + [{"prompt": "q"}]
+    votes = read(tmp_path, pairs, format="unpaired", bad_rows={"drop_up_to": 0.2})
+    assert votes.facts["ledger"] == [
+        ["rows were read", 5],
+        ["more were made of rows that hold several", 4],
+        ["is no row of the format 'unpaired': its keys are prompt", -1],
+    ]
+    data = read(tmp_path, [{"text": f"text {n}"} for n in range(4)], "texts.jsonl")
+    method = {"uses": "template", "templates": [{"text": "text {{ n }}"}], "slots": {"n": list(range(6))}, "count": 6}
+    for keep, lost in ((True, []), (False, [["is of `data`, which is not kept", -4]])):
+        more = run_stage(tmp_path / "s", "augment", {"method": method, "keep_original": keep}, inputs={"data": data})
+        ledger = more.facts["ledger"]
+        assert ledger[:2] == [["rows of `data`", 4], ["were made by 'template'", 6]]
+        assert ledger[-1:] == (lost or [["repeats another row", -4]])
+        assert sum(count for _, count in ledger) == more.facts["rows"]["train"] == 6

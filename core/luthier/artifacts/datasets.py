@@ -164,8 +164,31 @@ class Sizes:
         return {"characters": self.characters, "characters_per_token": per_token}
 
 
-def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped: Mapping[str, int]) -> dict[str, Any]:
+def ledger_of(came: Sequence[tuple[str, int]], dropped: Mapping[str, int]) -> list[list[Any]]:
+    """What became of rows, as a manifest has it: where they came from, and why some did not stay. The numbers add up to
+    the rows that there are.
+
+    Args:
+        came: What they are, and how many came.
+        dropped: How many did not stay, by reason.
+    """
+    lost = [[reason, -count] for reason, count in dropped.items() if count]
+    return [[what, count] for what, count in came if count] + lost
+
+
+def dataset_facts(
+    schema: Schema,
+    splits: Mapping[Split, Sequence[Row]],
+    dropped: Mapping[str, int],
+    came: Sequence[tuple[str, int]] | None = None,
+) -> dict[str, Any]:
     """The manifest facts of a dataset: its schema, rows by split, characters, and dropped rows by reason.
+
+    Args:
+        schema: The schema of its rows.
+        splits: The rows.
+        dropped: How many rows did not stay, by reason.
+        came: Where rows came from, see `ledger_of`; by default from the stage.
 
     Raises:
         DataError: a row is of another schema.
@@ -176,10 +199,12 @@ def dataset_facts(schema: Schema, splits: Mapping[Split, Sequence[Row]], dropped
     sizes = Sizes()
     for rows in splits.values():
         sizes.add(rows)
+    came = [("rows came", sum(map(len, splits.values())) + sum(dropped.values()))] if came is None else came
     return {
         "schema": schema,
         "rows": {split: len(rows) for split, rows in splits.items() if rows},
         **sizes.facts(),
         "dropped": dict(dropped),
+        "ledger": ledger_of(came, dropped),
         "columns": sorted({name for rows in splits.values() for row in rows for name in row}),
     }

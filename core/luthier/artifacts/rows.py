@@ -195,7 +195,7 @@ def compared_text(row: Row) -> str:
     for column in ("messages", "prompt", "chosen", "rejected", "completion"):
         for message in cast("list[Message]", row.get(column) or []):
             if message["role"] != "system":
-                parts += [message.get("reasoning", ""), message["content"]]
+                parts += [text for text in (message.get("reasoning"), message["content"]) if text]
                 parts += [orjson.dumps(call["function"]).decode() for call in message.get("tool_calls") or ()]
     return "\n".join(parts)
 

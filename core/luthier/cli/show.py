@@ -113,7 +113,7 @@ def _artifact(store: Store, artifact: Artifact) -> None:
     from rich.tree import Tree
 
     from luthier.cli.display import make_console
-    from luthier.reporting.tables import describe, receipt
+    from luthier.reporting.tables import describe, ledger, receipt
 
     console = make_console()
     manifest = artifact.manifest
@@ -126,6 +126,10 @@ def _artifact(store: Store, artifact: Artifact) -> None:
     for warning in manifest["warnings"]:
         console.print(f"[yellow]warning: {escape(warning)}[/]")
     facts = dict(artifact.facts)
+    if artifact.kind == "dataset" and (lines := ledger(facts)):
+        console.print("\n[bold]rows[/]")
+        for line in lines:
+            console.print(escape(line))
     training: dict[str, Any] = dict(facts.get("training") or {})
     if lines := receipt(training):
         console.print("\n[bold]training[/] (what is trained stands in \u27e6\u27e7)")

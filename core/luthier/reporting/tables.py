@@ -89,6 +89,13 @@ def receipt(training: dict[str, Any]) -> list[Text]:
     return found
 
 
+def ledger(facts: dict[str, Any]) -> list[str]:
+    """What became of a dataset's rows, as lines: those that came, those that did not stay and why, those that are."""
+    lines = [f"{count:+,}".rjust(12) + f"  {what}" for what, count in facts.get("ledger") or []]
+    rows: dict[str, int] = facts["rows"]
+    return [*lines, *(f"{count:,}".rjust(12) + f"  {split}" for split, count in rows.items())] if lines else []
+
+
 def report_table(name: str, content: dict[str, Any], labels: list[str]) -> Table:
     """A report as a table: a row for each model.
 

@@ -26,10 +26,12 @@ class Augment(Stage[AugmentConfig]):
         held_out = {taught_by(row) for split in ("validation", "test") for row in splits[split]}
         known = splits["train"]
         train = list(known) if self.config.keep_original else []
+        old, made = sum(map(len, splits.values())), 0
         seen = {_text(row, schema) for row in train}
         extra = {key for row in known[:1] for key in row} - {*COLUMNS[schema], *MEANT}
         dropped = {"repeats another row": 0, "is held out": 0}
         for raw in augmenter.rows(known):
+            made += 1
             try:
                 row = checked(schema, raw) | {key: raw[key] for key in sorted(extra & raw.keys())}
             except DataError as error:
@@ -46,7 +48,10 @@ class Augment(Stage[AugmentConfig]):
         splits["train"] = train
         for split, rows in splits.items():
             write_split(context.out, split, rows)
-        return dataset_facts(schema, splits, dropped)
+        if not self.config.keep_original:
+            dropped["is of `data`, which is not kept"] = len(known)
+        came = [("rows of `data`", old), (f"were made by '{self.config.method.name}'", made)]
+        return dataset_facts(schema, splits, dropped, came)
 
 
 def _text(row: Row, schema: Schema) -> str:

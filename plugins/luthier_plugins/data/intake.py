@@ -19,7 +19,7 @@ SHOWN = 20
 """Bad rows, and reasons for them, that an error names."""
 NAMED = 20
 """Keys that a warning names."""
-PLACE = re.compile(r"\b(messages?|turn) \d+(?: and \d+)?")
+PLACES = ((re.compile(r"\bmessages \d+ and \d+\b"), "two messages"), (re.compile(r"\b(message|turn) \d+\b"), r"a \1"))
 """Where in a row something is wrong: reasons are counted without it."""
 BATCH = 1000
 """Rows that are handed on together."""
@@ -129,9 +129,17 @@ class Intake:
         return None if self._grouping is None else str(values[self._grouping])
 
     def _count(self, error: DataError, where: str) -> None:
-        self.dropped[PLACE.sub(r"a \1", error.message)] += 1
+        reason = error.message
+        for pattern, without in PLACES:
+            reason = pattern.sub(without, reason)
+        self.dropped[reason] += 1
         if len(self._examples) < SHOWN:
             self._examples.append(DataError(error.message, where=where, hint=error.hint))
+
+    def came(self) -> list[tuple[str, int]]:
+        """Where rows came from, for a ledger."""
+        more = self.rows - self.read + sum(self.dropped.values())
+        return [("rows were read", self.read), ("more were made of rows that hold several", more)]
 
     def check(self) -> None:
         """Refuse more bad rows than the recipe allows.

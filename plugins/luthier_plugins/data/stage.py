@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from luthier.api import DataError, Facts, Format, Stage
 from luthier.api.data import SOURCE
-from luthier.artifacts.datasets import SPLITS, ParquetRows, Sizes
+from luthier.artifacts.datasets import SPLITS, ParquetRows, Sizes, ledger_of
 from luthier.artifacts.rows import compared_text
 from luthier.data.files import data_files, named
 from luthier.data.spool import Spool
@@ -60,7 +60,8 @@ class Data(Stage[DataConfig]):
             "rows": {name: count for place, name in enumerate(SPLITS) if (count := int((sides == place).sum()))},
             **sizes.facts(),
             "characters": int(np.asarray(lengths)[verdict.kept].sum()),
-            "dropped": {**intake.dropped, **verdict.dropped},
+            "dropped": (dropped := {**intake.dropped, **verdict.dropped}),
+            "ledger": ledger_of(intake.came(), dropped),
             "columns": sorted(spool.columns),
             "format": config.format.name,
             "read": intake.read,
