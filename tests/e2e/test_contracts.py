@@ -12,7 +12,7 @@ from inline_plugins import put_on_path
 from luthier import Recipe, plan
 from luthier.api import DataError, PluginError, RecipeError, RunInfo
 from luthier.artifacts.checkpoints import last_step, mark_whole
-from luthier.artifacts.datasets import dataset_facts
+from luthier.artifacts.datasets import dataset_facts, read_split
 from luthier.artifacts.rows import COLUMNS, SCHEMAS, schema_of
 from luthier.artifacts.store import Store
 from luthier.registry import default_registry
@@ -29,7 +29,7 @@ def planned(folder: Path, **stages: Any) -> Any:
 
 @pytest.mark.parametrize("column", sorted({column for columns in COLUMNS.values() for column in columns}))
 def test_a_kept_key_cannot_change_what_a_row_means(tmp_path: Path, chats: Path, column: str) -> None:
-    with pytest.raises(RecipeError, match=f"'{column}' is a column of a schema"):
+    with pytest.raises(RecipeError, match=f"'{column}' is a column with a meaning of its own"):
         planned(tmp_path, x={"uses": "data", "source": "chats.jsonl", "keep": [column]})
 
 
@@ -83,7 +83,7 @@ def test_a_format_that_raises_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Text, "recognises", broken)
     with pytest.raises(PluginError, match=r"the format 'text' of luthier .*RuntimeError: oops"):
-        recognised(chats, default_registry())
+        recognised([chats], {}, default_registry())
 
 
 def test_rows_of_two_schemas_are_not_trained_together() -> None:
@@ -178,10 +178,12 @@ def test_the_last_step_is_that_of_the_newest_whole_checkpoint(tmp_path: Path) ->
 
 
 def test_keys_inside_the_messages_of_pairs_are_not_lost_unseen(tmp_path: Path) -> None:
-    answer = {"role": "assistant", "content": "yes", "reasoning_content": "because"}
-    pair = {"prompt": "why?", "chosen": [answer], "rejected": [{"role": "assistant", "content": "no", "weight": 0}]}
+    answer = {"role": "assistant", "content": "yes", "reasoning_content": "because", "mood": "fine"}
+    pair = {"prompt": "why?", "chosen": [answer], "rejected": [{"role": "assistant", "content": "no", "score": 0}]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(pair) + "\n")
     made = run_stage(tmp_path / "s", "data", {"source": str(tmp_path / "pairs.jsonl"), "format": "preference"})
     (warning,) = made.manifest["warnings"]
-    assert "chosen.reasoning_content (in 1 rows)" in warning
-    assert "rejected.weight (in 1 rows)" in warning
+    assert "chosen.mood (in 1 rows)" in warning
+    assert "rejected.score (in 1 rows)" in warning
+    assert "reasoning" not in warning
+    assert read_split(made, "train")[0]["chosen"][0]["reasoning"] == "because"

@@ -26,7 +26,13 @@ stages:
   long: {uses: tiny-stage, data: chats, characters: 1}
   more: {uses: augment, data: long, method: tiny-augmenter}
   base: {uses: init, data: [chats], vocab_size: 300, hidden_size: 32, intermediate_size: 64, layers: 1, heads: 2}
-  tuned: {uses: sft, model: base, data: more, adapter: {uses: tiny-adapter, r: 2}, steps: 2}
+  tuned:
+    uses: sft
+    model: base
+    data: more
+    adapter: {uses: tiny-adapter, r: 2}
+    steps: 2
+    allow_leakage: the plugins are tested, not the model
   other:
     uses: sft
     model: base
@@ -34,6 +40,7 @@ stages:
     steps: 2
     optimizer: tiny-optimizer
     regularizers: [tiny-regularizer]
+    allow_leakage: the plugins are tested, not the model
   pairs: {uses: data, source: pairs.jsonl}
   preferred: {uses: dpo, model: other, data: pairs, objective: {uses: tiny-objective, margin: 2}, steps: 2}
   merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge-method, pull: 0.2}}

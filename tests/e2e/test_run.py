@@ -21,7 +21,7 @@ def test_a_run_then_a_cached_run(recipe: Path, tmp_path: Path) -> None:
     first = run(recipe, store=tmp_path / "s")
     assert {name: stage.outcome for name, stage in first.stages.items()} == {"chats": "done", "more": "done"}
     made = first.artifact("more")
-    assert len(read_split(made, "train")) == 28
+    assert len(read_split(made, "train")) == 30 - len(read_split(made, "test")) < 30
     assert read_split(made, "test") == read_split(first.artifact("chats"), "test")
     assert made.manifest["inputs"] == {"data": [first.artifact("chats").key]}
     assert not Store.at(tmp_path / "s").work(made.key).exists()

@@ -36,7 +36,16 @@ stages:
     objective: {uses: focal, gamma: 1.0}
     regularizers: [{uses: confidence, strength: 0.1}]
     optimizer: momentum
-  plain: {uses: sft, model: base, data: talks, steps: 20, learning_rate: 0.05, log_every: 1, optimizer: momentum}
+    allow_leakage: &why it is asked for what it learned by heart
+  plain:
+    uses: sft
+    model: base
+    data: talks
+    steps: 20
+    learning_rate: 0.05
+    log_every: 1
+    optimizer: momentum
+    allow_leakage: *why
   liked: {uses: sft, model: tuned, data: votes, steps: 4, learning_rate: 1e-3, log_every: 1, objective: approval}
   more:
     uses: augment
