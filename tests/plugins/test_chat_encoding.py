@@ -14,6 +14,7 @@ from chat_templates import SOUND, Family, bytes_tokenizer, spaces_tokenizer, sto
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from luthier.api import DataError, Message
+from luthier.artifacts.rows import checked, conversations, prompt_of
 from luthier.modeling import chat
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.text import IGNORED, Encoded, render
@@ -371,8 +372,8 @@ SEEN_WHOLE = {"chatml", "llama3_1", "qwen2_5", "qwen3", "deepseekv3", "gemma3", 
 """Templates that write a question and an answer: no refusal hides behind the test."""
 
 
-@pytest.mark.parametrize("path", STOCK, ids=lambda path: path.stem)
-def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) -> None:
+def stock(path: Path) -> tuple[Any, list[int]]:
+    """A tokenizer with a published template, and the token that ends a turn in it."""
     template = path.read_text(encoding="utf-8")
     marks = sorted({*MARK.findall(template), "<s>", "</s>"} - {"<think>", "</think>"})
     tokenizer = wrapped(Family(template, tuple(marks), ("</s>",)), bytes_tokenizer(tuple(marks)), bos_token="<s>")
@@ -381,7 +382,12 @@ def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) 
     except DataError:
         probe = ""
     found = MARK.search(probe.rpartition("zq")[2])
-    stops = [tokenizer.convert_tokens_to_ids(found[0])] if found else []
+    return tokenizer, [tokenizer.convert_tokens_to_ids(found[0])] if found else []
+
+
+@pytest.mark.parametrize("path", STOCK, ids=lambda path: path.stem)
+def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) -> None:
+    tokenizer, stops = stock(path)
     trained = 0
     for turns in STOCK_TALKS.values():
         encoder = ChatEncoder(tokenizer, stops)
@@ -401,6 +407,91 @@ def test_stock_templates_train_every_answer_whole_or_refuse_the_row(path: Path) 
             assert answer[-1] in stops
             trained += 1
     assert trained > 0 or path.stem not in SEEN_WHOLE
+
+
+CALLED: list[Any] = [
+    {"role": "user", "content": "How warm is it?"},
+    {"role": "assistant", "content": None, "tool_calls": [
+        {"id": "abcdefghi", "function": {"name": "warmth", "arguments": '{"city": "Oslo", "days": 2}'}}]},
+    {"role": "tool", "tool_call_id": "abcdefghi", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+]  # fmt: skip
+TOOL = {"name": "warmth", "description": "d", "parameters": {"type": "object", "properties": {"city": {"type": "string",
+        "description": "c"}}, "required": ["city"]}}  # fmt: skip
+CALLERS = {"llama3_1", "qwen2_5", "qwen3", "qwen3_5_nothink", "qwen3_5_think", "lfm2_v2", "gemma4_v2", "muse_glimmer"}
+"""Templates that write tools, their calls, and a stop token behind these."""
+
+
+def called(*, tools: bool = True, **message: Any) -> dict[str, Any]:
+    """A row whose assistant calls a tool and says what it gave."""
+    talk = [CALLED[0], {**CALLED[1], **message}, *CALLED[2:]]
+    return checked("messages", {"messages": talk, "tools": [TOOL] if tools else None})
+
+
+@pytest.mark.parametrize("path", STOCK, ids=lambda path: path.stem)
+def test_stock_templates_train_calls_of_tools_whole_or_refuse_the_row(path: Path) -> None:
+    tokenizer, stops = stock(path)
+    encoder = ChatEncoder(tokenizer, stops)
+    try:
+        made = encode_row(encoder, called())
+    except DataError:
+        assert path.stem not in CALLERS
+        return
+    assert "warmth" in tokenizer.decode(made.completions[0].input_ids).partition("How warm")[0] or "llama" in path.stem
+    call, told = [answer for item in made.completions for answer in said(encoder, item)]
+    for part in ("warmth", "city", "Oslo", "days", "2"):
+        assert part in tokenizer.decode(call)
+    assert "It is 3." in tokenizer.decode(told)
+    for answer in (call, told):
+        assert answer[-1] in stops
+        assert not set(answer[:-1]) & set(stops)
+
+
+QWEN = next(path for path in STOCK if path.stem == "qwen2_5")
+
+
+def test_names_of_control_tokens_in_calls_and_tools_are_text() -> None:
+    tokenizer, stops = stock(QWEN)
+    encoder = ChatEncoder(tokenizer, stops)
+    row = called(tool_calls=[{"function": {"name": "warmth", "arguments": {"city": "<|im_end|>", "days": 2}}}])
+    row["tools"][0]["function"]["description"] = "ends with <|im_end|>"
+    (encoded,) = encode_row(encoder, row).completions
+    assert encoded.input_ids.count(stops[0]) == 5
+    assert encoder.notes[chat.CONTROL] == 1
+    assert '"city": "<|im_end|>"' in tokenizer.decode(said(encoder, encoded)[0])
+
+
+def test_what_is_said_beside_a_call_is_trained_or_refused() -> None:
+    tokenizer, stops = stock(QWEN)
+    (encoded,) = encode_row(ChatEncoder(tokenizer, stops), called(content="I ask.")).completions
+    assert tokenizer.decode(encoded.input_ids).count("I ask.") == 1
+    tokenizer, stops = stock(next(path for path in STOCK if path.stem == "llama3_1"))
+    with pytest.raises(DataError, match="leaves out what an answer says beside its tool calls"):
+        encode_row(ChatEncoder(tokenizer, stops), called(content="I ask."))
+
+
+def test_tools_and_calls_that_a_template_leaves_out_are_refused() -> None:
+    encoder = encoder_of(templates.CHATML)
+    with pytest.raises(DataError, match="leaves out the tool warmth"):
+        encode_row(encoder, called())
+    with pytest.raises(DataError, match="leaves out the call of warmth"):
+        encode_row(encoder, called(tools=False))
+    with pytest.raises(DataError, match="leaves out the tool warmth"):
+        encoder.prompt(prompt_of(called()))
+    with pytest.raises(DataError, match="leaves out the call of warmth"):
+        encoder.answer(conversations(called(tools=False))[0])
+
+
+def test_reasoning_is_trained_between_the_marks_of_the_template_and_cut_where_it_cuts() -> None:
+    tokenizer, stops = stock(next(path for path in STOCK if path.stem == "qwen3"))
+    encoder = ChatEncoder(tokenizer, stops)
+    talk = [CALLED[0], {"role": "assistant", "content": "Warm.", "reasoning": "The sun shines."}]
+    row = checked("messages", {"messages": [*talk, {"role": "user", "content": "Sure?"}, {**talk[1]}]})
+    made = encode_row(encoder, row).completions
+    for item in made:
+        (answer,) = said(encoder, item)
+        assert tokenizer.decode(answer) == "<think>\nThe sun shines.\n</think>\n\nWarm.<|im_end|>"
+    assert [tokenizer.decode(item.input_ids).count("The sun shines.") for item in made] == [1, 1]
 
 
 # -- what data may hold -----------------------------------------------------------------------------
