@@ -482,6 +482,17 @@ def test_tools_and_calls_that_a_template_leaves_out_are_refused() -> None:
         encoder.answer(conversations(called(tools=False))[0])
 
 
+def test_a_template_that_joins_arguments_to_texts_gets_them_as_json() -> None:
+    tokenizer, stops = stock(next(path for path in STOCK if path.stem == "deepseekv3"))
+    call = [{"function": {"name": "warmth", "arguments": {"city": "Ørsta", "days": 2}}}]
+    encoder = ChatEncoder(tokenizer, stops)
+    made = encode_row(encoder, called(tools=False, tool_calls=call)).completions
+    assert encoder.notes[chat.UNOPENED]
+    assert any(
+        '{"city": "Ørsta", "days": 2}' in tokenizer.decode(said(encoder_of(templates.CHATML), item)[0]) for item in made
+    )
+
+
 def test_reasoning_is_trained_between_the_marks_of_the_template_and_cut_where_it_cuts() -> None:
     tokenizer, stops = stock(next(path for path in STOCK if path.stem == "qwen3"))
     encoder = ChatEncoder(tokenizer, stops)

@@ -210,9 +210,9 @@ class ChatEncoder:
         Raises:
             DataError: the template writes something else there, a part of it, or no stop token.
         """
-        rest = whole[len(prompt) :]
+        rest = self._behind(prompt, whole)
         ends = [match for match in self.controls.all_in(rest) if self.controls.names[match[0]] in self.stop_ids]
-        if not whole.startswith(prompt) or not ends:
+        if not ends:
             raise DataError(
                 "the chat template writes no tool calls that could be trained: they do not stand behind their prompt, "
                 "with a stop token at their end",
@@ -223,6 +223,21 @@ class ChatEncoder:
         if _squeezed(message["content"]) not in _squeezed(said):
             raise DataError("the chat template leaves out what an answer says beside its tool calls")
         return said
+
+    def _behind(self, prompt: str, whole: str) -> str:
+        """What a conversation has behind the prompt of its last message, as a model says it; nothing where it goes on
+        in another way."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        head = prompt.rstrip().removesuffix(self.thinking.opens)
+        if not prompt.rstrip().endswith(self.thinking.opens) or not whole.startswith(head):
+            return ""
+        rest = whole[len(head) :]
+        if rest.lstrip().startswith(self.thinking.opens):
+            # The prompt has the mark already.
+            return rest.lstrip().removeprefix(self.thinking.opens)
+        self.notes[UNOPENED] += 1
+        return f"\n{self.thinking.closes}\n\n{rest}"
 
     @staticmethod
     def _check_calls(message: Message, text: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,7 +90,8 @@ def render(
     if template is None:
         raise DataError("the model has no chat template", hint="tune a model that has one, or train on `text`")
     clock = _dated(template, date or UNDATED) if uses_clock(template) else {}
-    try:
+
+    def rendered(messages: Sequence[Message]) -> str:
         return cast("Any", tokenizer).apply_chat_template(
             list(messages),
             tools=tools or None,
@@ -97,9 +100,31 @@ def render(
             **clock,
             **variables,
         )
+
     # Templates may raise anything: jinja2.TemplateError, TypeError, ValueError.
+    try:
+        return rendered(messages)
     except Exception as error:
+        if any("tool_calls" in message for message in messages):
+            # Some, such as DeepSeek V3's, join arguments to texts: they want JSON.
+            with suppress(Exception):
+                return rendered([_with_json(message) for message in messages])
         raise DataError(f"the chat template refuses the messages: {error}") from error
+
+
+def _with_json(message: Message) -> Message:
+    """A message whose tool calls have their arguments as JSON."""
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message.get("tool_calls") or ()
+    ]
+    return cast("Message", {**message, "tool_calls": calls}) if calls else message
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> Encoded:
