@@ -32,7 +32,7 @@ stages:
     data: more
     adapter: {uses: tiny-adapter, r: 2}
     steps: 2
-    allow_leakage: the plugins are tested, not the model
+    allow_leakage: &why the plugins are tested, not the model
   other:
     uses: sft
     model: base
@@ -40,9 +40,15 @@ stages:
     steps: 2
     optimizer: tiny-optimizer
     regularizers: [tiny-regularizer]
-    allow_leakage: the plugins are tested, not the model
+    allow_leakage: *why
   pairs: {uses: data, source: pairs.jsonl}
-  preferred: {uses: dpo, model: other, data: pairs, objective: {uses: tiny-objective, margin: 2}, steps: 2}
+  preferred:
+    uses: dpo
+    model: other
+    data: pairs
+    objective: {uses: tiny-objective, margin: 2}
+    steps: 2
+    allow_leakage: *why
   merged: {uses: merge, models: [tuned, preferred], method: {uses: tiny-merge-method, pull: 0.2}}
   small: {uses: quantize, model: merged, method: {uses: tiny-quantizer, largest_kl: 1.0}}
   file: {uses: export, model: merged, format: {uses: tiny-exporter, dtype: bfloat16}}

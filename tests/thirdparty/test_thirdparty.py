@@ -46,7 +46,15 @@ stages:
     log_every: 1
     optimizer: momentum
     allow_leakage: *why
-  liked: {uses: sft, model: tuned, data: votes, steps: 4, learning_rate: 1e-3, log_every: 1, objective: approval}
+  liked:
+    uses: sft
+    model: tuned
+    data: votes
+    steps: 4
+    learning_rate: 1e-3
+    log_every: 1
+    objective: approval
+    allow_leakage: *why
   more:
     uses: augment
     data: talks
