@@ -8,7 +8,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,13 @@ import pyarrow.parquet as parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.api import Artifact, DataError
+from inline_plugins import OnePlugin
+from luthier.api import Artifact, Augmenter, Config, DataError, Row
 from luthier.artifacts.columns import arrow_schema, columns_of, from_arrow, json_columns, optional_in, to_arrow
 from luthier.artifacts.datasets import SPLITS, read_split
 from luthier.artifacts.rows import checked, id_of, schema_of
+from luthier.data.spool import Spool
+from luthier.registry import Provider, Registry
 from luthier.testing import run_stage
 
 ROWS = [{"prompt": f'ask, "{n}"\nand wait', "completion": f"Ärger {n}"} for n in range(5)]
@@ -593,3 +596,35 @@ def test_the_ledger_adds_up_through_stages(tmp_path: Path) -> None:
         assert ledger[:2] == [["rows of `data`", 4], ["were made by 'template'", 6]]
         assert ledger[-1:] == (lost or [["repeats another row", -4]])
         assert sum(count for _, count in ledger) == more.facts["rows"]["train"] == 6
+
+
+def test_a_column_that_comes_late_is_not_lost(tmp_path: Path) -> None:
+    with Spool(tmp_path / "rows.parquet", "text") as spool:
+        spool.write([{"text": "a", "own": 1}])
+        spool.write([{"text": "b"}])
+        with pytest.raises(DataError, match="gives the column 'late' to some rows only"):
+            spool.write([{"text": "c", "late": 2}])
+
+
+class EchoConfig(Config):
+    """Nothing to choose."""
+
+
+class Echo(Augmenter[EchoConfig]):
+    """Says every row again, louder."""
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
+        for row in rows:
+            yield {"text": f"{row['text']}!", "parents": [row["id"]]}
+
+
+def test_rows_that_are_made_of_others_name_them(tmp_path: Path) -> None:
+    registry = Registry.installed()
+    registry.add(OnePlugin("augmenter", "echo", EchoConfig, Echo), Provider("t", "t", "1"))
+    data = read(tmp_path, [{"text": "one"}, {"text": "two"}])
+    more = run_stage(tmp_path / "s", "augment", {"method": "echo"}, inputs={"data": data}, registry=registry)
+    first, second, louder, loudest = rows_of(more)
+    assert [louder["parents"], loudest["parents"]] == [[first["id"]], [second["id"]]]
+    assert louder["source"] == "echo"
+    assert louder["id"] == id_of(louder)
+    assert "parents" not in first

@@ -105,5 +105,5 @@ class Augmenter(Implementation[C]):
 
     def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Yield new rows, made from those given, of the schema that the stage names. The same `context.seed` must give
-        the same rows."""
+        the same rows. A row that is made of others says so with their ids under ``parents``."""
         raise NotImplementedError

@@ -12,6 +12,7 @@ import numpy as np
 import orjson
 
 from luthier.api.data import COLUMNS, ID, PARENTS, SOURCE, TOOLS, WEIGHT, Row, Schema
+from luthier.api.errors import DataError
 from luthier.artifacts.columns import (
     OPTIONAL,
     TALKS,
@@ -51,15 +52,24 @@ class Spool:
         self._written: Any = None
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Add rows."""
+        """Add rows.
+
+        Raises:
+            DataError: a format gives them a column that no row had at first.
+        """
         if self._file is None:
-            # What a format adds of its own is in its first rows, or nowhere.
             extra = self._kept | {name for row in rows for name in row}
             names = columns_of(self._of, {*COLUMNS[self._of], TOOLS, WEIGHT, ID, SOURCE, PARENTS, *extra})
             self._kept = extra - {*COLUMNS[self._of], TOOLS, WEIGHT, ID, SOURCE, PARENTS}
             self._written = arrow_schema(names, OPTIONAL, self._kept)
             self._file = ParquetRows(self._path, self._written).__enter__()
         self.columns |= {name for row in rows for name in row}
+        late = sorted(self.columns - set(self._written.names))
+        if late:
+            raise DataError(
+                f"the format gives the column '{late[0]}' to some rows only, and not to the first",
+                hint="report this to its author: a format gives its own columns to all rows",
+            )
         self._optional |= optional_in(rows)
         self._as_json |= json_columns(rows)
         self._file.write(to_arrow(rows, self._written))

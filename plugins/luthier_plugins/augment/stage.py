@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from luthier.api import Augmenter, DataError, Facts, Row, Schema, Stage
-from luthier.api.data import ID, SOURCE
+from luthier.api.data import ID, PARENTS, SOURCE
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
 from luthier.artifacts.rows import COLUMNS, MEANT, checked, id_of, taught_by
 from luthier_plugins.augment.config import AugmentConfig
@@ -43,7 +43,8 @@ class Augment(Stage[AugmentConfig]):
                 dropped["is held out" if is_held_out else "repeats another row"] += 1
                 continue
             seen.add(text)
-            train.append({**row, ID: id_of(row), SOURCE: self.config.method.name})
+            parents = {PARENTS: list(raw[PARENTS])} if raw.get(PARENTS) else {}
+            train.append({**row, ID: id_of(row), SOURCE: self.config.method.name, **parents})
             context.progress(len(train), None, "rows")
         splits["train"] = train
         for split, rows in splits.items():
