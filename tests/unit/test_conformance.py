@@ -26,6 +26,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-moe": {"base": "b", "experts": [{"model": "a"}, {"model": "b"}], "router": "uniform"},
     "stage-search": {"models": ["a", "b"], "data": "d"},
     "stage-diff": {"models": ["a", "b"]},
+    "stage-mix": {"data": ["a", "b"]},
     "stage-orpo": {"model": "m", "data": "d"},
     "stage-pretrain": {"model": "m", "data": ["d"]},
     "stage-quantize": {"model": "m", "method": "int8"},
