@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib import import_module
@@ -23,6 +24,8 @@ PERMUTATIONS = 128
 RECALL = 0.99
 """The share of pairs at the threshold that become candidates, at least."""
 SEED = 1
+WIDTH = 8
+"""Bytes of a shingle."""
 LEADERS = 64
 """Rows of a band's bucket that are unlike each other, to which others are compared."""
 
@@ -99,11 +102,12 @@ class Similar:
         """
         self._file.flush()
         starts = np.append(np.concatenate([np.zeros(0, np.int64), *self._starts]), self._size)
-        shingles = np.memmap(self._path, np.uint64, "r") if self._size else np.zeros(0, np.uint64)
 
         @lru_cache(maxsize=4 * LEADERS)
         def of(place: int) -> np.ndarray:
-            return np.unique(shingles[starts[place] : starts[place + 1]])
+            # Not mapped: pages that were looked at would count as memory.
+            first, end = WIDTH * int(starts[place]), WIDTH * int(starts[place + 1])
+            return np.unique(np.frombuffer(os.pread(self._file.fileno(), end - first, first), np.uint64))
 
         first = np.arange(self.count)
         for band in range(self._bands):
