@@ -256,3 +256,26 @@ stages:
     assert nodes["file"].estimate.memory == 4 * block + 2 * 4 * 512 * rows
     both = 2 * 4 * block + 3 * 4 * 512 * rows
     assert nodes["folder"].estimate.memory == nodes["small"].estimate.memory == both
+
+
+def test_training_waits_for_tests_but_never_in_a_cycle(tmp_path: Path, chats: Path) -> None:
+    train = {"uses": "sft", "model": "base", "data": "rows", "steps": 1}
+    stages = {
+        "base": {"uses": "base"},
+        "rows": {"uses": "data", "source": "chats.jsonl"},
+        "one": train,
+        "other": {**train, "steps": 2},
+        "after-one": {"uses": "data", "source": "chats.jsonl", "split": "test", "after": ["one"]},
+        "after-other": {"uses": "data", "source": "chats.jsonl", "split": "test", "limit": 3, "after": ["other"]},
+        "apart": {"uses": "data", "source": "chats.jsonl", "split": "test", "limit": 2},
+        "quality-one": {"uses": "evaluate", "model": "one", "data": "after-other"},
+        "quality-other": {"uses": "evaluate", "model": "other", "data": "after-one"},
+        "quality": {"uses": "evaluate", "model": "one", "data": "apart"},
+    }
+    made = plan(Recipe.from_mapping({"luthier": 1, "stages": stages}, folder=tmp_path), tmp_path / "s")
+    assert made.nodes["one"].tests == {"quality-one": "after-other", "quality": "apart"}
+    assert made.nodes["other"].tests == {"quality": "apart"}
+    order = list(made.nodes)
+    assert order.index("apart") < order.index("one")
+    assert order.index("other") < order.index("after-other") < order.index("one")
+    assert "apart" in made.needed_for(["other"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -162,6 +163,14 @@ class Artifact:
     def sibling(self, key: str) -> Artifact:
         """The artifact with `key` in the same store, such as the model an adapter sits on."""
         return Artifact.intact(self.path.parent / key)
+
+    def siblings(self, keys: Sequence[str]) -> list[Artifact]:
+        """Those of the artifacts with these keys that the same store has."""
+        found: list[Artifact] = []
+        for key in keys:
+            with suppress(StoreError):
+                found.append(self.sibling(key))
+        return found
 
     @property
     def base(self) -> Artifact:

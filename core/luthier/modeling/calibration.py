@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from luthier.api.artifact import Artifact
 from luthier.api.data import Row
-from luthier.api.errors import DataError, StoreError
+from luthier.api.errors import DataError
 from luthier.artifacts.datasets import Split, read_split
 from luthier.artifacts.rows import conversations, schema_of, trainable_text
 from luthier.modeling.chat import ChatEncoder
@@ -35,20 +35,12 @@ def tuned_on(model: Artifact) -> list[Artifact]:
             continue
         seen.add(artifact.key)
         inputs: Mapping[str, Sequence[str]] = artifact.manifest.get("inputs", {})
-        parents = [parent for keys in inputs.values() for parent in _present(artifact, keys)]
+        parents = [parent for keys in inputs.values() for parent in artifact.siblings(keys)]
         data = [parent for parent in parents if parent.kind == "dataset" and texts_in(parent)]
         found |= {parent.key: parent for parent in data}
         if not data:
             waiting += [parent for parent in parents if parent.kind in ("model", "adapter")]
     return list(found.values())
-
-
-def _present(artifact: Artifact, keys: Sequence[str]) -> Iterator[Artifact]:
-    for key in keys:
-        try:
-            yield artifact.sibling(key)
-        except StoreError:
-            continue
 
 
 def texts_in(data: Artifact) -> bool:

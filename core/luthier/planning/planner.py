@@ -125,14 +125,7 @@ class Plan:
 
     def needed_for(self, targets: Iterable[str]) -> set[str]:
         """The stages needed to make `targets`, themselves included."""
-        found: set[str] = set()
-        pending = list(targets)
-        while pending:
-            name = pending.pop()
-            if name in self.nodes and name not in found:
-                found.add(name)
-                pending += self.nodes[name].waits_for
-        return found
+        return _upstream(self.nodes, targets)
 
     def missing_tools(self, targets: Iterable[str] = ()) -> list[ToolEnvironment]:
         """The environments that making `targets`, by default everything, needs and that have not been made."""
@@ -154,6 +147,18 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(f"{node.id:<20} {node.status:<7} {node.reason}" for node in self.nodes.values())
+
+
+def _upstream(nodes: Mapping[str, Node], names: Iterable[str]) -> set[str]:
+    """Stages, and all that must be finished before them."""
+    found: set[str] = set()
+    pending = list(names)
+    while pending:
+        name = pending.pop()
+        if name in nodes and name not in found:
+            found.add(name)
+            pending += nodes[name].waits_for
+    return found
 
 
 def plan(
@@ -268,18 +273,10 @@ class _Planner:
         }
         for node in self.nodes.values():
             if node.config.learns_from:
-                node.tests = {stage: name for stage, name in tests.items() if node.id not in self._before(name)}
-
-    def _before(self, name: str) -> set[str]:
-        """A stage, and all that it is made from."""
-        found: set[str] = set()
-        pending = [name]
-        while pending:
-            some = pending.pop()
-            if some in self.nodes and some not in found:
-                found.add(some)
-                pending += self.nodes[some].needs
-        return found
+                # What other stages wait for by now counts: two that wait for each other would be a cycle.
+                node.tests = {
+                    stage: name for stage, name in tests.items() if node.id not in _upstream(self.nodes, [name])
+                }
 
     def _provider(self, node: Node, path: str, value: str) -> str:
         if value in self.recipe.stages:

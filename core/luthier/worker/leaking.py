@@ -10,7 +10,7 @@ from typing import Any, cast
 from luthier.api.artifact import Artifact
 from luthier.api.config import Input, StageConfig, references
 from luthier.api.context import Context
-from luthier.api.errors import DataError, LuthierError, StoreError
+from luthier.api.errors import DataError, LuthierError
 from luthier.artifacts.digest import digest_value
 from luthier.data.leakage import REVISION, Leakage, leakage
 from luthier.registry import Registry
@@ -103,7 +103,7 @@ def _learned(model: Artifact, registry: Registry) -> Iterator[Artifact]:
         inputs: Mapping[str, Sequence[str]] = artifact.manifest["inputs"]
         taught = _taught_fields(artifact, registry)
         for field, keys in inputs.items():
-            for parent in _present(artifact, keys):
+            for parent in artifact.siblings(keys):
                 if parent.kind != "dataset":
                     waiting.append(parent)
                 elif field in taught:
@@ -120,11 +120,3 @@ def _taught_fields(artifact: Artifact, registry: Registry) -> Sequence[str]:
     except LuthierError:
         return ()
     return cast("type[StageConfig]", found).learns_from
-
-
-def _present(artifact: Artifact, keys: Sequence[str]) -> Iterator[Artifact]:
-    for key in keys:
-        try:
-            yield artifact.sibling(key)
-        except StoreError:
-            continue
