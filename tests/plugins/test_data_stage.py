@@ -452,8 +452,16 @@ def test_what_is_kept_may_be_anything_and_is_there_in_every_row(tmp_path: Path) 
     assert parquet.read_schema(texts.path / "train.parquet").field("want").metadata is None
     with pytest.raises(DataError, match="has nothing under 'want'"):
         read(tmp_path, [{"prompt": "q"}], "none.jsonl", keep=["want"])
-    with pytest.raises(ValueError, match=r"rename the key with `columns: \{id"):
-        read(tmp_path, [{"prompt": "q"}], "none.jsonl", keep=["id"])
+    with pytest.raises(ValueError, match=r"rename the key with `columns: \{source"):
+        read(tmp_path, [{"prompt": "q"}], "none.jsonl", keep=["source"])
+
+
+def test_rows_may_have_ids_of_their_own(tmp_path: Path) -> None:
+    rows = [{"text": "one", "id": 0}, {"text": "two", "id": "b"}]
+    assert [row["id"] for row in rows_of(read(tmp_path, rows, keep=["id"]))] == ["0", "b"]
+    with pytest.raises(DataError, match="has nothing under 'id'"):
+        read(tmp_path, [*rows, {"text": "three"}], "lacks.jsonl", keep=["id"])
+    assert [row["id"] for row in rows_of(read(tmp_path, rows, "other.jsonl"))] == [id_of(row) for row in rows]
 
 
 def test_rows_of_one_group_are_on_one_side(tmp_path: Path) -> None:

@@ -103,6 +103,14 @@ class Format(Implementation[C]):
 class Augmenter(Implementation[C]):
     """Kind ``augmenter``: new rows from rows, or from nothing."""
 
+    replaces: ClassVar[bool] = False
+    """Whether its rows are what is left of those given, as a filter's are, and not new ones beside them."""
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        """How many rows could not be made, by reason, so far; a stage stops when these are too many."""
+        return {}
+
     def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
         """Yield new rows, made from those given, of the schema that the stage names. The same `context.seed` must give
         the same rows. A row that is made of others says so with their ids under ``parents``."""

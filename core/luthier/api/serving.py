@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from luthier.api.context import StageContext
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "refused"]
+"""Why an answer ended: on its own, at the limit, or before it began: the program would not answer this request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class Sampling:
         top_p: Draw among the likeliest tokens that have this probability together.
         n: Answers to each request; several of them need a temperature.
         seed: The seed of the draws.
+        json_schema: The JSON schema that every answer must follow; for generators that can hold an answer to one.
     """
 
     max_new_tokens: int = 256
@@ -39,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     n: int = 1
     seed: int = 0
+    json_schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +51,18 @@ class Completion:
     Attributes:
         text: What was said, without the stop token.
         tokens: How many tokens it was, the stop token included; None where the program does not say.
-        finish_reason: Whether it ended on its own, or at the limit; None where the program does not say.
+        finish_reason: Why it ended; None where the program does not say.
         thinking: What was thought before the answer, where somebody has split it off `text`.
+        prompt_tokens: How many tokens the request was; None where the program does not say.
+        problem: Why it was refused.
     """
 
     text: str
     tokens: int | None = None
     finish_reason: FinishReason | None = None
     thinking: str = ""
+    prompt_tokens: int | None = None
+    problem: str = ""
 
 
 Request = Sequence[Message]
@@ -63,7 +70,33 @@ Request = Sequence[Message]
 
 
 class Generator(Implementation[C]):
-    """Kind ``generator``: what answers. A context manager: leaving it frees what it holds."""
+    """Kind ``generator``: what answers. A context manager: leaving it frees what it holds.
+
+    Stages ask through `luthier.serving.asking`, which keeps every answer on disk, so that none is made, or paid for,
+    a second time.
+    """
+
+    at_once: int = 1
+    """How many threads may ask at the same time, each a request of its own."""
+
+    @property
+    def answers_as(self) -> str | None:
+        """Who answers, as a text: the answers of all who have the same are the same. None: this stage's own."""
+        return None
+
+    def account(self, completion: Completion) -> str:
+        """Take an answer into account: each that is used, in no order, whether it was made now or kept from before.
+
+        Returns:
+            What all of them cost, in words; empty where that is of no interest.
+
+        Raises:
+            ModelError: no more may be asked, because a budget is spent.
+        """
+        return ""
+
+    def give_up(self) -> None:
+        """No more answers are wanted: what waits to try again, stops."""
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
         """Yield the `sampling.n` answers to each request, in the order of the requests.

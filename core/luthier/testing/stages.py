@@ -205,7 +205,12 @@ def _put(values: Any, path: str, value: Any) -> None:
 
 
 def tiny_dataset(
-    folder: Path, rows: Sequence[Row] | None = None, *, split: Split = "train", validation: Sequence[Row] = ()
+    folder: Path,
+    rows: Sequence[Row] | None = None,
+    *,
+    split: Split = "train",
+    validation: Sequence[Row] = (),
+    test: Sequence[Row] = (),
 ) -> Artifact:
     """A dataset artifact of these rows; by default three short texts.
 
@@ -214,11 +219,13 @@ def tiny_dataset(
         rows: Rows of one schema.
         split: Where they go.
         validation: Rows that are held out beside them.
+        test: The same, for tests.
     """
     rows = list(rows or [{"text": text} for text in TEXTS])
     schema = _schema_of(rows[0])
-    splits: dict[Split, Sequence[Row]] = {split: rows, **({"validation": list(validation)} if validation else {})}
-    key = digest_value({"rows": rows, "split": split, "validation": list(validation)})
+    held_out: dict[Split, Sequence[Row]] = {"validation": list(validation), "test": list(test)}
+    splits: dict[Split, Sequence[Row]] = {split: rows, **{name: part for name, part in held_out.items() if part}}
+    key = digest_value({"rows": rows, "split": split, **held_out})
     store = Store(folder)
     if store.find(key) is None:
         out = store.work(key) / "out"

@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Make new rows with an augmenter, and mix them with those there are",
             config="luthier_plugins.augment.config:AugmentConfig",
             impl="luthier_plugins.augment.stage:Augment",
-            revision=3,
+            revision=4,
         )
     ]

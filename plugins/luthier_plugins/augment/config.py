@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.api import AugmenterUse, DatasetInput, Schema, StageConfig
+from luthier.api import AugmenterUse, BadRows, DatasetInput, Schema, StageConfig
 from pydantic import model_validator
 
 
 class AugmentConfig(StageConfig):
-    """Makes new training rows; validation and test rows pass through untouched."""
+    """Makes new training rows, or leaves some out; validation and test rows pass through untouched."""
 
     dated: ClassVar[bool] = True
 
@@ -18,12 +18,19 @@ class AugmentConfig(StageConfig):
     method: AugmenterUse
     """How new rows are made."""
     row_schema: Schema | None = None
-    """The schema of the rows; needed where there is no `data`, whose schema it is otherwise."""
+    """The schema of the new rows, where it is not that of `data`, or there is no `data`."""
     keep_original: bool = True
-    """Whether the rows of `data` stay in the training split."""
+    """Whether the rows of `data` stay in the training split; not those that a filter leaves out."""
+    similar: float | None = None
+    """Leave new rows out that share so much with a row of the training split, or with one of those held out: the
+    share of common runs of five words (Jaccard), such as 0.8. Those that hold the same as another row, or the prompt
+    of one held out, always are."""
+    bad_rows: BadRows = BadRows(drop_up_to=0.2)
+    """The share of new rows that may fail, such as answers that are cut off; more of them stop the stage. They are
+    counted by reason."""
 
     @model_validator(mode="after")
     def _schema_is_known(self) -> AugmentConfig:
-        if (self.data is None) == (self.row_schema is None):
-            raise ValueError("give `data`, whose schema the new rows have, or `row_schema`: one of them")
+        if self.data is None and self.row_schema is None:
+            raise ValueError("give `data`, whose schema the new rows have, or `row_schema`")
         return self

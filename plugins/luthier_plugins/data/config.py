@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from luthier.api import BadRows, Config, DataSources, Field, FormatUse, Schema, StageConfig
 from luthier.api.config import Components
+from luthier.api.data import ID
 from luthier.artifacts.rows import MEANT, RESERVED
 from pydantic import PrivateAttr, field_validator, model_validator
 
@@ -59,8 +60,9 @@ class DataConfig(StageConfig):
     split: SplitConfig | Literal["train", "validation", "test"] = SplitConfig()
     """Shares to hold out, or the one split that all rows belong to."""
     keep: list[str] = []
-    """Further keys to keep as columns, such as the name of a slice; not those that mean something, such as ``text``,
-    ``prompt`` or ``id``: give them another name with `columns`."""
+    """Further keys to keep as columns, such as the name of a slice; `id`: rows have the ids of the data, in place of
+    digests of what they hold. Not those that mean something else, such as ``text`` or ``prompt``: give them another
+    name with `columns`."""
     dedupe: DedupeConfig | None = None
     """Whether rows that repeat another one are left out: `{}` those that are the same, `{near: 0.8}` similar ones
     too."""
@@ -74,7 +76,7 @@ class DataConfig(StageConfig):
     @field_validator("keep")
     @classmethod
     def _not_reserved(cls, value: list[str]) -> list[str]:
-        reserved = sorted((RESERVED | MEANT) & set(value))
+        reserved = sorted((RESERVED | MEANT - {ID}) & set(value))
         if reserved:
             raise ValueError(
                 f"'{reserved[0]}' is a column with a meaning of its own, and would change what rows mean: rename the "

@@ -90,7 +90,10 @@ class Intake:
             return []
         self.unused.update(_unread(values, {*self._form.keys_read(values), *self._used}))
         group = self._group(values)
-        return [({**row, ID: id_of(row), SOURCE: f"{name}:{line}"}, group) for row in made]
+        return [
+            ({**row, ID: str(row[ID]) if ID in self._config.keep else id_of(row), SOURCE: f"{name}:{line}"}, group)
+            for row in made
+        ]
 
     @property
     def _used(self) -> Iterable[str]:

@@ -1,4 +1,4 @@
-"""What answers: models of a recipe, and servers."""
+"""What answers: models of a recipe, files for llama.cpp, and servers."""
 
 from luthier.api import Component, hookimpl
 
@@ -15,9 +15,9 @@ def luthier_components() -> list[Component]:
         ),
         Component(
             kind="generator",
-            name="url",
+            name="openai",
             summary="A server with OpenAI's chat completions",
-            config="luthier_plugins.generators.config:UrlConfig",
-            impl="luthier_plugins.generators.url:Url",
+            config="luthier_plugins.generators.config:OpenAIConfig",
+            impl="luthier_plugins.generators.openai:OpenAI",
         ),
     ]

@@ -13,7 +13,14 @@ def luthier_components() -> list[Component]:
             config="luthier_plugins.gguf.config:GgufConfig",
             impl="luthier_plugins.gguf.exporter:Gguf",
             revision=2,
-        )
+        ),
+        Component(
+            kind="generator",
+            name="llama",
+            summary="A GGUF file in llama.cpp",
+            config="luthier_plugins.gguf.config:LlamaConfig",
+            impl="luthier_plugins.gguf.generator:Llama",
+        ),
     ]
 
 

@@ -28,6 +28,15 @@ LARGEST_KL: dict[FileType, float] = {
 """The largest mean KL divergence to the model, in nats per token, that a file may have: the gate of each type."""
 
 
+class LlamaConfig(Config):
+    """A GGUF file in llama.cpp, in the worker's own process."""
+
+    path: FileSource
+    """The GGUF file."""
+    context_length: int = Field(default=4096, gt=0)
+    """The longest request and answer together, in tokens."""
+
+
 class GgufConfig(Config):
     """One GGUF file per type, each loaded and compared in llama.cpp."""
 

@@ -9,7 +9,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Generator as Yields
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -162,11 +162,19 @@ class LlamaServer(Generator[Any]):
             "max_tokens": sampling.max_new_tokens,
             "cache_prompt": False,
         }
+        if sampling.json_schema is not None:
+            schema = {"name": "answer", "schema": dict(sampling.json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         reply = self._post("/v1/chat/completions", body)
         choice: Any = reply["choices"][0]
         reason = choice.get("finish_reason")
-        tokens: int | None = (reply.get("usage") or {}).get("completion_tokens")
-        return Completion(choice["message"]["content"] or "", tokens, reason if reason in ("stop", "length") else None)
+        usage: Mapping[str, int] = reply.get("usage") or {}
+        return Completion(
+            choice["message"]["content"] or "",
+            usage.get("completion_tokens"),
+            reason if reason in ("stop", "length") else None,
+            prompt_tokens=usage.get("prompt_tokens"),
+        )
 
     def prompt_tokens(self, messages: Sequence[Message]) -> int:
         """How many tokens a conversation is when a client asks with it."""

@@ -1,0 +1,149 @@
+"""What augmenters share that ask a generator."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from luthier.api import Augmenter, Completion, Context, DataError, Message, Request, Row
+from luthier.api.data import ID
+from luthier.artifacts.rows import MEANT, RESERVED, id_of
+from luthier.serving.asking import Asker
+from luthier_plugins.augmenters.config import Asks, JudgeConfig
+
+C = TypeVar("C", bound=Asks)
+_MARK = re.compile(r"\s*\W{0,3}(\d+(?:\.\d+)?)\b")
+THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
+"""What reasoning models say first where their server leaves it in the answer."""
+
+
+class Asking(Augmenter[C]):
+    """An augmenter that asks a generator, and counts the answers of which no row can be made."""
+
+    def __init__(self, config: C, context: Context) -> None:
+        super().__init__(config, context)
+        self.problems: Counter[str] = Counter()
+        self._asker: Asker | None = None
+
+    @property
+    def dropped(self) -> Mapping[str, int]:
+        return self.problems
+
+    def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
+        # One generator for all that is asked: it is loaded once, and has one budget.
+        with self.context.build(self.config.generator) as generator:
+            self._asker = Asker(generator, self.context)
+            yield from self.made(rows)
+
+    def made(self, rows: Sequence[Row]) -> Iterator[Row]:
+        """Yield new rows; `ask` can be used."""
+        raise NotImplementedError
+
+    def ask(self, requests: Sequence[Request], n: int = 1, **options: Any) -> Iterator[list[str]]:
+        """The usable answers to each request, as texts without white space around them."""
+        assert self._asker is not None, "rows are made in `made`"
+        groups = self._asker.ask(requests, self.config.sampling(self.context.seed, n, **options))
+        for request, group in zip(requests, groups, strict=True):
+            texts: list[str] = []
+            for answer in group:
+                text = THINKING.sub("", answer.text).strip()
+                problem = problem_of(answer, text, request)
+                if problem is None:
+                    texts.append(text)
+                else:
+                    self.problems[problem] += 1
+            yield texts
+
+
+def problem_of(answer: Completion, text: str, request: Request) -> str | None:
+    """Why nothing can be made of an answer; None where something can."""
+    if answer.finish_reason == "refused":
+        return f"the generator refused the request: {answer.problem}"
+    if answer.finish_reason == "length":
+        return "the answer was cut off at `max_new_tokens`"
+    if not text:
+        return "the answer was empty"
+    if same(text, request[-1]["content"]):
+        return "the answer repeats the prompt"
+    return None
+
+
+def same(one: str, other: str) -> bool:
+    """Whether two texts say the same, but for white space and upper case."""
+    return one.split() == other.split() or one.casefold().split() == other.casefold().split()
+
+
+def told(instruction: str | None, text: str) -> list[Message]:
+    """A request of one turn."""
+    first = [Message(role="system", content=instruction)] if instruction else []
+    return [*first, Message(role="user", content=text)]
+
+
+def beside(row: Row) -> Row:
+    """What a row has beside its schema: what the recipe keeps."""
+    return {key: value for key, value in row.items() if key not in RESERVED | MEANT}
+
+
+def parent(row: Row) -> str:
+    """The id by which a row is named as a parent."""
+    return str(row.get(ID) or id_of(row))
+
+
+class Judge:
+    """Gives marks to answers.
+
+    Args:
+        config: Its config.
+        context: The stage's context.
+    """
+
+    def __init__(self, config: JudgeConfig, context: Context) -> None:
+        self._config = config
+        self._context = context
+
+    def marks(self, talks: Sequence[Sequence[Message]]) -> list[float | None]:
+        """A mark from 1 to `best` for the last turn of each conversation; None where the judge's answer has none."""
+        instruction = (
+            f"You judge answers. A good answer: {self._config.rubric}\nGive the last answer of the conversation a mark "
+            f"from 1 (bad) to {self._config.best} (perfect). Answer with the number alone."
+        )
+        requests = [told(instruction, _written(talk)) for talk in talks]
+        with self._context.build(self._config.generator) as generator:
+            answers = Asker(generator, self._context).ask(requests, self._config.sampling(self._context.seed))
+            return [self._mark(THINKING.sub("", answer.text)) for (answer,) in answers]
+
+    def _mark(self, text: str) -> float | None:
+        found = _MARK.match(text)
+        if found is None:
+            return None
+        mark = float(found[1])
+        return mark if 1 <= mark <= self._config.best else None
+
+
+def _written(talk: Sequence[Message]) -> str:
+    """A conversation as a text to be judged, so that the judge does not take part in it."""
+    turns = [f"[{message['role']}]\n{message['content']}" for message in talk]
+    return "\n\n".join(turns)
+
+
+def scores(
+    context: Context, judge: JudgeConfig | None, reward: Any, talks: Sequence[Sequence[Message]], rows: Sequence[Row]
+) -> list[float | None]:
+    """What a judge or a reward says of the last turn of each conversation; None: nothing.
+
+    Raises:
+        DataError: of none of several; a judge that never gives a mark is none.
+    """
+    if judge is not None:
+        found = Judge(judge, context).marks(talks)
+    else:
+        answers = [Completion(talk[-1]["content"], finish_reason="stop") for talk in talks]
+        found = list(context.build(reward).score(answers, rows))
+    if found and all(score is None for score in found):
+        raise DataError(
+            f"none of {len(found)} answers got a mark",
+            hint="the judge has to answer with a number alone: is it able to, is `max_new_tokens` enough?",
+        )
+    return found
