@@ -101,7 +101,11 @@ class StageContext(Context, Protocol):
 
     Attributes:
         out: An empty folder; what is in it when the stage ends becomes the artifact.
+        preview: How many rows the user wants to look at, instead of having the stage run: a stage that trains says what
+            it would train on, see `luthier.training.preview`. 0: it runs.
     """
+
+    preview: int
 
     @property
     def out(self) -> Path:

@@ -114,6 +114,10 @@ class TrainingConfig(StageConfig):
     asks for it: it warns then)."""
     max_length: int = Field(default=1024, gt=1)
     """The longest row in tokens; longer ones are handled as `on_long` says, never cut in silence."""
+    max_long: Annotated[float | None, Field(ge=0, le=1), NotIdentity()] = None
+    """The share of a dataset's rows that may be too long; by default any. More of them stop the stage."""
+    min_trained: Annotated[float | None, Field(ge=0, le=1), NotIdentity()] = None
+    """The share of a dataset's tokens that has to be trained; by default any. Fewer stop the stage."""
     bad_rows: BadRows = BadRows()
     """Rows that the chat template refuses, renders without a part of them, or leaves without a stop token; pairs whose
     sides become the same tokens."""

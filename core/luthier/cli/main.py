@@ -19,6 +19,7 @@ VERBS = {
     "plan": ("luthier.cli.run_verbs:plan_command", "Show what a run would do, and why."),
     "plugin": ("luthier.cli.plugin_author:plugin_command", "Write a plugin, or check one."),
     "plugins": ("luthier.cli.plugin_verbs:plugins_command", "List the installed components."),
+    "preview": ("luthier.cli.preview:preview_command", "Show what a stage would train on."),
     "run": ("luthier.cli.run_verbs:run_command", "Run a recipe."),
     "schema": ("luthier.cli.plugin_verbs:schema_command", "Print the JSON Schema of recipes."),
     "show": ("luthier.cli.show:show_command", "Show a run, a stage, an artifact, or what there is."),

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier.api.artifact import Artifact
-from luthier.api.config import dump_use
 from luthier.api.errors import Interrupted, LuthierError, Problem, RecipeError, StageError, StoreError
 from luthier.api.execution import Event
-from luthier.artifacts.checkpoints import last_step
 from luthier.artifacts.store import Store
 from luthier.planning import Node, Plan
 from luthier.running.commit import adopt, commit
 from luthier.running.events import Events, Listener
+from luthier.running.jobs import job_of
 from luthier.running.lock import Lock, is_held
 from luthier.running.results import RunResult, StageResult
 from luthier.running.signals import Signals
@@ -327,39 +326,10 @@ class Scheduler:
                 )
 
     def _job(self, node: Node) -> Job:
-        work = self.store.work(node.key)
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(
-                f"the scratch folder cannot be made: {error.strerror}",
-                where=str(work),
-                hint="is the store read-only or the disk full? choose another one with --store",
-            ) from error
-        artifacts = {value: str(self._adopted(node, name).path) for value, name in node.names.items()}
+        artifacts = {name: self._adopted(node, name) for name in node.names.values()}
+        artifacts |= {name: self._input(name) for name in node.tests.values()}
         self._check_sources(node)
-        recipe = self.plan.recipe
-        return Job(
-            stage=node.id,
-            component=node.component.name,
-            config=node.config.model_dump(mode="json"),
-            artifacts=artifacts,
-            kinds={path: [self._input(name).kind for name in names] for path, names in node.inputs.items()},
-            sources=node.source_places,
-            seed=node.config.seed if node.config.seed is not None else recipe.seed,
-            key=node.key,
-            out=str(work / "out"),
-            scratch=str(work),
-            run=self.id,
-            recipe=recipe.name,
-            tracking=str(self.store.tracking(recipe.name, node.id, node.key)),
-            store=str(self.store.root),
-            trackers=[dump_use(use) for use in recipe.trackers],
-            step=last_step(work),
-            ranks=node.config.ranks,
-            date=None if recipe.date is None else recipe.date.isoformat(),
-            tests={stage: str(self._input(name).path) for stage, name in node.tests.items()},
-        )
+        return job_of(self.plan, node, self.id, artifacts)
 
     # -- what workers say --------------------------------------------------------------------------
 

@@ -144,6 +144,7 @@ class TestContext(PluginAccess):
     date: datetime.date | None = None
     rank = 0
     world = 1
+    preview = 0
     device = "cpu"
 
     def __init__(

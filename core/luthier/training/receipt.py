@@ -20,7 +20,7 @@ from luthier.api.errors import ModelError
 from luthier.api.stages import Facts
 from luthier.artifacts.json_files import read_json, write_json
 from luthier.modeling.loading import load_adapter, load_folder, model_folder
-from luthier.modeling.text import IGNORED
+from luthier.modeling.text import IGNORED, Encoded
 from luthier.training.batches import evaluating
 from luthier.training.divergence import Watch
 from luthier.training.encoding import EncodedRow
@@ -175,24 +175,33 @@ def peak_memory() -> int:
 
 def shown_rows(rows: Sequence[EncodedRow], tokenizer: Any) -> list[list[dict[str, Any]]]:
     """The beginnings of a few rows as the model sees them: texts in a row, each with whether it is trained."""
+    some = [item for row in rows[:SHOWN_ROWS] for item in row.completions][: 2 * SHOWN_ROWS]
     found: list[list[dict[str, Any]]] = []
-    for item in [item for row in rows[:SHOWN_ROWS] for item in row.completions][: 2 * SHOWN_ROWS]:
+    for item in some:
         parts: list[dict[str, Any]] = []
         room = SHOWN_CHARACTERS
-        start = 0
-        trained = [label != IGNORED for label in item.labels]
-        while start < len(trained) and room > 0:
-            end = start
-            while end < len(trained) and trained[end] == trained[start]:
-                end += 1
-            text: str = tokenizer.decode(
-                item.input_ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )[:room]
-            parts.append({"text": text, "trained": trained[start]})
-            room -= len(text)
-            start = end
+        for ids, is_trained in parts_of(item):
+            if room > 0:
+                text = text_of(tokenizer, ids)[:room]
+                parts.append({"text": text, "trained": is_trained})
+                room -= len(text)
         found.append(parts)
     return found
+
+
+def parts_of(item: Encoded) -> Iterator[tuple[list[int], bool]]:
+    """The runs of tokens of a sequence that are trained, and those that are not, in their order."""
+    trained = [label != IGNORED for label in item.labels]
+    start = 0
+    for end in range(1, len(trained) + 1):
+        if end == len(trained) or trained[end] != trained[start]:
+            yield item.input_ids[start:end], trained[start]
+            start = end
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as text, special ones included."""
+    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def described(tokenizer: Any, row: EncodedRow) -> str:

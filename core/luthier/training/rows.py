@@ -33,13 +33,18 @@ class RowSource:
     Attributes:
         left_out: How many rows were left out, by reason.
         notes: In how many rows something was found that is trained on all the same, by what it is.
+        stops: The ids of the stop tokens.
+        sources: Of each split, for each dataset: its stage, the rows that are trained on, their tokens, and how many of
+            these are trained.
     """
 
     def __init__(self, source: Artifact, config: TrainingConfig, context: Context, positions: int | None) -> None:
         self.left_out: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
+        self.sources: dict[Split, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
         date = None if context.date is None else context.date.isoformat()
         stops: tuple[int, ...] = tuple(source.facts["stop_token_ids"])
+        self.stops = stops
         self._labelling = Labelling(source.path, stops, date, "answers", config.trained_answers)
         self._config = config
         self._context = context
@@ -82,7 +87,28 @@ class RowSource:
         labelling = replace(self._labelling, of=of)
         datasets = [item for item in datasets if item.facts["rows"].get(split)]
         files = [token_file(item, split, labelling, self._context) for item in datasets]
-        return TokenRows(files, [self._kept(*pair, split, limit) for pair in zip(datasets, files, strict=True)])
+        kept = [self._kept(*pair, split, limit) for pair in zip(datasets, files, strict=True)]
+        for item, file, places in zip(datasets, files, kept, strict=True):
+            self._take_down(item, split, file, places)
+        return TokenRows(files, kept)
+
+    def _take_down(self, dataset: Artifact, split: Split, file: TokenFile, kept: np.ndarray) -> None:
+        """Note what a dataset gives.
+
+        Raises:
+            DataError: fewer of its tokens are trained than `min_trained` says.
+        """
+        tokens = int(file.tokens_of[kept].sum(dtype=np.int64))
+        trained = int(file.targets[kept].sum(dtype=np.int64))
+        name = dataset.manifest["stage"]
+        self.sources[split].append({"stage": name, "rows": len(kept), "tokens": tokens, "trained": trained})
+        least = self._config.min_trained
+        if least is not None and trained < least * tokens:
+            raise DataError(
+                f"{trained / tokens:.1%} of the tokens of '{name}' (split '{split}') are trained, `min_trained` asks "
+                f"for {least:.1%}",
+                hint="`luthier preview RECIPE STAGE` shows which; are prompts long, or answers marked as not to train?",
+            )
 
     def _kept(self, dataset: Artifact, file: TokenFile, split: Split, limit: int | None) -> np.ndarray:
         """Which rows of a file are trained on."""
@@ -134,6 +160,12 @@ class RowSource:
         if self._config.fails_on_long or len(long) == len(file):
             hint = "raise `max_length` or shorten the rows" if asked else "shorten the rows"
             raise DataError(f"{text}: {first}", hint=hint)
+        most = self._config.max_long
+        if most is not None and len(long) > most * file.rows:
+            raise DataError(
+                f"{text}: {len(long) / file.rows:.1%} where `max_long` allows for {most:.1%}; {first}",
+                hint="raise `max_length` or `max_long`, or shorten the rows",
+            )
         self.left_out[f"longer than {what}"] += len(long)
         self._context.warn(f"{text} and were left out; {first}")
 

@@ -147,6 +147,7 @@ class TokenFile(Sequence[EncodedRow]):
         numbers: Which row of the split each is, from 0, shape (rows with tokens,).
         lengths: The tokens of each row's longest completion, of the same shape.
         targets: How many tokens of each row are trained, of the same shape.
+        tokens_of: The tokens of each row, of all its completions, of the same shape.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,6 +173,7 @@ class TokenFile(Sequence[EncodedRow]):
         self.numbers = rows[starts]
         self.lengths = np.maximum.reduceat(lengths, starts) if len(starts) else lengths
         self.targets = np.add.reduceat(targets, starts) if len(starts) else targets
+        self.tokens_of = np.add.reduceat(lengths, starts) if len(starts) else lengths
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -41,6 +41,7 @@ from luthier.training.encoding import EncodedRow
 from luthier.training.experts import COUNTED, load_of, shares_of
 from luthier.training.memory import check_room
 from luthier.training.mixing import Mix
+from luthier.training.preview import looked_at
 from luthier.training.receipt import check_reloads, described, logits_of, probe_of, shown_rows
 from luthier.training.rows import RowSource
 from luthier.training.run import Material, Trained, train
@@ -78,6 +79,8 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
         )
     source_of = RowSource(source, config, context, positions_of(model_folder(source)))
     rows, validation = encode(source_of, datasets, "train"), encode(source_of, datasets, "validation")
+    if context.preview:
+        return looked_at(config, source_of, {"train": rows, "validation": validation}, tokenizer, context.preview)
     precision = _precision(config, source, context)
     check_room(config, source, context)
     model, options = _load(config, source, context, precision)
@@ -118,7 +121,11 @@ def run_training(config: TrainingConfig, context: StageContext, encode: Encode) 
     counts: Facts = {"rows": len(rows), "tokens": _targets(rows), "precision": precision}
     if mix is not None:
         counts["rows_in_epoch"] = list(mix.taken)
-    found = {"left_out": dict(source_of.left_out), "notes": dict(source_of.notes)}
+    found = {
+        "left_out": dict(source_of.left_out),
+        "notes": dict(source_of.notes),
+        "sources": source_of.sources["train"],
+    }
     return {**made, "training": {**facts, **counts, **{name: value for name, value in found.items() if value}}}
 
 

@@ -47,6 +47,7 @@ class JobContext(PluginAccess):
         self.cache = Store(Path(job.store)).cache
         self.rank = rank
         self.world = world
+        self.preview = job.preview
         self._job = job
         self._listener = listener
         self._last_progress = 0.0

@@ -60,7 +60,7 @@ def execute(job: Job, registry: Registry, listener: Listener, *, rank: int = 0, 
 
 def _tracked(stage: Any, job: Job, config: StageConfig, registry: Registry, context: JobContext) -> dict[str, Any]:
     """Run a stage with its trackers, which get the outcome."""
-    if context.rank:
+    if context.rank or job.preview:
         return stage.run()
     trackers = context.trackers = Trackers(job, registry, context)
     outcome: Outcome = "failed"

@@ -31,6 +31,7 @@ class Job:
         step: The step of the checkpoint to go on from; None where there is none.
         ranks: How many processes compute it together.
         tests: The datasets that the recipe tests on, by the stage that does: artifact folders.
+        preview: How many rows are looked at instead of trained on; 0: the stage runs.
         date: The recipe's date, as ``YYYY-MM-DD``; None where it has none.
     """
 
@@ -53,6 +54,7 @@ class Job:
     ranks: int = 1
     date: str | None = None
     tests: dict[str, str] = field(default_factory=dict[str, str])
+    preview: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, from which it can be made again."""
