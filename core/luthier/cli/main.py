@@ -12,6 +12,7 @@ VERBS = {
     "chat": ("luthier.cli.chat:chat_command", "Chat with a model, an adapter or an export."),
     "clean": ("luthier.cli.clean:clean_command", "Remove what no recipe needs any more."),
     "completion": ("luthier.cli.completion:completion_command", "Print completion for a shell."),
+    "data": ("luthier.cli.data:data_command", "Look at datasets: what rows are like, and what is odd."),
     "diff": ("luthier.cli.diff:diff_command", "Show how models differ, layer by layer."),
     "do": ("luthier.cli.do:do_command", "Run one stage without a recipe."),
     "doctor": ("luthier.cli.doctor:doctor_command", "Show versions, devices and what is missing."),
