@@ -6,10 +6,14 @@ import json
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
 from luthier import Recipe, plan
+from luthier.artifacts.datasets import read_split
+from luthier.artifacts.store import Store
 from luthier.testing import tiny_model
+from pyarrow import parquet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = COMMIT[::-1]
@@ -62,3 +66,83 @@ def test_an_embedded_model_that_is_unknown_names_those_there_are(hub: Path, cli)
     done = cli("plan", "taken.yaml", "--set", "stages.base.source=embedded:nano-bass")
     assert done.returncode == 2
     assert "there are: nano-base" in done.stderr
+
+
+# -- datasets --------------------------------------------------------------------------------------
+
+CARD = """\
+---
+configs:
+- config_name: main
+  default: true
+  data_files: [{split: train, path: "main/*.parquet"}, {split: test, path: main/held-out/0.parquet}]
+- config_name: small
+  data_files: [{split: train, path: small.parquet}]
+---
+Rows.
+"""
+READS = """\
+luthier: 1
+name: reads
+stages:
+  rows: {uses: data, source: hf:org/rows, format: prompt_completion, columns: {question: prompt, answer: completion}}
+"""
+
+
+def written(path: Path, *questions: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [{"question": question, "answer": "yes"} for question in questions]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.fixture
+def rows(hub: Path, tmp_path: Path) -> Path:
+    """The cache of a machine that has downloaded the dataset `org/rows` once."""
+    folder = hub.parent / "datasets--org--rows"
+    snapshot = folder / "snapshots" / COMMIT
+    written(snapshot / "main" / "0.parquet", "one?", "two?")
+    written(snapshot / "main" / "1.parquet", "three?")
+    written(snapshot / "main" / "held-out/0.parquet", "four?")
+    written(snapshot / "small.parquet", "five?")
+    (snapshot / "README.md").write_text(CARD)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    (tmp_path / "reads.yaml").write_text(READS)
+    return folder
+
+
+def asked_in(folder: Path) -> list[str]:
+    artifact = Store(folder / ".luthier").resolve("reads/rows")
+    return [row["prompt"][0]["content"] if "prompt" in row else row["messages"][0]["content"]
+            for row in read_split(artifact, "train")]  # fmt: skip
+
+
+def test_a_dataset_is_pinned_and_read_as_its_card_says(rows: Path, cli, tmp_path: Path) -> None:
+    done = cli("run", "reads.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert yaml.safe_load((tmp_path / "reads.lock.yaml").read_text()) == {"datasets/org/rows": COMMIT}
+    assert asked_in(tmp_path) == ["one?", "two?", "three?"]
+    manifest = json.loads(cli("show", "reads/rows", "--json").stdout)
+    assert manifest["payload"]["sources"] == {"source": [f"hf:datasets/org/rows@{COMMIT}"]}
+    (rows / "refs" / "main").write_text(OTHER)
+    assert plan(tmp_path / "reads.yaml", tmp_path / ".luthier").nodes["rows"].status == "cached"
+    settings = {"{split: test}": ["four?"], "{config: small}": ["five?"], "{split: 'train[:2]'}": ["one?", "two?"]}
+    for setting, questions in settings.items():
+        done = cli("run", "reads.yaml", "--set", f"stages.rows.hub={setting}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert asked_in(tmp_path) == questions
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("stages.rows.hub={split: nothing}", 1, "split nothing"),
+        ("stages.rows.hub={config: nothing}", 1, "configuration nothing"),
+        ("stages.rows.format=null", 2, "what is in hf:org/rows is not read to plan a recipe"),
+        ("stages.rows.source=hf:org/none", 2, "the hub cannot say which commit 'datasets/org/none' is at"),
+    ],
+)
+def test_what_is_not_there_is_an_error(rows: Path, cli, setting: str, code: int, message: str) -> None:
+    done = cli("run", "reads.yaml", "--set", setting)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr

@@ -19,6 +19,8 @@ from luthier.artifacts.store import Store
 from luthier.recipe.document import parse
 
 HUB = "hf:"
+DATASETS = "datasets/"
+"""What ids of datasets begin with in lock files and keys, as they do in the hub's own addresses."""
 EMBEDDED = "embedded:"
 COMMIT = re.compile(r"[0-9a-f]{40}")
 MOST_FILES = 10_000
@@ -27,7 +29,7 @@ MOST_FILES = 10_000
 
 @dataclass(frozen=True, slots=True)
 class ResolvedSource:
-    """A source with the digest of its content (for a hub model, its pinned commit) and its place."""
+    """A source with the digest of its content (of what is on the hub, its pinned commit) and its place."""
 
     digest: str
     place: str
@@ -50,9 +52,9 @@ def resolve(value: str, kind: str, folder: Path, store: Store, lock: HubLock) ->
         LuthierError: a path does not exist.
     """
     if value.startswith(HUB):
-        if kind != "model":
+        if kind == "file":
             raise LuthierError(f"'{value}' is a hub id where a file is expected", hint="download it, and give its path")
-        repository, commit = lock.pin(value.removeprefix(HUB))
+        repository, commit = lock.pin(f"{DATASETS if kind == 'data' else ''}{value.removeprefix(HUB)}")
         return ResolvedSource(f"{HUB}{repository}@{commit}", f"{HUB}{repository}@{commit}")
     if value.startswith(EMBEDDED):
         return _embedded(value, store)
@@ -140,7 +142,7 @@ class HubLock:
             self.pins = dict(cast("dict[str, str]", value or {}))
 
     def pin(self, text: str) -> tuple[str, str]:
-        """Repository and commit of ``org/name`` or ``org/name@revision``.
+        """Repository and commit of ``org/name`` or ``org/name@revision``; of a dataset with ``datasets/`` before it.
 
         Raises:
             ModelError: the commit is not pinned yet and the hub cannot be asked.
@@ -160,9 +162,11 @@ def _ask_hub(repository: str, revision: str) -> str:
     from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    cached = Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / revision
+    name = repository.removeprefix(DATASETS)
+    kind = "model" if name == repository else "dataset"
+    cached = Path(HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "refs" / revision
     try:
-        commit = HfApi().model_info(repository, revision=revision).sha
+        commit = HfApi().repo_info(name, revision=revision, repo_type=kind).sha
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         if cached.exists():
             return cached.read_text(encoding="ascii").strip()

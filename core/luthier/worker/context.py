@@ -21,6 +21,11 @@ from luthier.worker.tracking import Trackers
 
 PROGRESS_EVERY = 0.2
 HUB = "hf:"
+WANTED = {
+    "model": ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", *LICENCES],
+    "dataset": ["README.md", *(f"*{ending}*" for ending in (".parquet", ".arrow", ".json", ".csv", ".tsv", ".txt"))],
+}
+"""The files that are downloaded of a repository."""
 
 
 class Listener(Protocol):
@@ -126,19 +131,23 @@ class JobContext(PluginAccess):
 
 
 def download(pinned: str) -> Path:
-    """The local folder of a hub model at a pinned commit: safetensors, configs and tokenizer only.
+    """The local folder of a hub model at a pinned commit: safetensors, configs and tokenizer only; or of a dataset: the
+    files that hold rows, and its card, which says which of them belong together.
 
     Raises:
-        ModelError: the hub cannot be reached and the model is not in the local cache.
+        ModelError: the hub cannot be reached and it is not in the local cache.
     """
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, commit = pinned.removeprefix(HUB).partition("@")
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", *LICENCES]
+    name = repository.removeprefix("datasets/")
+    kind = "model" if name == repository else "dataset"
     try:
         return Path(
-            cast("Any", huggingface_hub).snapshot_download(repository, revision=commit, allow_patterns=patterns)
+            cast("Any", huggingface_hub).snapshot_download(
+                name, revision=commit, repo_type=kind, allow_patterns=WANTED[kind]
+            )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from luthier.api import BadRows, Config, DataSources, Field, FormatUse, Schema, StageConfig
+from luthier.api import BadRows, Config, DataError, DataSources, Field, FormatUse, Schema, StageConfig
 from luthier.api.config import Components
 from luthier.api.data import ID
 from luthier.artifacts.rows import MEANT, RESERVED
 from pydantic import PrivateAttr, field_validator, model_validator
+
+HUB = "hf:"
 
 
 class SplitConfig(Config):
@@ -43,6 +45,15 @@ class DedupeConfig(Config):
     that both have. By default only rows that are the same count, but for white space and upper case."""
 
 
+class HubConfig(Config):
+    """Which rows of a dataset on the Hugging Face hub are read."""
+
+    config: str | None = None
+    """The configuration, as its card calls it; by default its only one, or the default."""
+    split: str = "train"
+    """The split there, such as ``train`` or ``train[:10%]``; how the rows are split here, `split` says."""
+
+
 class DataConfig(StageConfig):
     """Reads data files into a dataset; every row is checked, and gets an `id` and the place that it is from."""
 
@@ -51,9 +62,13 @@ class DataConfig(StageConfig):
     source: DataSources
     """Files, one or several: each a file, a folder, or a pattern such as ``chats/*.jsonl``. JSON lines or arrays
     (``.jsonl``, ``.json``), tables (``.csv``, ``.tsv``, ``.parquet``, ``.arrow``), texts (``.txt``, a row for each
-    paragraph; ``.md``, one for each file), all but Parquet and Arrow also as ``.gz`` or ``.zst``."""
+    paragraph; ``.md``, one for each file), all but Parquet and Arrow also as ``.gz`` or ``.zst``. Or datasets of the
+    Hugging Face hub: ``hf:org/name``, ``hf:org/name@revision``."""
+    hub: HubConfig = HubConfig()
+    """Which rows are read of datasets on the hub."""
     format: FormatUse | None = None
-    """What a row looks like; by default recognised from the first rows, when the recipe is planned."""
+    """What a row looks like; by default recognised from the first rows, when the recipe is planned. What is on the hub
+    is not read then: such a stage names it."""
     columns: dict[str, str] = {}
     """Other names for keys of the rows, such as ``{question: prompt, answer: completion}``, before anything is read
     of them."""
@@ -73,6 +88,12 @@ class DataConfig(StageConfig):
 
     _schema: Schema | None = PrivateAttr(default=None)
 
+    @model_validator(mode="after")
+    def _hub_is_read(self) -> DataConfig:
+        if self.hub != HubConfig() and not self.from_hub:
+            raise ValueError("`hub` is for sources such as hf:org/name, and there are none")
+        return self
+
     @field_validator("keep")
     @classmethod
     def _not_reserved(cls, value: list[str]) -> list[str]:
@@ -84,7 +105,17 @@ class DataConfig(StageConfig):
             )
         return value
 
+    @property
+    def from_hub(self) -> list[str]:
+        """The sources that are on the hub."""
+        return [value for value in self.source if value.startswith(HUB)]
+
     def resolved(self, sources: Mapping[str, Sequence[str]], components: Components) -> StageConfig:
+        if self.format is None and self.from_hub:
+            raise DataError(
+                f"what is in {self.from_hub[0]} is not read to plan a recipe",
+                hint="name what its rows look like: `format: messages`, or another one of `luthier plugins`",
+            )
         if self.format is not None or len(sources.get("source", [])) < len(self.source):
             return self._of_schema(components)
         # Only where it is needed: a recipe that names its formats reads no data to be planned.

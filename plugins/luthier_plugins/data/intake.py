@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, cast
 
 from luthier.api import DataError, Format, Row
 from luthier.api.data import ID, SOURCE, TOOLS, WEIGHT
 from luthier.artifacts.rows import RESERVED, checked, id_of, weight_of
-from luthier.data.raw import raw_rows
 from luthier_plugins.data.config import DataConfig
 from luthier_plugins.data.recognise import renamed
 
@@ -23,6 +22,21 @@ PLACES = ((re.compile(r"\bmessages \d+ and \d+\b"), "two messages"), (re.compile
 """Where in a row something is wrong: reasons are counted without it."""
 BATCH = 1000
 """Rows that are handed on together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A file that is read, or a split of a dataset on the hub.
+
+    Attributes:
+        rows: Its raw rows, with their lines.
+        place: Where it is, for messages.
+        name: Its name in the rows' `source`.
+    """
+
+    rows: Iterable[tuple[int, Any]]
+    place: str
+    name: str
 
 
 class Intake:
@@ -50,22 +64,22 @@ class Intake:
         self._form = form
         self._examples: list[DataError] = []
 
-    def batches(self, files: Iterable[tuple[Path, str]]) -> Iterator[list[tuple[Row, str | None]]]:
+    def batches(self, files: Iterable[Opened]) -> Iterator[list[tuple[Row, str | None]]]:
         """The rows of files, in batches, each with its group where rows are grouped; no more than `limit`.
 
         Args:
-            files: Each with its name in the rows' `source`.
+            files: What is read.
 
         Raises:
             DataError: a file cannot be read.
         """
         batch: list[tuple[Row, str | None]] = []
-        for path, name in files:
-            for line, raw in raw_rows(path):
-                for made in self._rows(path, name, line, raw):
+        for file in files:
+            for line, raw in file.rows:
+                for made in self._rows(file, line, raw):
                     batch.append(made)
                     self.rows += 1
-                    self.files[name] += 1
+                    self.files[file.name] += 1
                     if self.rows == self._config.limit:
                         yield batch
                         return
@@ -75,7 +89,7 @@ class Intake:
         if batch:
             yield batch
 
-    def _rows(self, path: Path, name: str, line: int, raw: Any) -> list[tuple[Row, str | None]]:
+    def _rows(self, file: Opened, line: int, raw: Any) -> list[tuple[Row, str | None]]:
         """The rows of a raw row; none of a bad one, which is counted."""
         self.read += 1
         try:
@@ -86,12 +100,12 @@ class Intake:
             values = renamed(cast("dict[str, Any]", raw), self._config.columns)
             made = self._made(values)
         except DataError as error:
-            self._count(error, f"{path}:{line}")
+            self._count(error, f"{file.place}:{line}")
             return []
         self.unused.update(_unread(values, {*self._form.keys_read(values), *self._used}))
         group = self._group(values)
         return [
-            ({**row, ID: str(row[ID]) if ID in self._config.keep else id_of(row), SOURCE: f"{name}:{line}"}, group)
+            ({**row, ID: str(row[ID]) if ID in self._config.keep else id_of(row), SOURCE: f"{file.name}:{line}"}, group)
             for row in made
         ]
 

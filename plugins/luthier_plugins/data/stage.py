@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from luthier.api.data import SOURCE
 from luthier.artifacts.datasets import SPLITS, ParquetRows, Sizes, ledger_of
 from luthier.artifacts.rows import compared_text
 from luthier.data.files import data_files, named
+from luthier.data.hub import hub_rows
+from luthier.data.raw import raw_rows
 from luthier.data.spool import Spool
 from luthier_plugins.data.config import DataConfig
 from luthier_plugins.data.duplicates import Duplicates, Verdict
-from luthier_plugins.data.intake import Intake
+from luthier_plugins.data.intake import Intake, Opened
 from luthier_plugins.data.sides import draws_of, shared, sides_of
 
 NOWHERE = -1
@@ -68,14 +69,19 @@ class Data(Stage[DataConfig]):
             "files": dict(intake.files.most_common(100)),
         }
 
-    def _files(self) -> Iterator[tuple[Path, str]]:
+    def _files(self) -> Iterator[Opened]:
         for value in self.config.source:
             place = self.context.path(value)
+            if value in self.config.from_hub:
+                rows = hub_rows(place, self.config.hub.config, self.config.hub.split)
+                yield Opened(rows, value, value)
+                continue
             files, others = data_files(place)
             if others:
                 some = ", ".join(path.name for path in others[:5])
                 self.context.warn(f"{len(others)} files of {value} are no data files and are not read, such as {some}")
-            yield from zip(files, named(files, place), strict=True)
+            for path, name in zip(files, named(files, place), strict=True):
+                yield Opened(raw_rows(path), str(path), name)
 
     def _tell(self, intake: Intake, form: Format[Any]) -> None:
         """Say what became of the rows."""
