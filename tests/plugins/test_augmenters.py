@@ -290,3 +290,36 @@ def test_a_stage_that_was_stopped_by_its_budget_goes_on_where_it_was(tmp_path: P
     assert paid == 5
     assert len(server.requests) == 12
     assert data.facts["rows"]["train"] == 24
+
+
+def test_slots_are_filled_from_files_and_from_columns(tmp_path: Path) -> None:
+    (tmp_path / "verbs.txt").write_text("open\n\n  close \n")
+    (tmp_path / "rooms.csv").write_text("name,floor\nhall,1\nattic,3\n")
+    rows = [{**row, "level": number} for number, row in enumerate(ROWS)]
+    method = {
+        "uses": "template",
+        "templates": [talk("{{ verb }} the {{ room.name }} on floor {{ room.floor }}", "{{ old }} / {{ level }}")],
+        "slots": {
+            "verb": {"file": str(tmp_path / "verbs.txt")},
+            "room": {"file": str(tmp_path / "rooms.csv")},
+            "old": {"column": "prompt"},
+            "level": {"column": "level"},
+        },
+        "count": 12,
+    }
+    new = train_of(augmented(tmp_path, method, rows, keep_original=False))
+    asked = {row["messages"][0]["content"] for row in new}
+    assert asked == {
+        f"{verb} the {room}" for verb in ("open", "close") for room in ("hall on floor 1", "attic on floor 3")
+    }
+    parents = {id_of(row): row for row in rows}
+    for row in new:
+        parent = parents[row["parents"][0]]
+        assert row["messages"][1]["content"] == f"{QUESTIONS[parent['level']]} / {parent['level']}"
+    (tmp_path / "none.txt").write_text("\n")
+    for slot, message in (
+        ({"column": "nothing"}, "nothing under 'nothing'"),
+        ({"file": str(tmp_path / "none.txt")}, "holds nothing"),
+    ):
+        with pytest.raises(DataError, match=message):
+            augmented(tmp_path, {**method, "slots": {**method["slots"], "old": slot}}, rows, keep_original=False)

@@ -9,7 +9,7 @@ def luthier_components() -> list[Component]:
         Component(
             kind="augmenter",
             name="template",
-            summary="Fill the slots of Jinja templates from lists, ranges and random letters",
+            summary="Fill the slots of Jinja templates from lists, ranges, random letters, files and columns",
             config="luthier_plugins.template.config:TemplateConfig",
             impl="luthier_plugins.template.expand:Template",
         )

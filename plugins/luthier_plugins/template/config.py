@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.api import Config, Field
+from luthier.api import Config, Field, FileSource
 from pydantic import model_validator
 
 
@@ -30,12 +30,27 @@ class LettersSlot(Config):
     """The letters to draw from."""
 
 
+class FileSlot(Config):
+    """A line of a text file, or a row of a data file, used as ``{{ city.name }}``."""
+
+    file: FileSource
+    """The file: ``.txt``, in which empty lines do not count, or one that the stage `data` reads."""
+
+
+class ColumnSlot(Config):
+    """What a row of the stage's `data` has under a key; all such slots of a new row are of the same row, which is its
+    parent."""
+
+    column: str
+    """The key, such as that of a column which the data keeps; ``prompt`` and ``answer`` are the texts of a row."""
+
+
 class TemplateConfig(Config):
     """Draws a value for each slot, then renders one of the templates with them, in Jinja's sandbox."""
 
     templates: list[dict[str, Any]] = Field(min_length=1)
     """Rows whose texts are Jinja templates, such as ``{messages: [{role: user, content: "{{ verb }} it"}]}``."""
-    slots: dict[str, list[Any] | RangeSlot | LettersSlot] = {}
+    slots: dict[str, list[Any] | RangeSlot | LettersSlot | FileSlot | ColumnSlot] = {}
     """What each slot is filled from, in this order. An entry of a list may be a mapping, used as
     `{{ city.name }}`, and may itself use the slots above it: `["near {{ city.name }}", "far away"]`."""
     count: int = Field(gt=0)
