@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from luthier import run
 from luthier.api import LuthierError, RunInfo, Tracker
+from luthier.artifacts.extras import needed
 from luthier.registry import default_registry
 from luthier.testing import TestContext
-from luthier_plugins.trackers.extra import needed
 
 CONFIG = {"uses": "sft", "steps": 4, "adapter": {"uses": "lora", "r": 8}}
 FACTS = {"training": {"loss_last": 0.25, "trained": {"parameters": 12}, "kind": "model"}}
@@ -162,4 +162,4 @@ def test_a_recipe_names_several(tmp_path: Path, chats: Path, monkeypatch: pytest
 
 def test_a_library_that_is_missing_is_named() -> None:
     with pytest.raises(LuthierError, match="no-such-library is not installed"):
-        needed("no_such_library", "no-such-library")
+        needed("no_such_library", "no-such-library", "trackers")

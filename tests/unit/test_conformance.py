@@ -42,6 +42,8 @@ VALUES: dict[str, dict[str, Any]] = {
     "generator-openai": {"url": "http://127.0.0.1:1", "model": "m"},
     "tracker-wandb": {"mode": "offline"},
     "stage-sft": {"model": "m", "data": "d"},
+    "metric-regex": {"pattern": "a"},
+    "metric-json_schema": {"json_schema": {"type": "object"}},
     "merge_method-fisher": {"data": "d"},
     "regularizer-ewc": {"data": "d", "rows": 2},
     "merge_method-regmean": {"data": "d"},

@@ -102,11 +102,17 @@ class Score:
         by_row: What each row contributed, in their order, on a scale on which means make sense and that has the
             metric's direction: of a perplexity, the row's nats per token. None where it says nothing of a row.
         weights: What each row counts in the mean, such as its tokens; None: all the same.
+        of_mean: What makes the value of the mean of rows, where it is not the mean itself: of a perplexity, exp.
+        is_mean: Whether the value is made of the mean of rows at all: BLEU is not, and has no interval.
+        unread: Answers of which the metric could make nothing: no number, no JSON. They count as wrong.
     """
 
     value: float
     by_row: Sequence[float | None]
     weights: Sequence[float] | None = None
+    of_mean: Callable[[float], float] | None = None
+    is_mean: bool = True
+    unread: int = 0
 
 
 class Metric(Implementation[C]):

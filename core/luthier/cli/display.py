@@ -23,7 +23,7 @@ from rich.table import Table
 
 from luthier.api.execution import Event
 from luthier.planning import Node
-from luthier.reporting.tables import describe, files_table, number, report_table
+from luthier.reporting.tables import certainty, describe, files_table, number, report_table
 from luthier.running.runner import RunResult
 
 WIDE = 160
@@ -159,6 +159,8 @@ def summarize(result: RunResult, console: Console) -> None:
         if stage.artifact is not None and "table" in stage.artifact.facts:
             console.print()
             console.print(report_table(name, stage.artifact.facts["table"], _labels(stage.node)))
+            for line in certainty(dict(stage.artifact.facts), _labels(stage.node)):
+                console.print(f"  {escape(line)}", style="dim")
     for name, stage in result.stages.items():
         if stage.artifact is not None and stage.artifact.kind == "export":
             console.print(f"\n[bold]{escape(name)}[/]  {escape(str(stage.artifact.path))}", soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.markup import escape
@@ -116,6 +117,46 @@ def report_table(name: str, content: dict[str, Any], labels: list[str]) -> Table
             label = f"{labels[place]} {label.partition(' ')[2]}".rstrip()
         table.add_row(escape(label), *(number(value, _form(value)) for value in values))
     return table
+
+
+def certainty(facts: dict[str, Any], labels: Sequence[str]) -> list[str]:
+    """What a report's numbers are worth, as lines: intervals, differences that are told and those that are not, and
+    answers that are no whole ones.
+
+    Args:
+        facts: The report's.
+        labels: What to call the models, the measured one first, where there are as many.
+    """
+    models: list[dict[str, Any]] = [facts, *facts.get("against", [])]
+    names = list(labels) if len(labels) == len(models) else [str(model["stage"]) for model in models]
+    lines: list[str] = []
+    for metric, (low, high) in (facts.get("intervals") or {}).items():
+        lines.append(f"{metric} of {names[0]}: {_near(low)} to {_near(high)} (95 %, {facts['rows']:,} rows)")
+    for name, model in zip(names[1:], models[1:], strict=True):
+        for metric, about in (model.get("difference") or {}).items():
+            ends = f"{_signed(about['value'])} (95 %: {_signed(about['low'])} to {_signed(about['high'])})"
+            if about["verdict"] == "not told":
+                more = f"; about {about['needed']:,} rows would tell this difference" if about["needed"] else ""
+                lines.append(f"{metric}: {names[0]} cannot be told from {name}, {ends}{more}")
+            else:
+                lines.append(
+                    f"{metric}: {names[0]} is {about['verdict']} than {name}, {ends}, p {about['corrected']:.2g}"
+                )
+    for name, model in zip(names, models, strict=True):
+        answers: dict[str, int] = model.get("answers") or {}
+        bad = [f"{answers[kind]:,} {kind}" for kind in ("cut off", "empty") if answers.get(kind)]
+        bad += [f"{count:,} that {metric} could not read" for metric, count in (model.get("unread") or {}).items()]
+        if bad:
+            lines.append(f"{name}: of {answers.get('given', 0):,} answers {', '.join(bad)}")
+    return lines
+
+
+def _near(value: float) -> str:
+    return number(value, _form(value))
+
+
+def _signed(value: float) -> str:
+    return f"{'+' if value >= 0 else '-'}{_near(abs(value))}"
 
 
 def _form(value: Any) -> str:

@@ -31,6 +31,8 @@ NUMBER = r"\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 REQUIREMENT = re.compile(
     rf"\s*(?P<than>>=|<=|>|<)\s*(?:(?P<number>-?{NUMBER})|(?P<stage>[A-Za-z][\w-]*?)(?:\s*(?P<by>[-+]\s*{NUMBER}))?)\s*"
 )
+PARTS = ("lower", "upper", "change")
+"""What gates may be on beside a metric's value."""
 Measured = Annotated[str, Input(("model", "adapter", "export"))]
 
 
@@ -64,6 +66,9 @@ class EvaluateConfig(StageConfig):
     """Rows that a model's chat template refuses, or that are longer than its context: no model is asked them."""
     allow_leakage: Annotated[str | None, Field(min_length=1), NotIdentity()] = None
     """Why the model may have been trained on rows that it is tested on; by default it is not tested then."""
+    clusters: str | None = None
+    """A column of the data whose values say which rows belong together, such as several questions about one text: they
+    are not independent, and intervals that take them for it are too narrow."""
     by: str | None = None
     """A column of the data whose values are reported apart as well, such as the name of a slice."""
     thinking: Literal["auto", "keep"] | Marks = "auto"
@@ -73,7 +78,8 @@ class EvaluateConfig(StageConfig):
     """The maximum number of tokens in an answer."""
     require: Annotated[dict[str, str], NotIdentity()] = {}
     """Gates: a metric and what its value has to be, as ``exact_match: ">= 0.8"``, or relative to one of
-    `against`, as ``exact_match: ">= merged - 0.05"``."""
+    `against`, as ``exact_match: ">= merged - 0.05"``. ``exact_match.lower`` and ``.upper`` are the ends of its
+    interval, ``perplexity.change`` is by which share it differs from that of the first of `against`."""
 
     @property
     def leakage_allowed(self) -> str | None:
@@ -99,8 +105,11 @@ class EvaluateConfig(StageConfig):
         if twice:
             raise ValueError(f"two metrics are called '{twice[0]}': give one another `name`")
         for name in self.require:
-            if name not in names:
+            metric, part = self._required(name)
+            if metric not in names:
                 raise ValueError(f"`require` names {name}, which is not among `metrics` ({', '.join(names)})")
+            if part == "change" and not self.against:
+                raise ValueError(f"`require` names {name}, the change from another model: name that under `against`")
         for metric, text in self.require.items():
             stage = _parsed(text)["stage"]
             if stage is not None and stage not in self.against:
@@ -118,17 +127,33 @@ class EvaluateConfig(StageConfig):
             if "rows" in facts and not facts["rows"].get("test"):
                 found.append("the data has no split 'test': give its stage `split: {test: 0.1}`")
             columns: Sequence[str] = facts.get("columns", ())
-            if self.by is not None and columns and self.by not in columns:
-                found.append(f"the data has no column '{self.by}', which `by` names: its stage has to `keep` it")
+            for key, column in (("by", self.by), ("clusters", self.clusters)):
+                if column is not None and columns and column not in columns:
+                    found.append(f"the data has no column '{column}', which `{key}` names: its stage has to `keep` it")
         for facts in inputs.get("model", []):
             if self.variant is not None and self.variant not in facts.get("files", [self.variant]):
                 found.append(f"the export has no file '{self.variant}'; it has: {', '.join(facts['files'])}")
         return found
 
     def gates(self, facts: Mapping[str, Any]) -> list[Gate]:
-        scores: Mapping[str, float] = facts["scores"]
         others = {name: found["scores"] for name, found in zip(self.against, facts["against"], strict=True)}
-        return [_gate(metric, text, scores[metric], others) for metric, text in self.require.items()]
+        return [self._gate(name, text, facts, others) for name, text in self.require.items()]
+
+    def _required(self, name: str) -> tuple[str, str]:
+        """The metric that a gate is on, and which part of it; empty: its value."""
+        metric, _, part = name.rpartition(".")
+        return (metric, part) if part in PARTS and name not in self.names else (name, "")
+
+    def _gate(self, name: str, text: str, facts: Mapping[str, Any], others: Mapping[str, Mapping[str, float]]) -> Gate:
+        metric, part = self._required(name)
+        value: float | None = facts["scores"][metric]
+        if part == "change":
+            base = others[self.against[0]][metric]
+            value = (facts["scores"][metric] - base) / abs(base) if base else None
+        elif part:
+            ends: Sequence[float] | None = facts["intervals"].get(metric)
+            value = None if ends is None else ends[part == "upper"]
+        return Gate(name, text.strip(), None, False) if value is None else _gate(name, metric, text, value, others)
 
 
 def _parsed(text: str) -> re.Match[str]:
@@ -137,7 +162,7 @@ def _parsed(text: str) -> re.Match[str]:
     return match
 
 
-def _gate(metric: str, text: str, value: float, others: Mapping[str, Mapping[str, float]]) -> Gate:
+def _gate(name: str, metric: str, text: str, value: float, others: Mapping[str, Mapping[str, float]]) -> Gate:
     match = _parsed(text)
     if match["stage"] is None:
         bound = float(match["number"])
@@ -145,4 +170,4 @@ def _gate(metric: str, text: str, value: float, others: Mapping[str, Mapping[str
         bound = others[match["stage"]][metric] + float((match["by"] or "0").replace(" ", ""))
     if "=" in match["than"] and abs(value - bound) <= ROUNDING:
         bound = value
-    return Gate(metric, text.strip(), value, bool(COMPARISONS[match["than"]](value, bound)))
+    return Gate(name, text.strip(), value, bool(COMPARISONS[match["than"]](value, bound)))

@@ -16,6 +16,7 @@ from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.loading import load_tokenizer, model_folder
 from luthier.modeling.samples import Asked, asked, measured, problem_of, samples_of
 from luthier.modeling.thinking import USUAL, Thinking
+from luthier_plugins.evaluate.certainty import differences, intervals
 from luthier_plugins.evaluate.config import EvaluateConfig, Marks
 
 
@@ -25,6 +26,8 @@ class _Measured:
 
     artifact: Artifact
     samples: Mapping[str, Sequence[Sample]]
+    answers: Mapping[str, int]
+    """How many answers there are, and how many of them are no whole ones."""
 
 
 class Evaluate(Stage[EvaluateConfig]):
@@ -45,20 +48,28 @@ class Evaluate(Stage[EvaluateConfig]):
         roles = ["model", *(f"against-{place}" for place in range(1, len(artifacts)))]
         models = [self._measured(role, item, rows, metrics) for role, item in zip(roles, artifacts, strict=True)]
         baseline = models[1] if len(models) > 1 else None
-        found = [self._facts(role, model, baseline, rows, metrics) for role, model in zip(roles, models, strict=True)]
-        facts: Facts = {
-            **found[0],
-            "against": found[1:],
-            "higher_is_better": {name: metric.higher_is_better for name, metric in metrics.items()},
-        }
+        clusters = [str(row[self.config.clusters]) for row in rows] if self.config.clusters is not None else None
+        better = {name: metric.higher_is_better for name, metric in metrics.items()}
+        scores = [
+            {name: self._score(name, metric, model, baseline, rows) for name, metric in metrics.items()}
+            for model in models
+        ]
+        found = [
+            {**self._facts(role, model, baseline, rows, metrics, some), "intervals": intervals(some, clusters)}
+            for role, model, some in zip(roles, models, scores, strict=True)
+        ]
+        for other, some in zip(found[1:], scores[1:], strict=True):
+            other["difference"] = differences(scores[0], some, better, clusters)
+        facts: Facts = {**found[0], "against": found[1:], "higher_is_better": better}
         facts["table"] = _table(facts)
         (self.context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
 
     def _rows(self) -> list[Row]:
         rows = require_split(self.context.artifact(self.config.data), "test")
-        if self.config.by is not None and self.config.by not in rows[0]:
-            raise DataError(f"the data has no column '{self.config.by}'", hint="keep it with `keep` in the data stage")
+        for column in (self.config.by, self.config.clusters):
+            if column is not None and column not in rows[0]:
+                raise DataError(f"the data has no column '{column}'", hint="keep it with `keep` in the data stage")
         alone = sum(not prompt_of(row) for row in rows)
         if alone:
             raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
@@ -92,9 +103,8 @@ class Evaluate(Stage[EvaluateConfig]):
                 f"{unended} answers of {artifact.manifest['stage']} end before their thinking does and count as empty: "
                 "raise `max_new_tokens`"
             )
-        return _Measured(
-            artifact, {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
-        )
+        samples = {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
+        return _Measured(artifact, samples, _counts(answers, thinking))
 
     def _warn_of_cut(self, artifact: Artifact, answers: Asked) -> None:
         """Say how many answers ended where the model's context does."""
@@ -165,15 +175,17 @@ class Evaluate(Stage[EvaluateConfig]):
         baseline: _Measured | None,
         rows: Sequence[Row],
         metrics: Mapping[str, Metric[Any]],
+        scores: Mapping[str, Score],
     ) -> Facts:
         """The scores of one model, and a file with what it answered and what each row contributed."""
-        scores = {name: self._score(name, metric, model, baseline, rows) for name, metric in metrics.items()}
         values = {name: score.value for name, score in scores.items()}
         label = "" if role == "model" else f"{model.artifact.manifest['stage']}/"
         self.context.metrics({f"{label}{name}": value for name, value in values.items()}, 0)
         self._write_rows(role, model, scores, rows)
         artifact = model.artifact
         facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": values}
+        facts["answers"] = {name: count for name, count in model.answers.items() if count}
+        facts["unread"] = {name: score.unread for name, score in scores.items() if score.unread}
         if artifact.kind == "export" and self.config.variant is not None:
             facts["variant"] = self.config.variant
         if self.config.by is not None:
@@ -225,6 +237,17 @@ class Evaluate(Stage[EvaluateConfig]):
             }
             lines.append(json.dumps(about, ensure_ascii=False))
         (self.context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _counts(asked: Asked, thinking: Thinking | None) -> dict[str, int]:
+    """How many answers were given, and what corrupts a table: those that were cut off, and those that are empty."""
+    found = [answer for kind in asked.values() for row in kind for answer in row]
+    texts = [item.text if thinking is None else thinking.split(item.text, opened=thinking.opened)[1] for item in found]
+    return {
+        "given": len(found),
+        "cut off": sum(answer.finish_reason == "length" for answer in found),
+        "empty": sum(not text.strip() for text in texts),
+    }
 
 
 def _table(facts: Facts) -> Facts:

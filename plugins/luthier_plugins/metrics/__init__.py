@@ -2,22 +2,31 @@
 
 from luthier.api import Component, hookimpl
 
+_METRICS = {
+    "exact_match": ("ExactMatch", "exact_match", "The share of answers that equal the reference"),
+    "numeric": ("Numeric", "numeric", "The share of answers whose last number is that of the reference"),
+    "f1": ("F1", "overlap", "How many words answer and reference have in common, as SQuAD counts them"),
+    "bleu": ("Bleu", "overlap", "BLEU of all answers together, by sacrebleu"),
+    "chrf": ("Chrf", "overlap", "chrF of all answers together, by sacrebleu"),
+    "rouge": ("Rouge", "overlap", "The mean ROUGE of answers, by rouge-score"),
+    "regex": ("Regex", "form", "The share of answers that a pattern is found in"),
+    "json_valid": ("JsonValid", "form", "The share of answers that are JSON"),
+    "json_schema": ("JsonSchema", "form", "The share of answers that are JSON and follow a schema"),
+    "length": ("Length", "form", "The mean length of answers"),
+    "repetition": ("Repetition", "form", "The share of runs of four words that an answer has said before"),
+    "perplexity": ("Perplexity", "perplexity", "The exponential of the mean loss per target token, or per byte"),
+}
+
 
 @hookimpl
 def luthier_components() -> list[Component]:
     return [
         Component(
             kind="metric",
-            name="exact_match",
-            summary="The share of answers that equal the reference",
-            config="luthier_plugins.metrics.config:ExactMatchConfig",
-            impl="luthier_plugins.metrics.exact_match:ExactMatch",
-        ),
-        Component(
-            kind="metric",
-            name="perplexity",
-            summary="The exponential of the mean loss per target token",
-            config="luthier_plugins.metrics.config:PerplexityConfig",
-            impl="luthier_plugins.metrics.perplexity:Perplexity",
-        ),
+            name=name,
+            summary=summary,
+            config=f"luthier_plugins.metrics.config:{impl}Config",
+            impl=f"luthier_plugins.metrics.{module}:{impl}",
+        )
+        for name, (impl, module, summary) in _METRICS.items()
     ]

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from luthier.api import Metric, Needs, Sample, Score
+from luthier.artifacts.rows import conversations
 from luthier_plugins.metrics.config import PerplexityConfig
 
 
 class Perplexity(Metric[PerplexityConfig]):
-    """exp(sum of -log p over all target tokens / their number)."""
+    """exp(sum of -log p over all target tokens / their number), or / the number of bytes that they spell."""
 
     higher_is_better: ClassVar[bool] = False
 
@@ -20,10 +21,17 @@ class Perplexity(Metric[PerplexityConfig]):
         return Needs(token_logps=True)
 
     def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
-        tokens = [len(item.logps) for item in samples]
+        units = [len(item.logps) if self.config.per == "token" else _bytes(item) for item in samples]
         losses = [-sum(item.logps) for item in samples]
-        means = [loss / max(1, count) for loss, count in zip(losses, tokens, strict=True)]
-        return Score(_exp(sum(losses) / sum(tokens)), means, tokens)
+        means = [loss / max(1, count) for loss, count in zip(losses, units, strict=True)]
+        return Score(_exp(sum(losses) / max(1, sum(units))), means, units, _exp)
+
+
+def _bytes(sample: Sample) -> int:
+    """The bytes of what is trained of a row: the assistant's turns."""
+    turns = conversations(sample.row)[0]
+    said = [message["content"] for message in turns if message["role"] == "assistant" and message.get("train", True)]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
 
 
 def _exp(mean: float) -> float:

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.api import Outcome, RunInfo
+from luthier.artifacts.extras import needed
 from luthier_plugins.trackers.config import MlflowConfig
-from luthier_plugins.trackers.extra import needed
 from luthier_plugins.trackers.remote import RemoteTracker, flat
 
 STATUS: Mapping[Outcome, str] = {"done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
@@ -25,7 +25,10 @@ class Mlflow(RemoteTracker[MlflowConfig]):
     _id = ""
 
     def open(self, run: RunInfo, name: str | None) -> str:
-        tracking, entities = needed("mlflow.tracking", "mlflow"), needed("mlflow.entities", "mlflow")
+        tracking, entities = (
+            needed("mlflow.tracking", "mlflow", "trackers"),
+            needed("mlflow.entities", "mlflow", "trackers"),
+        )
         self._metric = entities.Metric
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)

@@ -8,8 +8,8 @@ from io import StringIO
 from typing import Any
 
 from luthier.api import Outcome, RunInfo
+from luthier.artifacts.extras import needed
 from luthier_plugins.trackers.config import TrackioConfig
-from luthier_plugins.trackers.extra import needed
 from luthier_plugins.trackers.remote import RemoteTracker, flat, fresh_name
 
 
@@ -19,7 +19,7 @@ class Trackio(RemoteTracker[TrackioConfig]):
     _run: Any = None
 
     def open(self, run: RunInfo, name: str | None) -> str:
-        trackio = needed("trackio", "trackio")
+        trackio = needed("trackio", "trackio", "trackers")
         name = name or fresh_name(run)
         # It prints where to look.
         with redirect_stdout(StringIO()):

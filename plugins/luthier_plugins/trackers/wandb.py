@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from luthier.api import Outcome, RunInfo
+from luthier.artifacts.extras import needed
 from luthier_plugins.trackers.config import WandbConfig
-from luthier_plugins.trackers.extra import needed
 from luthier_plugins.trackers.remote import RemoteTracker, fresh_name
 
 
@@ -17,7 +17,7 @@ class Wandb(RemoteTracker[WandbConfig]):
     _run: Any = None
 
     def open(self, run: RunInfo, name: str | None) -> str:
-        wandb = needed("wandb", "wandb")
+        wandb = needed("wandb", "wandb", "trackers")
         name = name or fresh_name(run)
         self._run = wandb.init(
             project=self.config.project or run.recipe,

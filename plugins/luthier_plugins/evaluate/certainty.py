@@ -1,0 +1,116 @@
+"""How sure scores are, and the differences of two models'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+from luthier.api import Facts, Score
+from luthier.reporting.statistics import Interval, corrected, difference, mean_of, wilson
+
+SAME = 1e-9
+"""By how much the mean of rows may differ from a metric's value which it is."""
+
+
+def intervals(scores: Mapping[str, Score], clusters: Sequence[Hashable] | None) -> dict[str, list[float]]:
+    """Between which values each metric's true one lies, in 95 of 100 cases; none of metrics that are no mean of rows,
+    such as BLEU.
+
+    Args:
+        scores: The metrics.
+        clusters: To what each row belongs, where rows are not independent.
+    """
+    found = {name: _interval(score, clusters) for name, score in scores.items()}
+    return {
+        name: [ends.low, ends.high]
+        for name, ends in found.items()
+        if ends is not None and math.isfinite(ends.low) and math.isfinite(ends.high)
+    }
+
+
+def _interval(score: Score, clusters: Sequence[Hashable] | None) -> Interval | None:
+    values, weights, groups = _given(score, clusters)
+    if not values or not score.is_mean:
+        return None
+    if set(values) <= {0.0, 1.0} and weights is None and groups is None:
+        made = wilson(int(sum(values)), len(values))
+    else:
+        made = mean_of(values, weights, groups)
+    if score.of_mean is not None:
+        value, low, high = (_applied(score.of_mean, end) for end in (made.value, made.low, made.high))
+        made = Interval(value, low, high, made.n)
+    right = abs(made.value - score.value) <= SAME * max(1.0, abs(score.value))
+    return made if right else None
+
+
+def _applied(function: Any, value: float) -> float:
+    try:
+        return float(function(value))
+    except OverflowError:
+        return math.inf
+
+
+def _given(
+    score: Score, clusters: Sequence[Hashable] | None
+) -> tuple[list[float], list[float] | None, list[Hashable] | None]:
+    """The rows that a metric says something of."""
+    places = [place for place, value in enumerate(score.by_row) if value is not None]
+    values = [float(value) for value in score.by_row if value is not None]
+    weights = None if score.weights is None else [score.weights[place] for place in places]
+    return values, weights, None if clusters is None else [clusters[place] for place in places]
+
+
+def differences(
+    ours: Mapping[str, Score],
+    theirs: Mapping[str, Score],
+    better: Mapping[str, bool],
+    clusters: Sequence[Hashable] | None,
+) -> Facts:
+    """How far one model is from another, by metric, on the scale of rows (of a perplexity, nats per token).
+
+    Args:
+        ours: The metrics of the model.
+        theirs: Those of the other one.
+        better: Whether higher is better.
+        clusters: See `intervals`.
+
+    Returns:
+        For each metric ``value``, ``low`` and ``high`` of the mean difference, ``p`` (``corrected`` for all metrics
+        that are compared), ``test``, ``verdict`` (better, worse, or not told), and ``needed``, how many rows would tell
+        a difference of this size.
+    """
+    made: dict[str, Any] = {}
+    for name in ours:
+        pairs = [
+            (float(mine), float(other), place)
+            for place, (mine, other) in enumerate(zip(ours[name].by_row, theirs[name].by_row, strict=True))
+            if mine is not None and other is not None
+        ]
+        if len(pairs) < 2:
+            continue
+        known = ours[name].weights
+        found = difference(
+            [mine for mine, _, _ in pairs],
+            [other for _, other, _ in pairs],
+            # Two tokenizers cut a row into unlike numbers of tokens: then rows are what counts.
+            None if known is None or known != theirs[name].weights else [known[place] for *_, place in pairs],
+            None if clusters is None else [clusters[place] for *_, place in pairs],
+        )
+        made[name] = {
+            "value": found.interval.value,
+            "low": found.interval.low,
+            "high": found.interval.high,
+            "p": found.p,
+            "test": found.test,
+            "rows": len(pairs),
+            "needed": found.needed,
+            "verdict": "not told"
+            if not found.told
+            else "better"
+            if (found.interval.value > 0) == better[name]
+            else "worse",
+        }
+    for name, p in zip(made, corrected([about["p"] for about in made.values()]), strict=True):
+        made[name]["corrected"] = p
+    return {name: about for name, about in made.items() if math.isfinite(about["low"]) and math.isfinite(about["high"])}

@@ -1,0 +1,153 @@
+"""What the stage `evaluate` says of how sure its numbers are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from luthier.api import Artifact, Completion, DataError, Row
+from luthier.modeling.generate import TransformersGenerator
+from luthier.registry import default_registry
+from luthier.reporting.statistics import difference, wilson
+from luthier.reporting.tables import certainty
+from luthier.testing import run_stage, tiny_dataset, tiny_model
+
+ROWS: list[Row] = [
+    {
+        "messages": [{"role": "user", "content": f"Is {n} large?"}, {"role": "assistant", "content": "yes"}],
+        "about": n // 4,
+    }
+    for n in range(40)
+]
+
+
+def reported(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, answer: Callable[[int, str], Completion], **config: Any
+) -> Artifact:
+    """The report on a model and its base whose answers to each row are known."""
+    stages = iter(["tuned", "base"])
+
+    def generate(self: Any, requests: Any, sampling: Any) -> Any:
+        name = next(stages)
+        for place, _ in enumerate(requests):
+            yield [answer(place, name)]
+
+    monkeypatch.setattr(TransformersGenerator, "generate", generate)
+    models = {"model": tiny_model(folder), "against": [tiny_model(folder, seed=1)]}
+    data = tiny_dataset(folder, ROWS, split="test")
+    return run_stage(folder, "evaluate", config, inputs={**models, "data": data})
+
+
+def says(right: bool, reason: Any = "stop") -> Completion:
+    return Completion("yes" if right else "no", 1, reason)
+
+
+def test_a_difference_is_told_where_the_interval_leaves_out_zero(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    report = reported(monkeypatch, tmp_path, lambda n, name: says(n % 8 > 0 if name == "tuned" else n % 2 > 0))
+    facts = report.facts
+    about = facts["against"][0]["difference"]["exact_match"]
+    ours, theirs = [float(n % 8 > 0) for n in range(40)], [float(n % 2 > 0) for n in range(40)]
+    right = difference(ours, theirs)
+    assert (about["value"], about["p"], about["test"]) == (right.interval.value, right.p, "mcnemar")
+    assert about["verdict"] == "better"
+    ends = wilson(35, 40)
+    assert facts["intervals"]["exact_match"] == [ends.low, ends.high]
+    told = "\n".join(certainty(dict(facts), ["tuned", "base"]))
+    assert "exact_match: tuned is better than base, +0.375 (95 %: +0.218 to +0.532)" in told
+    assert f"exact_match of tuned: {ends.low:.3f} to {ends.high:.3f} (95 %, 40 rows)" in told
+
+
+def test_a_difference_that_is_noise_is_not_called_better(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    report = reported(monkeypatch, tmp_path, lambda n, name: says(n % 3 > 0 if name == "tuned" else n % 5 > 1))
+    about = report.facts["against"][0]["difference"]["exact_match"]
+    assert about["verdict"] == "not told"
+    assert about["needed"] > 40
+    told = "\n".join(certainty(dict(report.facts), ["tuned", "base"]))
+    assert "tuned cannot be told from base" in told
+    assert f"about {about['needed']:,} rows would tell this difference" in told
+    assert "better" not in told
+
+
+def test_rows_of_one_text_are_not_counted_as_independent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def answer(n: int, name: str) -> Completion:
+        return says((n // 4) % 3 > 0 if name == "tuned" else (n // 4) % 5 > 2)
+
+    widths = []
+    for clusters in (None, "about"):
+        report = reported(monkeypatch, tmp_path / str(clusters), answer, clusters=clusters)
+        low, high = report.facts["intervals"]["exact_match"]
+        widths.append(high - low)
+        test = report.facts["against"][0]["difference"]["exact_match"]["test"]
+        assert test == ("t" if clusters else "mcnemar")
+    assert widths[1] > 1.6 * widths[0]
+
+
+def test_what_corrupts_a_table_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def answer(n: int, name: str) -> Completion:
+        if n < 3:
+            return Completion("no number", 9, "length")
+        return Completion("" if n < 5 else "<think>so</think> " if n < 6 else "yes", 1, "stop")
+
+    report = reported(
+        monkeypatch, tmp_path, answer, metrics=["exact_match", {"uses": "json_schema", "json_schema": {}}]
+    )
+    assert report.facts["answers"] == {"given": 40, "cut off": 3, "empty": 3}
+    assert report.facts["unread"] == {"json_schema": 40}
+    told = certainty(dict(report.facts), ["tuned", "base"])
+    assert "tuned: of 40 answers 3 cut off, 3 empty, 40 that json_schema could not read" in told
+
+
+def test_a_metric_that_is_no_mean_has_no_interval_and_a_perplexity_has_its_own(tmp_path: Path) -> None:
+    model, other = tiny_model(tmp_path), tiny_model(tmp_path, seed=1)
+    data = tiny_dataset(tmp_path, ROWS, split="test")
+    config = {"metrics": ["perplexity", {"uses": "perplexity", "per": "byte", "name": "by-byte"}, "bleu"],
+              "max_new_tokens": 4}  # fmt: skip
+    report = run_stage(tmp_path, "evaluate", config, inputs={"model": model, "against": [other], "data": data})
+    intervals, scores = report.facts["intervals"], report.facts["scores"]
+    assert intervals.keys() == {"perplexity", "by-byte"}
+    for name, (low, high) in intervals.items():
+        assert low < scores[name] < high
+    assert report.facts["against"][0]["difference"].keys() >= {"perplexity", "by-byte"}
+
+
+def gates(require: dict[str, str], facts: dict[str, Any], **config: Any) -> list[tuple[str, bool, Any]]:
+    uses = {"uses": "evaluate", "model": "m", "data": "d", "against": ["base"], "require": require, **config}
+    made: Any = default_registry().use("stage", uses).config
+    return [(gate.metric, gate.ok, gate.value) for gate in made.gates(facts)]
+
+
+def test_gates_on_ends_of_intervals_and_on_changes() -> None:
+    facts = {
+        "scores": {"exact_match": 0.9, "perplexity": 5.2},
+        "intervals": {"exact_match": [0.84, 0.94]},
+        "against": [{"scores": {"exact_match": 0.8, "perplexity": 5.0}}],
+    }
+    metrics = {"metrics": ["exact_match", "perplexity"]}
+    require = {
+        "exact_match.lower": ">= base",
+        "exact_match.upper": "< 0.94",
+        "perplexity.change": "<= 0.05",
+        "exact_match.change": ">= 0.2",
+        "perplexity.lower": ">= 1",
+    }
+    assert gates(require, facts, **metrics) == [
+        ("exact_match.lower", True, 0.84),
+        ("exact_match.upper", False, 0.94),
+        ("perplexity.change", True, pytest.approx(0.04)),
+        ("exact_match.change", False, pytest.approx(0.125)),
+        # What was not measured does not hold.
+        ("perplexity.lower", False, None),
+    ]
+    with pytest.raises(ValueError, match=r"`require` names f1\.lower, which is not among `metrics`"):
+        gates({"f1.lower": "> 0"}, facts)
+    with pytest.raises(ValueError, match="the change from another model"):
+        gates({"exact_match.change": "> 0"}, facts, against=[])
+
+
+def test_a_column_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the data has no column 'text'"):
+        reported(monkeypatch, tmp_path, lambda n, name: says(True), clusters="text")
