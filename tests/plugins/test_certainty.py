@@ -72,6 +72,32 @@ def test_a_difference_that_is_noise_is_not_called_better(monkeypatch: pytest.Mon
     assert "better" not in told
 
 
+def test_what_one_comparison_of_many_shows_by_chance_is_not_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """p is 0.03 for one metric, and far above for three others."""
+
+    def answer(n: int, name: str) -> Completion:
+        return Completion("yes" + "." * (n % 2) if name == "tuned" or n >= 6 else "no", 1, "stop")
+
+    exact: dict[str, Any] = {"uses": "exact_match", "ignore_punctuation": True}
+    alone = reported(monkeypatch, tmp_path / "1", answer, metrics=[exact]).facts["against"][0]["difference"]
+    assert alone["exact_match"]["verdict"] == "better"
+    assert alone["exact_match"]["p"] == alone["exact_match"]["corrected"] == pytest.approx(2 / 2**6)
+
+    def noisy(n: int, name: str) -> Completion:
+        found = answer(n, name)
+        flips = n in (20, 21, 22) if name == "tuned" else n in (23, 24)
+        return Completion(f"{found.text}{'!?' if flips else ''}", 1, "stop")
+
+    odd = [{"uses": "regex", "pattern": r"\?", "name": f"r{n}"} for n in range(3)]
+    among = reported(monkeypatch, tmp_path / "2", noisy, metrics=[exact, *odd]).facts["against"][0]["difference"]
+    assert among["exact_match"]["p"] == alone["exact_match"]["p"]
+    assert among["exact_match"]["corrected"] == pytest.approx(4 * 2 / 2**6)
+    assert among["exact_match"]["low"] > 0
+    assert among["exact_match"]["verdict"] == "not told"
+
+
 def test_rows_of_one_text_are_not_counted_as_independent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def answer(n: int, name: str) -> Completion:
         return says((n // 4) % 3 > 0 if name == "tuned" else (n // 4) % 5 > 2)
@@ -84,6 +110,16 @@ def test_rows_of_one_text_are_not_counted_as_independent(monkeypatch: pytest.Mon
         test = report.facts["against"][0]["difference"]["exact_match"]["test"]
         assert test == ("t" if clusters else "mcnemar")
     assert widths[1] > 1.6 * widths[0]
+
+
+def test_all_wrong_is_not_certain_and_the_same_is_said_to_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for clusters, count in ((None, 40), ("about", 10)):
+        report = reported(monkeypatch, tmp_path, lambda n, name: says(False), clusters=clusters)
+        ends = wilson(0, count)
+        assert report.facts["intervals"]["exact_match"] == [ends.low, ends.high]
+        assert "exact_match: tuned and base are the same on every row" in certainty(
+            dict(report.facts), ["tuned", "base"]
+        )
 
 
 def test_what_corrupts_a_table_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -151,3 +187,7 @@ def test_gates_on_ends_of_intervals_and_on_changes() -> None:
 def test_a_column_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the data has no column 'text'"):
         reported(monkeypatch, tmp_path, lambda n, name: says(True), clusters="text")
+
+
+def test_reports_of_other_stages_have_nothing_of_the_kind() -> None:
+    assert certainty({"table": {"columns": [], "rows": []}, "whole": 1.0}, ["a", "b"]) == []

@@ -103,6 +103,18 @@ def test_a_difference_is_told_or_says_how_many_rows_would_tell_it() -> None:
     assert (same.told, same.p, same.needed) == (False, 1.0, None)
 
 
+def test_few_rows_ask_for_more_than_the_normal_distribution_would() -> None:
+    found = difference([0.1, 0.9, 0.2], [0.0, 0.1, 0.4])
+    assert found.needed is not None
+    apart = np.array([0.1, 0.8, -0.2])
+    z = stats.norm.ppf(0.975) + stats.norm.ppf(0.8)
+    assert found.needed >= (z * apart.std(ddof=1) / apart.mean()) ** 2
+    n = found.needed
+    enough = [((stats.t.ppf(0.975, k - 1) + stats.t.ppf(0.8, k - 1)) * apart.std(ddof=1) / apart.mean()) ** 2 <= k
+              for k in (n - 1, n)]  # fmt: skip
+    assert enough == [False, True]
+
+
 def test_no_true_difference_is_told_more_often_than_said() -> None:
     draw = np.random.default_rng(3)
     told = sum(difference(*draw.normal(0, 1, (2, 50)).tolist()).told for _ in range(600))

@@ -175,13 +175,24 @@ def _p_of(interval: Interval, level: float) -> float:
 
 
 def _needed(interval: Interval, level: float) -> int | None:
-    """How many rows tell a difference of this size from none: ((z + z') s / d) squared."""
+    """How many rows (or clusters) tell a difference of this size from none: the least n with n >= ((t + t') s / d)
+    squared, the quantiles those of Student's t with n - 1 degrees."""
     half = (interval.high - interval.low) / 2
     if not interval.value or not math.isfinite(half):
         return None
-    spread = half / float(stats.t.ppf((1 + level) / 2, interval.n - 1)) * math.sqrt(interval.n)
-    quantiles = float(stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(POWER))
-    return max(interval.n + 1, math.ceil((quantiles * spread / abs(interval.value)) ** 2))
+    ratio = half / float(stats.t.ppf((1 + level) / 2, interval.n - 1)) * math.sqrt(interval.n) / abs(interval.value)
+
+    def wanted(n: int) -> float:
+        quantiles = float(stats.t.ppf((1 + level) / 2, n - 1) + stats.t.ppf(POWER, n - 1))
+        return (quantiles * ratio) ** 2
+
+    # The more there are, the smaller the quantiles: a step may go too far, and is taken back.
+    n = max(2, interval.n + 1)
+    while wanted(n) > n:
+        n = max(n + 1, min(math.ceil(wanted(n)), 2 * n))
+    while n > interval.n + 1 and wanted(n - 1) <= n - 1:
+        n -= 1
+    return n
 
 
 def _sums(values: np.ndarray, clusters: Sequence[Hashable]) -> np.ndarray:

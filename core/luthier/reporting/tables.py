@@ -128,14 +128,16 @@ def certainty(facts: dict[str, Any], labels: Sequence[str]) -> list[str]:
         labels: What to call the models, the measured one first, where there are as many.
     """
     models: list[dict[str, Any]] = [facts, *facts.get("against", [])]
-    names = list(labels) if len(labels) == len(models) else [str(model["stage"]) for model in models]
+    names = list(labels) if len(labels) == len(models) else [str(model.get("stage", "")) for model in models]
     lines: list[str] = []
     for metric, (low, high) in (facts.get("intervals") or {}).items():
         lines.append(f"{metric} of {names[0]}: {_near(low)} to {_near(high)} (95 %, {facts['rows']:,} rows)")
     for name, model in zip(names[1:], models[1:], strict=True):
         for metric, about in (model.get("difference") or {}).items():
             ends = f"{_signed(about['value'])} (95 %: {_signed(about['low'])} to {_signed(about['high'])})"
-            if about["verdict"] == "not told":
+            if about["low"] == about["high"] == 0:
+                lines.append(f"{metric}: {names[0]} and {name} are the same on every row")
+            elif about["verdict"] == "not told":
                 more = f"; about {about['needed']:,} rows would tell this difference" if about["needed"] else ""
                 lines.append(f"{metric}: {names[0]} cannot be told from {name}, {ends}{more}")
             else:

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from luthier.api import Facts, Score
-from luthier.reporting.statistics import Interval, corrected, difference, mean_of, wilson
+from luthier.reporting.statistics import LEVEL, Interval, corrected, difference, mean_of, wilson
 
 SAME = 1e-9
 """By how much the mean of rows may differ from a metric's value which it is."""
@@ -33,8 +33,12 @@ def _interval(score: Score, clusters: Sequence[Hashable] | None) -> Interval | N
     values, weights, groups = _given(score, clusters)
     if not values or not score.is_mean:
         return None
-    if set(values) <= {0.0, 1.0} and weights is None and groups is None:
+    binary = set(values) <= {0.0, 1.0} and weights is None
+    if binary and groups is None:
         made = wilson(int(sum(values)), len(values))
+    elif binary and len(set(values)) == 1:
+        # All right, or all wrong: so many clusters say that, and not that it is certain.
+        made = wilson(int(values[0]) * len(set(groups or ())), len(set(groups or ())))
     else:
         made = mean_of(values, weights, groups)
     if score.of_mean is not None:
@@ -104,13 +108,19 @@ def differences(
             "p": found.p,
             "test": found.test,
             "rows": len(pairs),
-            "needed": found.needed,
-            "verdict": "not told"
-            if not found.told
-            else "better"
-            if (found.interval.value > 0) == better[name]
-            else "worse",
+            # In rows, also where clusters of them are what counts.
+            "needed": found.needed and math.ceil(found.needed * len(pairs) / found.interval.n),
+            "corrected": found.p,
         }
-    for name, p in zip(made, corrected([about["p"] for about in made.values()]), strict=True):
-        made[name]["corrected"] = p
+    # Metrics in which not one row differs are no comparison.
+    compared = [about for about in made.values() if about["low"] < about["high"]]
+    for about, p in zip(compared, corrected([about["p"] for about in compared]), strict=True):
+        about["corrected"] = p
+    for name, about in made.items():
+        told = about["low"] > 0 or about["high"] < 0
+        # What one comparison of several shows by chance is not told either.
+        if not told or about["corrected"] > 1 - LEVEL:
+            about["verdict"] = "not told"
+        else:
+            about["verdict"] = "better" if (about["value"] > 0) == better[name] else "worse"
     return {name: about for name, about in made.items() if math.isfinite(about["low"]) and math.isfinite(about["high"])}
