@@ -189,5 +189,22 @@ def test_a_column_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch,
         reported(monkeypatch, tmp_path, lambda n, name: says(True), clusters="text")
 
 
+def test_no_model_is_asked_the_same_twice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A second stage, with another metric, asks for nothing; one with longer answers does."""
+    asked: list[int] = []
+
+    def answer(n: int, name: str) -> Completion:
+        asked.append(n)
+        return says(n % 2 > 0)
+
+    first = reported(monkeypatch, tmp_path, answer)
+    assert len(asked) == 80
+    second = reported(monkeypatch, tmp_path, answer, metrics=["exact_match", "f1"])
+    assert len(asked) == 80
+    assert second.facts["scores"]["exact_match"] == first.facts["scores"]["exact_match"] == 0.5
+    reported(monkeypatch, tmp_path, answer, max_new_tokens=9)
+    assert len(asked) == 160
+
+
 def test_reports_of_other_stages_have_nothing_of_the_kind() -> None:
     assert certainty({"table": {"columns": [], "rows": []}, "whole": 1.0}, ["a", "b"]) == []

@@ -39,9 +39,11 @@ def scored(
     """The stage's report on answers that are written in some way."""
     monkeypatch.setattr(f"{__name__}.WRITTEN", written)
     monkeypatch.setattr(ModelGenerator, "generate", Says.generate)
-    model = model or tiny_model(tmp_path / "s")
-    data = tiny_dataset(tmp_path / "s", ROWS, split="test")
-    return run_stage(tmp_path / "s", "evaluate", config, inputs={"model": model, "data": data})
+    # A store of its own: in one, no model is asked the same a second time.
+    store = tmp_path / f"store-{len(list(tmp_path.iterdir()))}"
+    model = model or tiny_model(store)
+    data = tiny_dataset(store, ROWS, split="test")
+    return run_stage(store, "evaluate", config, inputs={"model": model, "data": data})
 
 
 def test_answers_are_compared_without_the_thinking_before_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -343,6 +343,40 @@ def test_a_program_that_computes_here_is_asked_for_what_is_missing(tmp_path: Pat
         assert generator._inner is None  # pyright: ignore
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_program_that_dies_keeps_what_it_answered_and_ends_as_if_it_had_not(
+    tmp_path: Path, model: Artifact, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    monkeypatch.setattr("luthier.serving.asking.TOGETHER", 4)
+    texts = [f"{'long ' * (n % 5)}{n}" for n in range(10)]
+    sampling = Sampling(5, temperature=temperature, n=2 if temperature else 1)
+    contexts = [TestContext(tmp_path / name, {"m": model}) for name in ("whole", "broken")]
+    whole = answers(tmp_path, texts, sampling, contexts[0], uses="model", model="m")
+    assert not temperature or len(set(whole)) > 5
+
+    def dying(self: Any, requests: Any, sampling: Sampling) -> Any:
+        for number, group in enumerate(generate(self, requests, sampling)):
+            if "9" in requests[number][-1]["content"]:
+                raise ModelError("it died")
+            yield group
+
+    kind = type(made(contexts[1], uses="model", model="m"))
+    generate = kind.generate
+    with monkeypatch.context() as broken:
+        broken.setattr(kind, "generate", dying)
+        with pytest.raises(ModelError, match="it died"):
+            answers(tmp_path, texts, sampling, contexts[1], uses="model", model="m")
+    lines = [line for path in contexts[1].cache.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert 0 < len(lines) < len(whole)
+    assert answers(tmp_path, texts, sampling, contexts[1], uses="model", model="m") == whole
+
+
+def test_who_asks_the_same_twice_pays_once(tmp_path: Path) -> None:
+    with chat_api(lambda request: request["messages"][-1]["content"].upper()) as server:
+        assert answers(tmp_path, ["a", "b", "a", "a"], url=server.url) == ["A", "B", "A", "A"]
+        assert sorted(server.texts) == ["a", "b"]
+
+
 def test_llama_cpp_holds_answers_to_a_json_schema(tmp_path: Path, gguf: Path, llama_server: str) -> None:
     context = TestContext(tmp_path, paths={"./m.gguf": gguf})
     sampling = Sampling(40, json_schema={"type": "string", "enum": ["certainly", "not at all"]})

@@ -76,8 +76,9 @@ class Generator(Implementation[C]):
     a second time.
     """
 
-    at_once: int = 1
-    """How many threads may ask at the same time, each a request of its own."""
+    at_once: int | None = None
+    """How many threads may ask at the same time, each one request; None: it computes here, and is handed many
+    requests together."""
 
     @property
     def answers_as(self) -> str | None:

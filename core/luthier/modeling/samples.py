@@ -14,7 +14,7 @@ import torch
 from luthier.api.data import Row
 from luthier.api.errors import DataError
 from luthier.api.evaluation import Answers, Needs, Sample
-from luthier.api.serving import Completion, Generator
+from luthier.api.serving import Completion, Request, Sampling
 from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.rows import conversations, prompt_of, reference_of
 from luthier.modeling.chat import ChatEncoder
@@ -26,12 +26,16 @@ Asked = dict[Answers, Sequence[Sequence[Completion]]]
 
 
 def asked(
-    generator: Generator[Any], rows: Sequence[Row], needs: Iterable[Needs], max_new_tokens: int, seed: int
+    ask: Callable[[Sequence[Request], Sampling], Iterable[Sequence[Completion]]],
+    rows: Sequence[Row],
+    needs: Iterable[Needs],
+    max_new_tokens: int,
+    seed: int,
 ) -> Asked:
     """Ask something for every kind of answer that metrics need, each once.
 
     Args:
-        generator: What answers.
+        ask: Answers requests, such as `luthier.serving.asking.Asker.ask`.
         rows: Rows that have their own answer, which is left out.
         needs: What the metrics need.
         max_new_tokens: The most tokens of an answer, where a metric does not say.
@@ -39,7 +43,7 @@ def asked(
     """
     prompts = [prompt_of(row) for row in rows]
     kinds = dict.fromkeys(need.answers for need in needs if need.answers is not None)
-    return {kind: list(generator.generate(prompts, kind.sampling(max_new_tokens, seed))) for kind in kinds}
+    return {kind: list(ask(prompts, kind.sampling(max_new_tokens, seed))) for kind in kinds}
 
 
 def measured(

@@ -12,9 +12,12 @@ from luthier.api.context import Context
 from luthier.api.errors import LuthierError, ModelError
 from luthier.api.serving import Completion, Generator, Request, Sampling
 from luthier.artifacts.answers import KeptAnswers, key_of
+from luthier.artifacts.digest import digest_value
 
 POLL = 0.5
 """Seconds after which it is seen that the user wants to stop, while nothing comes in."""
+TOGETHER = 64
+"""Requests that are handed together to what computes here."""
 HOPELESS = 20
 """Requests that are refused one after the other, with no answer before, after which the others are not tried."""
 
@@ -37,12 +40,13 @@ class Asker:
     Args:
         generator: What answers.
         context: The stage's.
+        who: Who answers, where the generator does not say it itself.
     """
 
-    def __init__(self, generator: Generator[Any], context: Context) -> None:
+    def __init__(self, generator: Generator[Any], context: Context, who: str | None = None) -> None:
         self._generator = generator
         self._context = context
-        who = generator.answers_as
+        who = generator.answers_as or who
         if who is None:
             self._folder = context.scratch / "answers"
         else:
@@ -58,25 +62,22 @@ class Asker:
             ModelError: the generator cannot answer, or its budget is spent. What was answered until then is kept.
             Interrupted: the user asked to stop. So it is then.
         """
-        wanted = [
-            _Wanted(place, number, key_of(request, sampling, number))
-            for place, request in enumerate(requests)
-            for number in range(sampling.n)
-        ]
+        groups = self._groups(requests, sampling)
+        wanted = {(item.place, item.number): item.key for group in groups for item in group}
         with KeptAnswers(self._folder) as kept:
-            found = {item: answer for item in wanted if (answer := kept.get(item.key)) is not None}
+            # By key: who asks the same twice pays once.
+            found = {key: answer for key in wanted.values() if (answer := kept.get(key)) is not None}
+            total = len(set(wanted.values()))
             if found:
-                self._context.log(f"{len(found)} of {len(wanted)} answers are there from before")
-            total = len(wanted)
+                self._context.log(f"{len(found)} of {total} answers are there from before")
             refused = 0
             spent = ""
             try:
                 for answer in found.values():
                     spent = self._generator.account(answer)
-                left = [item for item in wanted if item not in found]
-                new = self._several(requests, sampling, left, kept) if self._generator.at_once > 1 else None
-                for item, answer in new or self._in_order(requests, sampling, left, kept):
-                    found[item] = answer
+                asked = self._in_order if self._generator.at_once is None else self._several
+                for key, answer in asked(requests, sampling, groups, kept):
+                    found[key] = answer
                     if answer.finish_reason == "refused":
                         refused += 1
                         if refused == len(found) == HOPELESS:
@@ -91,25 +92,58 @@ class Asker:
             if spent:
                 self._context.log(f"{total} answers: {spent}")
         for place in range(len(requests)):
-            yield [found[wanted[place * sampling.n + number]] for number in range(sampling.n)]
+            yield [found[wanted[place, number]] for number in range(sampling.n)]
+
+    def _groups(self, requests: Sequence[Request], sampling: Sampling) -> list[list[_Wanted]]:
+        """The answers that are asked for together.
+
+        Over a network each is asked for alone. What computes here is given requests of like lengths, some at a time, so
+        that what is answered can be kept before all is. Answers that are drawn depend on what else is in their group:
+        they are kept as that group's, and come out the same however often the stage was stopped.
+        """
+        numbers = range(sampling.n)
+        if self._generator.at_once is not None:
+            return [
+                [_Wanted(place, number, key_of(request, sampling, number))]
+                for place, request in enumerate(requests)
+                for number in numbers
+            ]
+        lengths = [sum(len(turn["content"]) for turn in request) for request in requests]
+        firsts = [key_of(request, sampling, 0) for request in requests]
+        # In whatever order they come, the same requests make the same groups.
+        order = sorted(range(len(requests)), key=lambda place: (lengths[place], firsts[place]))
+        groups: list[list[_Wanted]] = []
+        for start in range(0, len(order), TOGETHER):
+            places = order[start : start + TOGETHER]
+            keys = [key_of(requests[place], sampling, number) for place in places for number in numbers]
+            whole = f"-{digest_value(keys)[:16]}" if sampling.temperature else ""
+            items = [(place, number) for place in places for number in numbers]
+            groups.append([_Wanted(*item, f"{key}{whole}") for item, key in zip(items, keys, strict=True)])
+        return groups
 
     def _in_order(
-        self, requests: Sequence[Request], sampling: Sampling, wanted: Sequence[_Wanted], kept: KeptAnswers
-    ) -> Iterator[tuple[_Wanted, Completion]]:
-        """Ask what computes here: whole requests, which it puts into batches as it likes."""
-        places = sorted({item.place for item in wanted})
-        groups = self._generator.generate([requests[place] for place in places], sampling) if places else ()
-        missing = {(item.place, item.number): item for item in wanted}
-        for place, group in zip(places, groups, strict=True):
-            for number, answer in enumerate(group):
-                if (item := missing.get((place, number))) is not None:
-                    if answer.finish_reason != "refused":
-                        kept.keep(item.key, answer)
-                    yield item, answer
+        self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Sequence[_Wanted]], kept: KeptAnswers
+    ) -> Iterator[tuple[str, Completion]]:
+        """Ask what computes here, group by group."""
+        for group in groups:
+            missing = {(item.place, item.number): item for item in group if kept.get(item.key) is None}
+            if not missing:
+                continue
+            drawn = sampling.temperature > 0
+            places = list(dict.fromkeys(item.place for item in (group if drawn else missing.values())))
+            # Else all groups would be drawn alike.
+            seed = (sampling.seed + int(digest_value(group[0].key)[:8], 16)) % 2**32 if drawn else sampling.seed
+            answers = self._generator.generate([requests[place] for place in places], replace(sampling, seed=seed))
+            for place, several in zip(places, answers, strict=True):
+                for number, answer in enumerate(several):
+                    if (item := missing.get((place, number))) is not None:
+                        if answer.finish_reason != "refused":
+                            kept.keep(item.key, answer)
+                        yield item.key, answer
 
     def _several(
-        self, requests: Sequence[Request], sampling: Sampling, wanted: Sequence[_Wanted], kept: KeptAnswers
-    ) -> Iterator[tuple[_Wanted, Completion]]:
+        self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Sequence[_Wanted]], kept: KeptAnswers
+    ) -> Iterator[tuple[str, Completion]]:
         """Ask for each answer alone, many at once, and give them as they come."""
 
         def one(item: _Wanted) -> Completion:
@@ -119,13 +153,15 @@ class Asker:
                 kept.keep(item.key, answer)
             return answer
 
-        pool = ThreadPoolExecutor(self._generator.at_once, thread_name_prefix="asking")
+        most = self._generator.at_once or 1
+        pool = ThreadPoolExecutor(most, thread_name_prefix="asking")
         waiting: dict[Future[Completion], _Wanted] = {}
-        rest = iter(wanted)
+        each = {item.key: item for group in groups for item in group}
+        rest = (item for item in each.values() if kept.get(item.key) is None)
         try:
             while True:
                 # Never more than are asked at once: what is only planned is never paid for.
-                while len(waiting) < self._generator.at_once and (item := next(rest, None)) is not None:
+                while len(waiting) < most and (item := next(rest, None)) is not None:
                     waiting[pool.submit(one, item)] = item
                 if not waiting:
                     return
@@ -134,7 +170,7 @@ class Asker:
                     self._context.progress(0, None, "")
                 for future in done:
                     item = waiting.pop(future)
-                    yield item, future.result()
+                    yield item.key, future.result()
         finally:
             self._generator.give_up()
             # What was sent is waited for: it is paid for, and kept when it comes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage, StoreError
@@ -16,6 +17,7 @@ from luthier.modeling.generate import TransformersGenerator
 from luthier.modeling.loading import load_tokenizer, model_folder
 from luthier.modeling.samples import Asked, asked, measured, problem_of, samples_of
 from luthier.modeling.thinking import USUAL, Thinking
+from luthier.serving.asking import Asker
 from luthier_plugins.evaluate.certainty import differences, intervals
 from luthier_plugins.evaluate.config import EvaluateConfig, Marks
 
@@ -89,7 +91,8 @@ class Evaluate(Stage[EvaluateConfig]):
             )
         variant = self.config.variant if artifact.kind == "export" else None
         with self.context.generator(artifact, variant) as generator:
-            answers = asked(generator, rows, needs.values(), self.config.max_new_tokens, self.context.seed)
+            ask = Asker(generator, self.context, self._who(artifact, variant)).ask
+            answers = asked(ask, rows, needs.values(), self.config.max_new_tokens, self.context.seed)
             logps, readers = [], []
             if isinstance(generator, TransformersGenerator):
                 folder = self.context.scratch / "distributions" / role
@@ -105,6 +108,11 @@ class Evaluate(Stage[EvaluateConfig]):
             )
         samples = {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
         return _Measured(artifact, samples, _counts(answers, thinking))
+
+    def _who(self, artifact: Artifact, variant: str | None) -> str:
+        """Who answers: the same artifact, told the same day, in the same programs."""
+        programs = [version(name) for name in ("torch", "transformers", "xllamacpp")]
+        return json.dumps(["evaluate", artifact.key, variant, str(self.context.date), self.context.device, *programs])
 
     def _warn_of_cut(self, artifact: Artifact, answers: Asked) -> None:
         """Say how many answers ended where the model's context does."""

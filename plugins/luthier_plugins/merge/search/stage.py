@@ -263,7 +263,7 @@ class _Judge:
     def _scored(self, model: Any) -> Score:
         need, stops = self.metric.needs, self._lead.facts["stop_token_ids"]
         generator = ModelGenerator(model, self._tokenizer, stops, date=self._context.date)
-        answers = asked(generator, self._data, [need], self.config.max_new_tokens, self._context.seed)
+        answers = asked(generator.generate, self._data, [need], self.config.max_new_tokens, self._context.seed)
         folder = self._context.scratch / "distributions"
         logps, readers = measured(model, generator.encoder, self._data, [need], folder)
         return self.metric.score(
