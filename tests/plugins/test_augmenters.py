@@ -78,14 +78,20 @@ def test_the_best_of_several_and_pairs_are_told_by_a_judge(tmp_path: Path) -> No
         best = augmented(tmp_path / "best", method, keep_original=False)
         assert [row["messages"][-1]["content"] for row in train_of(best)] == ["word word word"] * 3
         method |= {"choose": "pairs"}
-        pairs = augmented(tmp_path / "pairs", method, keep_original=False, row_schema="preference")
+        pairs = augmented(tmp_path / "pairs", method, keep_original=False)
+        assert pairs.facts["schema"] == "preference"
         assert [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in train_of(pairs)] == [
             ("word word word", "word")
         ] * 3
         with pytest.raises(DataError, match=r"3 of 3 rows could not be made:\n  3 x its answers are as good as"):
             augmented(tmp_path, {**method, "gap": 3}, keep_original=False, row_schema="preference")
+        before = len(server.requests)
         with pytest.raises(DataError, match="cannot be in one split"):
-            augmented(tmp_path, method, row_schema="preference")
+            augmented(tmp_path / "new", method)
+        with pytest.raises(DataError, match="makes rows of the schema preference here, not messages"):
+            augmented(tmp_path / "new", method, row_schema="messages")
+        # Before anything is asked.
+        assert len(server.requests) == before
     assert any("It is long." in request["messages"][0]["content"] for request in server.requests)
 
 
@@ -187,7 +193,9 @@ def test_rows_are_written_after_examples_and_those_alike_left_out(tmp_path: Path
         data = augmented(tmp_path, method)
     new = [row for row in train_of(data) if row.get("source") == "synthesize"]
     assert len(new) == 5
-    assert data.facts["dropped"] == {"is like another row": 1}
+    # The one that was written twice is no row that could not be made.
+    assert data.facts["dropped"] == {}
+    assert len(server.requests) == 6
     assert all("Rows about mountains." in request["messages"][0]["content"] for request in server.requests)
     known = {id_of(row) for row in ROWS} | {row["id"] for row in new}
     assert all(len(row["parents"]) == 2 and set(row["parents"]) <= known for row in new)
@@ -323,3 +331,82 @@ def test_slots_are_filled_from_files_and_from_columns(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             augmented(tmp_path, {**method, "slots": {**method["slots"], "old": slot}}, rows, keep_original=False)
+
+
+def test_prompts_alone_are_answered(tmp_path: Path) -> None:
+    rows: list[Row] = [{"prompt": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    with chat_api(lambda request: "So.") as server:
+        data = augmented(tmp_path, asks(server, "answer"), rows, keep_original=False)
+    assert data.facts["schema"] == "messages"
+    assert data.facts["rows"] == {"train": 3}
+
+
+def test_some_bad_answers_of_several_are_no_failed_rows(tmp_path: Path) -> None:
+    def answer(request: dict[str, Any]) -> Reply | str:
+        if "[assistant]" in request["messages"][-1]["content"]:
+            return "7"
+        return completion("cut", "length") if request["seed"] % 2 else f"whole {request['seed']}"
+
+    with chat_api(answer) as server:
+        judge = {"generator": {"uses": "openai", "url": server.url, "model": "m"}}
+        method = asks(server, "answer", samples=4, temperature=1.0, choose="best", judge=judge)
+        data = augmented(tmp_path, method, keep_original=False)
+    assert data.facts["rows"] == {"train": 3}
+    assert dict(data.facts["ledger"])["were made by 'answer'"] == 3
+
+
+def test_a_judge_that_is_the_teacher_has_the_same_budget(tmp_path: Path) -> None:
+    with chat_api(lambda request: "7" if "[assistant]" in request["messages"][-1]["content"] else "so") as server:
+        generator = {"uses": "openai", "url": server.url, "model": "m", "at_once": 1, "budget": {"tokens": 80}}
+        method = {"uses": "answer", "generator": generator, "judge": {"generator": generator},
+                  "samples": 2, "temperature": 1.0, "choose": "best"}  # fmt: skip
+        # Six answers are 66 tokens; of the three marks two more are paid for.
+        with pytest.raises(ModelError, match="the budget is spent: 88 of 80 tokens"):
+            augmented(tmp_path, method, keep_original=False)
+
+
+def test_half_a_sign_makes_no_row_and_breaks_nothing(tmp_path: Path) -> None:
+    def answer(request: dict[str, Any]) -> str:
+        return "smile \ud83d" if "kite" in request["messages"][-1]["content"] else "fine"
+
+    with chat_api(answer) as server:
+        data = augmented(tmp_path, asks(server, "answer"), keep_original=False, bad_rows={"drop_up_to": 0.5})
+        assert data.facts["dropped"]["the answer holds half a sign (a lone surrogate)"] == 1
+    row = '{"messages": [{"role": "user", "content": "smile \\ud83d"}, {"role": "assistant", "content": "a"}]}'
+    with chat_api(lambda request: row) as server:
+        method = asks(server, "synthesize", instruction="Rows.", count=1)
+        with pytest.raises(DataError, match="3 x the answer is no JSON object"):
+            augmented(tmp_path / "2", method)
+
+
+def test_rows_keep_what_is_theirs(tmp_path: Path) -> None:
+    """Of rows that are the same a filter keeps the one that is meant; an edited row weighs as much as it did."""
+    twice = [{**ROWS[0], "topic": "a", "weight": 0.5}, {**ROWS[0], "topic": "b", "weight": 0.1}]
+    (kept,) = train_of(augmented(tmp_path / "f", {"uses": "filter", "rule": "row.topic == 'a'"}, twice))
+    assert (kept["topic"], kept["weight"]) == ("a", 0.5)
+    edits = {"uses": "edits", "lower": 1, "typos": 0, "no_punctuation": 0}
+    data = augmented(tmp_path / "e", edits, twice[1:])
+    assert [(row["messages"][0]["content"], row["weight"]) for row in train_of(data)] == [
+        (QUESTIONS[0], 0.1),
+        (QUESTIONS[0].lower(), 0.1),
+    ]
+
+
+def test_texts_are_filtered_and_not_edited(tmp_path: Path) -> None:
+    rows: list[Row] = [{"text": "short"}, {"text": "a longer one"}]
+    data = augmented(tmp_path, {"uses": "filter", "rule": "answer | length > 6"}, rows)
+    assert [row["text"] for row in train_of(data)] == ["a longer one"]
+    with pytest.raises(DataError, match="texts have no turns of a user to edit"):
+        augmented(tmp_path, {"uses": "edits"}, rows)
+
+
+def test_braces_in_a_file_are_no_template(tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("Say {{ name }}\n")
+    method = {
+        "uses": "template",
+        "templates": [talk("{{ line }}", "ok")],
+        "slots": {"line": {"file": str(tmp_path / "lines.txt")}},
+        "count": 1,
+    }
+    data = augmented(tmp_path, method, keep_original=False)
+    assert train_of(data)[0]["messages"][0]["content"] == "Say {{ name }}"

@@ -31,8 +31,8 @@ def reported(
 
     def generate(self: Any, requests: Any, sampling: Any) -> Any:
         name = next(stages)
-        for place, _ in enumerate(requests):
-            yield [answer(place, name)]
+        for request in requests:
+            yield [answer(int(request[-1]["content"].split()[1]), name)]
 
     monkeypatch.setattr(TransformersGenerator, "generate", generate)
     models = {"model": tiny_model(folder), "against": [tiny_model(folder, seed=1)]}
@@ -180,6 +180,8 @@ def test_gates_on_ends_of_intervals_and_on_changes() -> None:
     ]
     with pytest.raises(ValueError, match=r"`require` names f1\.lower, which is not among `metrics`"):
         gates({"f1.lower": "> 0"}, facts)
+    with pytest.raises(ValueError, match="a share, with another model's value"):
+        gates({"exact_match.change": "<= base"}, facts)
     with pytest.raises(ValueError, match="the change from another model"):
         gates({"exact_match.change": "> 0"}, facts, against=[])
 

@@ -107,6 +107,14 @@ def test_length_bias_of_pairs(tmp_path: Path, long: bool | None, name: str | Non
         assert (bias.count, bias.of) == (20, 20)
 
 
+def test_pairs_of_one_length_are_no_bias(tmp_path: Path) -> None:
+    sides = {
+        side: [{"role": "assistant", "content": f"{letter}."}] for side, letter in (("chosen", "A"), ("rejected", "B"))
+    }
+    rows: list[Row] = [{"prompt": [{"role": "user", "content": f"Which {n}?"}], **sides} for n in range(5)]
+    assert finding(found(tmp_path, rows), "pairs whose chosen answer") is None
+
+
 def test_lengths_roles_and_languages_are_those_of_the_rows(tmp_path: Path) -> None:
     german = talk("Wie hoch ist der Berg, der hinter der alten Stadt steht?", "Er ist ungefähr so hoch wie der Turm.")
     examination = found(tmp_path, [*PLAIN, german], test=[PLAIN[0]])

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from chat_api import Reply, chat_api, completion, error
 from luthier.api import Artifact, Completion, Generator, Interrupted, ModelError, Sampling, StoreError
+from luthier.api.data import Conversation
 from luthier.artifacts.answers import KeptAnswers, key_of
+from luthier.artifacts.store import Store
+from luthier.cli.clean import garbage
 from luthier.registry import default_registry
 from luthier.serving.asking import HOPELESS, Asker
 from luthier.testing import TestContext, run_stage, tiny_model
@@ -271,6 +274,109 @@ def test_a_budget_stops_the_stage_and_counts_what_was_kept(
         answers(tmp_path, texts, context=context, **asks)
     assert len(server.requests) == 20
     assert context.messages[-1] == "20 answers: 240 tokens, cost 0.0006"
+
+
+def test_a_budget_that_the_last_answer_reaches_is_enough(tmp_path: Path) -> None:
+    with chat_api(lambda request: "one two") as server:
+        assert answers(tmp_path, ["a", "b"], url=server.url, budget={"tokens": 24}) == ["one two"] * 2
+        assert answers(tmp_path, ["a", "b"], url=server.url, budget={"tokens": 1}) == ["one two"] * 2
+
+
+def test_a_budget_needs_a_server_that_counts(tmp_path: Path) -> None:
+    def uncounted(request: dict[str, Any]) -> Reply:
+        found = json.loads(completion("fine").body)
+        del found["usage"]
+        return Reply(body=json.dumps(found).encode())
+
+    with (
+        chat_api(uncounted) as server,
+        pytest.raises(ModelError, match="does not say how many tokens its answers have: a budget cannot be kept"),
+    ):
+        answers(tmp_path, ["a", "b"], url=server.url, at_once=1, budget={"tokens": 100})
+
+
+def test_answers_that_are_under_way_when_it_ends_are_kept(tmp_path: Path) -> None:
+    together = threading.Barrier(4, timeout=20)
+
+    def answer(request: dict[str, Any]) -> Reply | str:
+        together.wait()
+        if request["messages"][-1]["content"] == "0":
+            return error(401, "no more")
+        time.sleep(0.3)
+        return "late"
+
+    context = TestContext(tmp_path)
+    with chat_api(answer) as server, pytest.raises(ModelError, match="no more"):
+        answers(tmp_path, [str(n) for n in range(9)], context=context, url=server.url, at_once=4)
+    lines = [line for path in context.cache.rglob("*.jsonl") for line in path.read_text().splitlines()]
+    assert len(server.requests) == 4
+    assert len(lines) == 3
+
+
+def test_every_question_is_tried_again_not_only_those_of_the_first_time(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def answer(request: dict[str, Any]) -> Reply | str:
+        text = request["messages"][-1]["content"]
+        first = text not in seen
+        seen.add(text)
+        return error(429, "slow down") if first else "fine"
+
+    context = TestContext(tmp_path)
+    with chat_api(answer) as server, made(context, url=server.url) as generator:
+        asker = Asker(generator, context)
+        for text in ("a", "b", "c"):
+            assert [group[0].text for group in asker.ask(requests_of(text), Sampling())] == ["fine"]
+
+
+def test_a_key_is_never_shown_whatever_is_wrong_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    with chat_api(lambda request: "fine") as server:
+        assert answers(tmp_path, ["a"], url=server.url) == ["fine"]
+        assert server.keys == [f"Bearer {KEY}"]
+        monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\r\nX: y")
+        with pytest.raises(ModelError, match="OPENAI_API_KEY holds is no key") as caught:
+            answers(tmp_path, ["b"], url=server.url, model="m", retries=1)
+    assert KEY not in str(caught.value)
+
+
+def test_cleaning_the_cache_leaves_what_was_paid_for(tmp_path: Path) -> None:
+    context = TestContext(tmp_path)
+    context.cache = Store(tmp_path).cache
+    with chat_api(lambda request: "fine") as server:
+        answers(tmp_path, ["a"], context=context, url=server.url)
+    (context.cache / "tokens").mkdir()
+    assert garbage(Store(tmp_path)) == []
+    assert garbage(Store(tmp_path), cache=True) == [context.cache / "tokens"]
+    assert garbage(Store(tmp_path), answers=True) == [context.cache / "answers"]
+
+
+def test_calls_are_sent_as_the_protocol_has_them_and_a_call_is_no_answer(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "warm", "arguments": {"at": "Oslo"}}}
+    tools = [{"type": "function", "function": {"name": "warm", "parameters": {"type": "object"}}}]
+    talk = Conversation(
+        [
+            {"role": "user", "content": "How warm?"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "3"},
+        ],
+        tools,
+    )
+
+    def answer(request: dict[str, Any]) -> Reply:
+        found = json.loads(completion("").body)
+        found["choices"][0]["message"]["tool_calls"] = request["messages"][1]["tool_calls"]
+        return Reply(body=json.dumps(found).encode())
+
+    context = TestContext(tmp_path)
+    with chat_api(answer) as server, made(context, url=server.url) as generator:
+        ((said,),) = Asker(generator, context).ask([talk], Sampling())
+    (request,) = server.requests
+    sent = request["messages"][1]["tool_calls"][0]
+    assert sent["function"] == {"name": "warm", "arguments": '{"at": "Oslo"}'}
+    assert request["messages"][2]["tool_call_id"] == sent["id"]
+    assert request["tools"] == tools
+    assert (said.finish_reason, said.problem) == ("refused", "it called a tool, of which no text can be made")
 
 
 def test_who_stops_pays_for_nothing_twice(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def score(name: str, *pairs: tuple[str, str], **config: Any) -> Score:
 @given(PAIRS)
 def test_bleu_and_chrf_are_sacrebleu_s(pairs: list[tuple[str, str]]) -> None:
     said, right = [a for a, _ in pairs], [[b for _, b in pairs]]
-    assert score("bleu", *pairs).value == sacrebleu.BLEU(effective_order=True).corpus_score(said, right).score
+    assert score("bleu", *pairs).value == sacrebleu.corpus_bleu(said, right).score
     assert score("chrf", *pairs).value == sacrebleu.corpus_chrf(said, right).score
     assert score("chrf", *pairs, word_order=2).value == sacrebleu.corpus_chrf(said, right, word_order=2).score
     rows = score("bleu", *pairs).by_row
@@ -93,6 +93,11 @@ def test_f1_counts_words_as_squad_does(said: str, right: str, value: float) -> N
         ("####", "#### 4", None),
         ("none", "#### 4", None),
         ("12,5", "#### 5", 1),
+        ("From 10-20", "20", 1),
+        ("(3)-4", "4", 1),
+        ("It is 1e5", "5", 0),
+        ("It is 1e5", "100000", 1),
+        ("x2", "2", None),
     ],
 )
 def test_the_number_of_an_answer(said: str, right: str, value: float | None) -> None:
@@ -105,6 +110,8 @@ def test_numeric_options_and_references_without_a_number() -> None:
     assert score("numeric", ("#### 5 or 4", "4"), mark=None).value == 1
     assert score("numeric", ("99", "100"), tolerance=0.02).value == 1
     assert score("numeric", ("99", "100")).value == 0
+    assert score("numeric", ("0", "0.02"), tolerance=0.05).value == 0
+    assert score("numeric", ("0.0", "0")).value == 1
     with pytest.raises(DataError, match="no number in the reference 'yes'"):
         score("numeric", ("4", "yes"))
 
@@ -163,6 +170,18 @@ def test_perplexity_per_byte_is_that_of_what_is_said() -> None:
     assert found.weights == [4]
     assert found.of_mean is not None
     assert found.of_mean(found.by_row[0]) == pytest.approx(found.value)
+
+
+def test_calls_and_thinking_have_bytes_too() -> None:
+    call = {"type": "function", "function": {"name": "warm", "arguments": {}}}
+    turns = [
+        {"role": "user", "content": "?"},
+        {"role": "assistant", "content": "", "reasoning": "So", "tool_calls": [call]},
+    ]
+    metric = TestContext().build(default_registry().use("metric", {"uses": "perplexity", "per": "byte"}))
+    found = metric.score([Sample({"messages": turns}, "?", "", logps=(-0.1,) * 30)], None)
+    assert found.weights == [2 + len(json.dumps(call["function"]))]
+    assert found.value < 1.2
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,3 +128,10 @@ def test_several_comparisons_are_corrected_and_one_row_says_nothing() -> None:
     alone = mean_of([0.3])
     assert (alone.low, alone.high) == (-math.inf, math.inf)
     assert difference([0.3], [0.1]).p == 1.0
+
+
+def test_the_same_difference_everywhere_is_no_certainty_of_two() -> None:
+    two = difference([1.0] * 4, [0.0] * 4, clusters=["a", "a", "b", "b"])
+    assert (two.told, two.p, two.test) == (False, 0.5, "sign")
+    many = difference([1.5] * 9, [1.0] * 9)
+    assert (many.told, many.p) == (True, 2 * 0.5**9)

@@ -106,6 +106,10 @@ class Augmenter(Implementation[C]):
     replaces: ClassVar[bool] = False
     """Whether its rows are what is left of those given, as a filter's are, and not new ones beside them."""
 
+    def makes(self, given: Schema) -> Schema:
+        """The schema of the rows that it makes of those of a schema."""
+        return given
+
     @property
     def dropped(self) -> Mapping[str, int]:
         """How many rows could not be made, by reason, so far; a stage stops when these are too many."""

@@ -90,11 +90,15 @@ class Generator(Implementation[C]):
 
         Returns:
             What all of them cost, in words; empty where that is of no interest.
+        """
+        return ""
+
+    def may_ask(self) -> None:
+        """Called before something is asked.
 
         Raises:
             ModelError: no more may be asked, because a budget is spent.
         """
-        return ""
 
     def give_up(self) -> None:
         """No more answers are wanted: what waits to try again, stops."""

@@ -17,6 +17,9 @@ from luthier.api.data import Conversation
 from luthier.api.errors import StoreError
 from luthier.api.serving import Completion, Request, Sampling
 
+ANSWERS = "answers"
+"""The folder of a store's cache that holds them."""
+
 
 class KeptAnswers:
     """Answers to requests, in a folder that several processes may write to. A context manager.

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from luthier.api.artifact import MANIFEST
+from luthier.artifacts.answers import ANSWERS
 from luthier.artifacts.checkpoints import checkpoints
 from luthier.artifacts.digest import digest_value
 from luthier.artifacts.store import UNFINISHED, Store
@@ -20,15 +21,16 @@ from luthier.running.lock import is_held
 @click.option(
     "--cache", is_flag=True, help="Also remove what can be made again: tokens, log-probabilities of references."
 )
+@click.option("--answers", is_flag=True, help="Also remove what generators answered, which may have been paid for.")
 @click.option("--store", type=click.Path(path_type=Path), help="The store; by default ./.luthier.")
-def clean_command(dry_run: bool, scratch: bool, cache: bool, store: Path | None) -> None:
+def clean_command(dry_run: bool, scratch: bool, cache: bool, answers: bool, store: Path | None) -> None:
     """Remove artifacts that no recipe's last run made or used, and scratch folders without a checkpoint.
 
     What is being made right now is left alone.
     """
     place = Store.at(store)
     total = 0
-    for path in garbage(place, scratch=scratch, cache=cache):
+    for path in garbage(place, scratch=scratch, cache=cache, answers=answers):
         size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
         total += size
         click.echo(f"{size / 1e6:10.1f} MB  {path.relative_to(place.root)}")
@@ -39,9 +41,9 @@ def clean_command(dry_run: bool, scratch: bool, cache: bool, store: Path | None)
     click.echo(f"{'would free' if dry_run else 'freed'} {total / 1e6:.1f} MB")
 
 
-def garbage(store: Store, *, scratch: bool = False, cache: bool = False) -> list[Path]:
-    """The folders that can go: unused and damaged artifacts, and scratch folders that no run is working in; the cache
-    where it is asked for and no stage is being made, and always what was left half written in it."""
+def garbage(store: Store, *, scratch: bool = False, cache: bool = False, answers: bool = False) -> list[Path]:
+    """The folders that can go: unused and damaged artifacts, scratch folders that no run is working in, and what was
+    left half written; the cache, and the answers in it, where they are asked for and no stage is being made."""
     needed = _needed(store)
     locked = {path.stem for path in store.locks.glob("*.lock") if is_held(path)}
     found = [store.folder(key) for key in store.stored_keys() if key not in locked and _is_useless(store, key, needed)]
@@ -51,7 +53,9 @@ def garbage(store: Store, *, scratch: bool = False, cache: bool = False) -> list
         if path.name not in locked and (scratch or not resumable):
             found.append(path)
     if not locked:
-        found += [store.cache] if cache and store.cache.exists() else sorted(store.cache.glob(f"*/{UNFINISHED}*"))
+        found += sorted(store.cache.glob("*") if cache or answers else store.cache.glob(f"*/{UNFINISHED}*"))
+        # Answers may have been paid for: they go only where they are meant.
+        found = [path for path in found if path.parent != store.cache or (answers if path.name == ANSWERS else cache)]
     return found
 
 

@@ -32,7 +32,7 @@ def preview_command(
     """Show what a stage trains on, exactly as the trainer sees it: rendered, cut into tokens, and which of them are
     trained. The data is prepared for it; no weights are loaded, and nothing is trained.
 
-    What training would refuse, this refuses too.
+    Rows that training would refuse, this refuses too.
     """
     from luthier.cli.display import Display, make_console
     from luthier.running.preview import preview

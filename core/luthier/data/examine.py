@@ -185,7 +185,7 @@ class _Eye:
         self._habits = {
             name: (Finding(f"answers that {name}", ""), Finding(f"answers that do not {name}", "")) for name in HABITS
         }
-        self._longer = 0
+        self._longer = self._shorter = 0
 
     def findings(self) -> Iterator[Finding]:
         """All that is odd."""
@@ -203,14 +203,14 @@ class _Eye:
                 if name == "have white space at an end":
                     few.advice = "the model learns to write it: strip it"
                 yield few
-        pairs = len(self.lengths["characters of the chosen answer"])
+        pairs = self._longer + self._shorter
         share = self._longer / pairs if pairs else 0.5
         if pairs and not 1 - BIAS < share < BIAS:
             word = "longer" if share >= BIAS else "shorter"
             yield Finding(
                 f"pairs whose chosen answer is the {word} one",
                 "length alone tells them apart: balance them, or use an objective that counts per token",
-                self._longer if word == "longer" else pairs - self._longer,
+                self._longer if word == "longer" else self._shorter,
                 pairs,
             )
 
@@ -243,6 +243,7 @@ class _Eye:
             self.lengths["characters of the chosen answer"].append(chosen)
             self.lengths["characters of the rejected answer"].append(rejected)
             self._longer += chosen > rejected
+            self._shorter += chosen < rejected
         else:
             self.lengths["characters of the answer"].append(len(talks[0][-1]["content"]))
             self._contradicts(place, row, talks[0][-1]["content"])

@@ -19,6 +19,8 @@ LEVEL = 0.95
 POWER = 0.8
 """How often a true difference is to be found by as many questions as are said to be needed."""
 RESAMPLES = 2000
+FARTHEST = 1e4
+"""How many times as large as the difference its spread may be for the rows to be counted: a billion of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Difference:
         p: The probability of such a difference, or a larger one, where there is none.
         needed: About how many rows would tell whether there is one of this size; None where these do, or where the
             models do not differ at all.
-        test: How `p` was found: ``t`` or ``mcnemar``.
+        test: How `p` was found: ``t``, ``mcnemar``, or ``sign`` where the difference is the same everywhere.
     """
 
     interval: Interval
@@ -137,6 +139,15 @@ def difference(
     interval = mean_of(apart.tolist(), weights, clusters, level)
     if not apart.any():
         return Difference(Interval(0.0, 0.0, 0.0, interval.n), 1.0, None, "t")
+    if interval.low == interval.high:
+        # Alike everywhere: only their number says something, as heads of so many tosses do.
+        p = min(1.0, 2 * 0.5**interval.n)
+        ends = (
+            interval
+            if p <= 1 - level
+            else Interval(interval.value, min(0.0, interval.value), max(0.0, interval.value), interval.n)
+        )
+        return Difference(ends, p, None, "sign")
     binary = set(np.unique(ours)) | set(np.unique(theirs)) <= {0.0, 1.0}
     if binary and weights is None and clusters is None:
         p, test = mcnemar(int((apart > 0).sum()), int((apart < 0).sum())), "mcnemar"
@@ -181,6 +192,9 @@ def _needed(interval: Interval, level: float) -> int | None:
     if not interval.value or not math.isfinite(half):
         return None
     ratio = half / float(stats.t.ppf((1 + level) / 2, interval.n - 1)) * math.sqrt(interval.n) / abs(interval.value)
+
+    if ratio > FARTHEST:
+        return None
 
     def wanted(n: int) -> float:
         quantiles = float(stats.t.ppf((1 + level) / 2, n - 1) + stats.t.ppf(POWER, n - 1))

@@ -70,8 +70,11 @@ def preview(plan: Plan, stage: str, rows: int, listeners: Sequence[Listener] = (
     lacking = [name for name in named if artifacts[name] is None]
     if lacking:
         raise StageError(f"'{lacking[0]}' was not made", hint="run again")
-    job = replace(job_of(plan, node, "preview", artifacts), preview=rows, ranks=1, step=None)
-    facts, warnings = _asked(job.to_json(), listeners)
+    with tempfile.TemporaryDirectory() as folder:
+        # Of its own: another process may be making the stage right now.
+        alone = {"out": f"{folder}/out", "scratch": folder}
+        job = replace(job_of(plan, node, "preview", artifacts), preview=rows, ranks=1, step=None, **alone)
+        facts, warnings = _asked(job.to_json(), listeners)
     return Preview(facts, warnings, {name: stand for name, stand in standing.items() if stand != name})
 
 

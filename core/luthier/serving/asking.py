@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator as Yields
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
 from luthier.api.context import Context
 from luthier.api.errors import LuthierError, ModelError
 from luthier.api.serving import Completion, Generator, Request, Sampling
-from luthier.artifacts.answers import KeptAnswers, key_of
+from luthier.artifacts.answers import ANSWERS, KeptAnswers, key_of
 from luthier.artifacts.digest import digest_value
 
 POLL = 0.5
@@ -48,9 +50,9 @@ class Asker:
         self._context = context
         who = generator.answers_as or who
         if who is None:
-            self._folder = context.scratch / "answers"
+            self._folder = context.scratch / ANSWERS
         else:
-            self._folder = context.cache / "answers" / hashlib.sha256(who.encode()).hexdigest()[:32]
+            self._folder = context.cache / ANSWERS / hashlib.sha256(who.encode()).hexdigest()[:32]
 
     def ask(self, requests: Sequence[Request], sampling: Sampling) -> Iterator[Sequence[Completion]]:
         """Yield the `sampling.n` answers to each request, in the order of the requests.
@@ -75,16 +77,18 @@ class Asker:
             try:
                 for answer in found.values():
                     spent = self._generator.account(answer)
-                asked = self._in_order if self._generator.at_once is None else self._several
-                for key, answer in asked(requests, sampling, groups, kept):
-                    found[key] = answer
-                    if answer.finish_reason == "refused":
-                        refused += 1
-                        if refused == len(found) == HOPELESS:
-                            raise ModelError(f"the first {refused} requests are refused: {answer.problem}")
-                    else:
-                        spent = self._generator.account(answer)
-                    self._context.progress(len(found), total, f"answers{', ' if spent else ''}{spent}")
+                way = self._in_order if self._generator.at_once is None else self._several
+                # Closed while answers can still be kept: those that are under way are waited for.
+                with closing(way(requests, sampling, groups, kept)) as coming:
+                    for key, answer in coming:
+                        found[key] = answer
+                        if answer.finish_reason == "refused":
+                            refused += 1
+                            if refused == len(found) == HOPELESS:
+                                raise ModelError(f"the first {refused} requests are refused: {answer.problem}")
+                        else:
+                            spent = self._generator.account(answer)
+                        self._context.progress(len(found), total, f"answers{', ' if spent else ''}{spent}")
             except LuthierError as error:
                 if len(kept):
                     error.hint = f"{error.hint + '; ' if error.hint else ''}{len(kept)} answers are kept: run again"
@@ -123,12 +127,13 @@ class Asker:
 
     def _in_order(
         self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Sequence[_Wanted]], kept: KeptAnswers
-    ) -> Iterator[tuple[str, Completion]]:
+    ) -> Yields[tuple[str, Completion]]:
         """Ask what computes here, group by group."""
         for group in groups:
             missing = {(item.place, item.number): item for item in group if kept.get(item.key) is None}
             if not missing:
                 continue
+            self._generator.may_ask()
             drawn = sampling.temperature > 0
             places = list(dict.fromkeys(item.place for item in (group if drawn else missing.values())))
             # Else all groups would be drawn alike.
@@ -136,14 +141,16 @@ class Asker:
             answers = self._generator.generate([requests[place] for place in places], replace(sampling, seed=seed))
             for place, several in zip(places, answers, strict=True):
                 for number, answer in enumerate(several):
-                    if (item := missing.get((place, number))) is not None:
+                    item = missing.get((place, number))
+                    # The same request may be in a group twice: the first answer is that of both.
+                    if item is not None and kept.get(item.key) is None:
                         if answer.finish_reason != "refused":
                             kept.keep(item.key, answer)
                         yield item.key, answer
 
     def _several(
         self, requests: Sequence[Request], sampling: Sampling, groups: Sequence[Sequence[_Wanted]], kept: KeptAnswers
-    ) -> Iterator[tuple[str, Completion]]:
+    ) -> Yields[tuple[str, Completion]]:
         """Ask for each answer alone, many at once, and give them as they come."""
 
         def one(item: _Wanted) -> Completion:
@@ -162,6 +169,7 @@ class Asker:
             while True:
                 # Never more than are asked at once: what is only planned is never paid for.
                 while len(waiting) < most and (item := next(rest, None)) is not None:
+                    self._generator.may_ask()
                     waiting[pool.submit(one, item)] = item
                 if not waiting:
                     return
@@ -171,7 +179,9 @@ class Asker:
                 for future in done:
                     item = waiting.pop(future)
                     yield item.key, future.result()
-        finally:
+        except BaseException:
             self._generator.give_up()
+            raise
+        finally:
             # What was sent is waited for: it is paid for, and kept when it comes.
             pool.shutdown(wait=True, cancel_futures=True)

@@ -12,6 +12,7 @@ from luthier.api.tuning import TrainingConfig
 from luthier.artifacts.datasets import Split
 from luthier.modeling.text import Encoded
 from luthier.training.encoding import EncodedRow
+from luthier.training.mixing import Mix
 from luthier.training.receipt import parts_of, text_of
 from luthier.training.rows import RowSource
 
@@ -40,12 +41,13 @@ def looked_at(
         `RowSource`.
     """
     rows = splits["train"]
+    mix = None if config.weights is None else Mix.of(rows.parts, config.weights)  # type: ignore[attr-defined]
     return {
         "splits": {
             name: {**_lengths(found), "sources": source.sources[name]} for name, found in splits.items() if len(found)
         },
         "rows": [[_shown(item, tokenizer, source.stops) for item in row.completions] for row in rows[:count]],
-        "steps": -(-len(rows) // config.batch_size),
+        "steps": -(-(len(rows) if mix is None else len(mix)) // config.batch_size),
         "batch_size": config.batch_size,
         "left_out": dict(source.left_out),
         "notes": dict(source.notes),

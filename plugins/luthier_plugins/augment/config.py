@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from luthier.api import AugmenterUse, BadRows, DatasetInput, Schema, StageConfig
+from luthier.api import AugmenterUse, BadRows, DatasetInput, Field, Schema, StageConfig
 from pydantic import model_validator
 
 
 class AugmentConfig(StageConfig):
-    """Makes new training rows, or leaves some out; validation and test rows pass through untouched."""
+    """Makes new training rows, or leaves some out; validation and test rows pass through untouched, where new rows are
+    of their schema."""
 
     dated: ClassVar[bool] = True
 
@@ -18,10 +19,11 @@ class AugmentConfig(StageConfig):
     method: AugmenterUse
     """How new rows are made."""
     row_schema: Schema | None = None
-    """The schema of the new rows, where it is not that of `data`, or there is no `data`."""
+    """The schema of the new rows; needed where there is no `data`. Otherwise the method knows it: that of `data`, or
+    another one, such as `preference` of pairs."""
     keep_original: bool = True
     """Whether the rows of `data` stay in the training split; not those that a filter leaves out."""
-    similar: float | None = None
+    similar: Annotated[float | None, Field(gt=0, le=1)] = None
     """Leave new rows out that share so much with a row of the training split, or with one of those held out: the
     share of common runs of five words (Jaccard), such as 0.8. Those that hold the same as another row, or the prompt
     of one held out, always are."""

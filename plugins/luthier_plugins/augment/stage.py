@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from luthier.api import Augmenter, DataError, Facts, Row, Schema, Stage
-from luthier.api.data import ID, PARENTS, SOURCE
+from luthier.api.data import ID, PARENTS, SOURCE, WEIGHT
 from luthier.artifacts.datasets import SPLITS, Split, dataset_facts, read_split, write_split
-from luthier.artifacts.rows import COLUMNS, MEANT, asked_by, checked, compared_text, content_of, id_of
+from luthier.artifacts.rows import COLUMNS, MEANT, asked_by, checked, compared_text, id_of
 from luthier.data.shingles import shingles_of
 from luthier.data.similar import Similar
 from luthier_plugins.augment.config import AugmentConfig
@@ -30,8 +30,13 @@ class Augment(Stage[AugmentConfig]):
             split: read_split(dataset, split) if dataset else list[Row]() for split in SPLITS
         }
         of_data: Any = dataset.facts["schema"] if dataset else None
-        schema: Schema = self.config.row_schema or of_data
         augmenter: Augmenter[Any] = self.context.build(self.config.method)
+        schema: Schema = self.config.row_schema or augmenter.makes(of_data)
+        if (makes := augmenter.makes(schema)) != schema:
+            raise DataError(
+                f"'{self.config.method.name}' makes rows of the schema {makes} here, not {schema}",
+                hint=f"leave `row_schema` out, or `row_schema: {makes}`",
+            )
         stays = self.config.keep_original and not augmenter.replaces
         if of_data is not None and schema != of_data and stays:
             raise DataError(
@@ -55,8 +60,8 @@ class Augment(Stage[AugmentConfig]):
         """The augmenter's rows, without those that repeat another one or what is held out."""
         name = self.config.method.name
         asked = {asked_by(row) for row in held_out}
-        seen = {content_of(row) for row in kept}
-        old = {id_of(row): row for row in known} if augmenter.replaces else {}
+        # Exactly: a wording in capitals is another one.
+        seen = {id_of(row) for row in kept}
         extra = {key for row in known[:1] for key in row} - {*COLUMNS[schema], *MEANT}
         made: list[Row] = []
         self._yielded = 0
@@ -66,18 +71,18 @@ class Augment(Stage[AugmentConfig]):
                 row = checked(schema, raw) | {key: raw[key] for key in sorted(extra & raw.keys())}
             except DataError as error:
                 raise DataError(f"the augmenter '{name}' made a row that {error.message}", hint=error.hint) from error
-            row[ID] = id_of(row)
-            if row[ID] in old:
-                made.append(old[row[ID]])
+            if augmenter.replaces:
+                # With all that it has: its id, where it is from, its weight.
+                made.append(raw)
                 continue
-            text = content_of(row)
+            row[ID] = id_of(row)
             is_held_out = asked_by(row) in asked
-            if is_held_out or text in seen:
+            if is_held_out or row[ID] in seen:
                 self._dropped["is held out" if is_held_out else "repeats another row"] += 1
                 continue
-            seen.add(text)
-            parents = {PARENTS: list(raw[PARENTS])} if raw.get(PARENTS) else {}
-            made.append({**row, SOURCE: name, **parents})
+            seen.add(row[ID])
+            beside = {key: raw[key] for key in (PARENTS, WEIGHT) if raw.get(key) is not None}
+            made.append({**row, SOURCE: name, **beside})
             self.context.progress(len(made), None, "rows")
         self._check_failed(augmenter)
         return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from luthier.api import Message, Row
+from luthier.api import Message, Row, Schema
 from luthier.api.data import PARENTS, TOOLS, Conversation
 from luthier.artifacts.rows import prompt_of
 from luthier_plugins.augmenters.asking import Asking, beside, parent, scores
@@ -15,13 +15,18 @@ from luthier_plugins.augmenters.config import AnswerConfig
 class Answer(Asking[AnswerConfig]):
     """The augmenter ``answer``."""
 
+    def makes(self, given: Schema) -> Schema:
+        return "preference" if self.config.choose == "pairs" else "messages"
+
     def made(self, rows: Sequence[Row]) -> Iterator[Row]:
         asking = [row for row in rows if prompt_of(row)]
         self.problems["has nothing but an answer"] += len(rows) - len(asking)
         self.problems = +self.problems
         first = [Message(role="system", content=self.config.system)] if self.config.system else []
         requests = [Conversation([*first, *prompt_of(row)], prompt_of(row).tools) for row in asking]
-        answered = list(zip(asking, self.ask(requests, self.config.samples), strict=True))
+        # Of several answers some may be bad: what counts is whether a row can be made.
+        several = self.config.choose != "all"
+        answered = list(zip(asking, self.ask(requests, self.config.samples, counted=not several), strict=True))
         if self.config.choose == "all":
             for row, texts in answered:
                 for text in texts:
@@ -29,8 +34,12 @@ class Answer(Asking[AnswerConfig]):
             return
         flat = [(row, text) for row, texts in answered for text in dict.fromkeys(texts)]
         talks = [[*prompt_of(row), Message(role="assistant", content=text)] for row, text in flat]
-        found = iter(scores(self.context, self.config.judge, self.config.reward, talks, [row for row, _ in flat]))
+        given = [row for row, _ in flat]
+        found = iter(scores(self.context, self.config.judge, self.config.reward, talks, given, self.judge_asker))
         for row, texts in answered:
+            if not texts:
+                self.problems["none of the answers to the prompt can be used"] += 1
+                continue
             marked = [(next(found), text) for text in dict.fromkeys(texts)]
             yield from self._chosen(row, [(mark, text) for mark, text in marked if mark is not None])
 

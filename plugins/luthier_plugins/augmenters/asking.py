@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from luthier.api import Augmenter, Completion, Context, DataError, Message, Request, Row
-from luthier.api.data import ID
+from luthier.api.data import ID, WEIGHT
 from luthier.artifacts.rows import MEANT, RESERVED, id_of
 from luthier.serving.asking import Asker
 from luthier_plugins.augmenters.config import Asks, JudgeConfig
@@ -41,8 +42,23 @@ class Asking(Augmenter[C]):
         """Yield new rows; `ask` can be used."""
         raise NotImplementedError
 
-    def ask(self, requests: Sequence[Request], n: int = 1, **options: Any) -> Iterator[list[str]]:
-        """The usable answers to each request, as texts without white space around them."""
+    @property
+    def judge_asker(self) -> Asker | None:
+        """Who asks the judge where that is the generator itself: it is loaded once, and has one budget."""
+        judge: JudgeConfig | None = getattr(self.config, "judge", None)
+        return self._asker if judge is not None and judge.generator == self.config.generator else None
+
+    def ask(
+        self, requests: Sequence[Request], n: int = 1, *, counted: bool = True, **options: Any
+    ) -> Iterator[list[str]]:
+        """The usable answers to each request, as texts without white space around them.
+
+        Args:
+            requests: What is asked.
+            n: Answers to each.
+            counted: Whether an answer that cannot be used is a row that could not be made.
+            options: More of `luthier.api.Sampling`.
+        """
         assert self._asker is not None, "rows are made in `made`"
         groups = self._asker.ask(requests, self.config.sampling(self.context.seed, n, **options))
         for request, group in zip(requests, groups, strict=True):
@@ -52,7 +68,7 @@ class Asking(Augmenter[C]):
                 problem = problem_of(answer, text, request)
                 if problem is None:
                     texts.append(text)
-                else:
+                elif counted:
                     self.problems[problem] += 1
             yield texts
 
@@ -65,6 +81,8 @@ def problem_of(answer: Completion, text: str, request: Request) -> str | None:
         return "the answer was cut off at `max_new_tokens`"
     if not text:
         return "the answer was empty"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "the answer holds half a sign (a lone surrogate)"
     if same(text, request[-1]["content"]):
         return "the answer repeats the prompt"
     return None
@@ -82,8 +100,8 @@ def told(instruction: str | None, text: str) -> list[Message]:
 
 
 def beside(row: Row) -> Row:
-    """What a row has beside its schema: what the recipe keeps."""
-    return {key: value for key, value in row.items() if key not in RESERVED | MEANT}
+    """What a row has beside its schema: what the recipe keeps, and how much it weighs."""
+    return {key: value for key, value in row.items() if key not in RESERVED | MEANT or key == WEIGHT}
 
 
 def parent(row: Row) -> str:
@@ -97,11 +115,13 @@ class Judge:
     Args:
         config: Its config.
         context: The stage's context.
+        asker: Who asks it, where that is known already.
     """
 
-    def __init__(self, config: JudgeConfig, context: Context) -> None:
+    def __init__(self, config: JudgeConfig, context: Context, asker: Asker | None = None) -> None:
         self._config = config
         self._context = context
+        self._asker = asker
 
     def marks(self, talks: Sequence[Sequence[Message]]) -> list[float | None]:
         """A mark from 1 to `best` for the last turn of each conversation; None where the judge's answer has none."""
@@ -110,8 +130,11 @@ class Judge:
             f"from 1 (bad) to {self._config.best} (perfect). Answer with the number alone."
         )
         requests = [told(instruction, _written(talk)) for talk in talks]
+        sampling = self._config.sampling(self._context.seed)
+        if self._asker is not None:
+            return [self._mark(THINKING.sub("", answer.text)) for (answer,) in self._asker.ask(requests, sampling)]
         with self._context.build(self._config.generator) as generator:
-            answers = Asker(generator, self._context).ask(requests, self._config.sampling(self._context.seed))
+            answers = Asker(generator, self._context).ask(requests, sampling)
             return [self._mark(THINKING.sub("", answer.text)) for (answer,) in answers]
 
     def _mark(self, text: str) -> float | None:
@@ -123,13 +146,22 @@ class Judge:
 
 
 def _written(talk: Sequence[Message]) -> str:
-    """A conversation as a text to be judged, so that the judge does not take part in it."""
-    turns = [f"[{message['role']}]\n{message['content']}" for message in talk]
+    """A conversation as a text to be judged, so that the judge does not take part in it; calls as they are."""
+    turns = [
+        f"[{message['role']}]\n{message['content']}"
+        + "".join(f"\n{json.dumps(call['function'], ensure_ascii=False)}" for call in message.get("tool_calls") or ())
+        for message in talk
+    ]
     return "\n\n".join(turns)
 
 
 def scores(
-    context: Context, judge: JudgeConfig | None, reward: Any, talks: Sequence[Sequence[Message]], rows: Sequence[Row]
+    context: Context,
+    judge: JudgeConfig | None,
+    reward: Any,
+    talks: Sequence[Sequence[Message]],
+    rows: Sequence[Row],
+    asker: Asker | None = None,
 ) -> list[float | None]:
     """What a judge or a reward says of the last turn of each conversation; None: nothing.
 
@@ -137,7 +169,7 @@ def scores(
         DataError: of none of several; a judge that never gives a mark is none.
     """
     if judge is not None:
-        found = Judge(judge, context).marks(talks)
+        found = Judge(judge, context, asker).marks(talks)
     else:
         answers = [Completion(talk[-1]["content"], finish_reason="stop") for talk in talks]
         found = list(context.build(reward).score(answers, rows))

@@ -45,7 +45,7 @@ class AnswerConfig(Asks):
     """Answers to each prompt; several of them need a temperature."""
     choose: Literal["all", "best", "pairs"] = "all"
     """What becomes of several answers: each is a row, the best one is, or the best and the worst are a row of the
-    schema `preference` (the stage's `row_schema`)."""
+    schema `preference`."""
     judge: JudgeConfig | None = None
     """Who tells good answers from bad ones."""
     reward: RewardUse | None = None
@@ -140,7 +140,8 @@ class FilterConfig(Config):
 
     rule: str | None = None
     """A Jinja expression that is true of a good row, of `prompt` and `answer` (texts: the last turn before the
-    answer, and the answer), and `row` (all columns): `answer | length < 500 and "http" not in answer`."""
+    answer, and the answer, or the whole text), and `row` (all columns), such as
+    `answer | length < 500 and "http" not in answer`."""
     judge: JudgeConfig | None = None
     """Who gives each row's answer a mark."""
     reward: RewardUse | None = None

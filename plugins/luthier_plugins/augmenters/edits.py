@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from luthier.api import Augmenter, Row
+from luthier.api import Augmenter, DataError, Row
 from luthier.api.data import PARENTS
 from luthier_plugins.augmenters.asking import parent
 from luthier_plugins.augmenters.config import EditsConfig
@@ -25,6 +25,8 @@ class Edits(Augmenter[EditsConfig]):
 
     def rows(self, rows: Sequence[Row]) -> Iterator[Row]:
         draw = random.Random(self.context.seed)
+        if rows and "text" in rows[0]:
+            raise DataError("texts have no turns of a user to edit", hint="edits are for conversations and prompts")
         for row in rows:
             for _ in range(self.config.count):
                 edited = {

@@ -27,7 +27,10 @@ class Filter(Augmenter[FilterConfig]):
             good = compiled(self.config.rule)
             for number, row in enumerate(rows, 1):
                 prompt = prompt_of(row)
-                about = {"prompt": prompt[-1]["content"] if prompt else "", "answer": reference_of(row) or ""}
+                about = {
+                    "prompt": prompt[-1]["content"] if prompt else "",
+                    "answer": reference_of(row) or row.get("text", ""),
+                }
                 try:
                     if good(**about, row=row):
                         yield row

@@ -47,7 +47,7 @@ class Synthesize(Asking[SynthesizeConfig]):
         old = _Wordings()
         for row in rows:
             old.add(compared_text(row))
-        count = barren = round_ = 0
+        count = barren = round_ = alike = 0
         structure = _structure(schema) if self.config.structured else None
         while count < self.config.count and barren < BARREN:
             shown = [self._examples(pool, draw) for _ in range(self.config.count - count)]
@@ -59,7 +59,7 @@ class Synthesize(Asking[SynthesizeConfig]):
                     if row is None:
                         continue
                     if old.likeness(compared_text(row)) >= self.config.similar:
-                        self.problems["is like another row"] += 1
+                        alike += 1
                         continue
                     old.add(compared_text(row))
                     pool.append(row)
@@ -67,6 +67,8 @@ class Synthesize(Asking[SynthesizeConfig]):
                     yield {**row, PARENTS: sorted({parent(example) for example in some})}
             barren = 0 if count > before else barren + 1
             round_ += 1
+        if alike:
+            self.context.log(f"{alike} rows that were written are like an older one, and were left out")
         if count < self.config.count:
             self.context.warn(
                 f"{count} of {self.config.count} rows were made: {BARREN} rounds brought nothing new; more seeds, a "
@@ -92,6 +94,8 @@ class Synthesize(Asking[SynthesizeConfig]):
         """The row that an answer holds; None where it holds none, which is counted."""
         try:
             found: Any = json.loads(_FENCE.sub("", text))
+            # An escape may hold half a sign, which no row can.
+            json.dumps(found, ensure_ascii=False).encode()
             if not isinstance(found, dict):
                 raise ValueError("no object")
             return checked(schema, found)

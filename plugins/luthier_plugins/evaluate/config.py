@@ -108,6 +108,8 @@ class EvaluateConfig(StageConfig):
             metric, part = self._required(name)
             if metric not in names:
                 raise ValueError(f"`require` names {name}, which is not among `metrics` ({', '.join(names)})")
+            if part == "change" and _parsed(self.require[name])["stage"] is not None:
+                raise ValueError(f"`require` compares {name}, a share, with another model's value: name a number")
             if part == "change" and not self.against:
                 raise ValueError(f"`require` names {name}, the change from another model: name that under `against`")
         for metric, text in self.require.items():

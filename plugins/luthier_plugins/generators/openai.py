@@ -45,7 +45,13 @@ class OpenAI(Generator[OpenAIConfig]):
         place = urlsplit(config.url)
         self._url = config.url.rstrip("/") + ("" if place.path.strip("/") else "/v1")
         self._official = place.hostname == "api.openai.com"
-        self._key = os.environ.get(config.key_from, "")
+        self._key = os.environ.get(config.key_from, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ModelError(
+                f"what the environment variable {config.key_from} holds is no key: a key has no line breaks, and ASCII "
+                "characters alone",
+                hint="set it anew",
+            )
         # The environment's proxies are not asked for servers on this machine. Retries are this class's own: the
         # client would sleep through the user's wish to stop, and repeats nothing that is broken in the middle.
         local = place.hostname in ("127.0.0.1", "localhost", "::1")
@@ -60,6 +66,7 @@ class OpenAI(Generator[OpenAIConfig]):
         self._answered = False
         self._stop = threading.Event()
         self._input = self._output = 0
+        self._uncounted = False
 
     @property
     def at_once(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -74,13 +81,28 @@ class OpenAI(Generator[OpenAIConfig]):
         """Add up tokens and money, see `Generator.account`."""
         self._input += completion.prompt_tokens or 0
         self._output += completion.tokens or 0
-        tokens, price, budget = self._input + self._output, self.config.price, self.config.budget
-        money = price and (self._input * price.input + self._output * price.output) / 1e6
-        if budget is not None and budget.tokens is not None and tokens >= budget.tokens:
+        self._uncounted = self._uncounted or completion.tokens is None
+        money = self._money
+        return f"{self._input + self._output} tokens" + (f", cost {money:.4f}" if money is not None else "")
+
+    @property
+    def _money(self) -> float | None:
+        price = self.config.price
+        return None if price is None else (self._input * price.input + self._output * price.output) / 1e6
+
+    def may_ask(self) -> None:
+        budget, tokens, money = self.config.budget, self._input + self._output, self._money
+        if budget is None:
+            return
+        if self._uncounted:
+            raise ModelError(
+                f"{self._url} does not say how many tokens its answers have: a budget cannot be kept",
+                hint="leave `budget` out, and watch what it costs",
+            )
+        if budget.tokens is not None and tokens >= budget.tokens:
             raise ModelError(f"the budget is spent: {tokens} of {budget.tokens} tokens", hint="raise `budget.tokens`")
-        if budget is not None and budget.money is not None and money is not None and money >= budget.money:
+        if budget.money is not None and money is not None and money >= budget.money:
             raise ModelError(f"the budget is spent: {money:.4f} of {budget.money}", hint="raise `budget.money`")
-        return f"{tokens} tokens" + (f", cost {money:.4f}" if money is not None else "")
 
     def give_up(self) -> None:
         self._stop.set()
@@ -105,7 +127,7 @@ class OpenAI(Generator[OpenAIConfig]):
         talk = Conversation.of(request)
         body: dict[str, Any] = {
             "model": self._named(),
-            "messages": [_sent(message) for message in talk],
+            "messages": _sent(talk),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "seed": sampling.seed + number,
@@ -148,7 +170,8 @@ class OpenAI(Generator[OpenAIConfig]):
                         hint="is it running, and not overloaded? `at_once`, `retries` and `timeout` can be set",
                     ) from error
                 pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2**attempt) * random.uniform(0.75, 1.25)
-                self._stop.wait(error.after if error.after is not None else pause)
+                if self._stop.wait(error.after if error.after is not None else pause):
+                    raise ModelError(f"{self._url} was not asked again: {error}") from error
             else:
                 self._answered = True
                 return result
@@ -165,7 +188,7 @@ class OpenAI(Generator[OpenAIConfig]):
                 raise ModelError(
                     f"{self._url} cannot be reached: {cause}", hint="is the server running at this address?"
                 ) from error
-            raise _Again(f"the connection broke: {cause}") from error
+            raise _Again(f"the connection broke: {self._hidden(str(cause))}") from error
         except openai.APIStatusError as error:
             raise self._of_status(error) from error
         except (openai.APIError, ValueError, AttributeError, TypeError, IndexError) as error:
@@ -207,10 +230,33 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
-def _sent(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message as the protocol has it: without what only training asks for."""
+def _sent(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as the protocol has them: without what only training asks for, calls with arguments as text and with
+    ids, which their results name."""
     known = ("role", "content", "tool_calls", "tool_call_id", "name")
-    return {key: message[key] for key in known if message.get(key) is not None}
+    made: list[dict[str, Any]] = []
+    open_ids: list[str] = []
+    for number, message in enumerate(messages):
+        sent = {key: message[key] for key in known if message.get(key) is not None}
+        if "tool_calls" in sent:
+            open_ids = [
+                str(call.get("id") or f"call_{number}_{place}") for place, call in enumerate(sent["tool_calls"])
+            ]
+            sent["tool_calls"] = [
+                {"id": name, "type": "function", "function": {**call["function"], "arguments": _as_text(call)}}
+                for name, call in zip(open_ids, sent["tool_calls"], strict=True)
+            ]
+        elif message["role"] == "tool":
+            name = sent.get("tool_call_id") or (open_ids[0] if open_ids else f"call_{number}")
+            open_ids = [other for other in open_ids if other != name]
+            sent["tool_call_id"] = name
+        made.append(sent)
+    return made
+
+
+def _as_text(call: Mapping[str, Any]) -> str:
+    arguments = call["function"].get("arguments") or {}
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def _completion(reply: Any) -> Completion:
@@ -221,6 +267,8 @@ def _completion(reply: Any) -> Completion:
     thinking = extra.get("reasoning_content") or extra.get("reasoning") or ""
     if reason == "content_filter":
         return Completion("", finish_reason="refused", problem="the server's content filter")
+    if message.tool_calls:
+        return Completion("", finish_reason="refused", problem="it called a tool, of which no text can be made")
     if message.content is not None and not isinstance(message.content, str):
         raise TypeError(f"the answer is {type(message.content).__name__}, no text")
     return Completion(

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from importlib.metadata import version
 
 from luthier.api import Completion, Context, DataError, Generator, Request, Sampling
+from luthier.api.data import Conversation
 from luthier_plugins.gguf.config import LlamaConfig
 from luthier_plugins.gguf.server import LlamaServer
 
@@ -31,6 +32,10 @@ class Llama(Generator[LlamaConfig]):
             path = self.context.path(self.config.path)
             self._server = self._stack.enter_context(LlamaServer(path, context_length=self.config.context_length))
         for request in requests:
+            if Conversation.of(request).tools:
+                problem = "it has tools, which the generator 'llama' does not tell"
+                yield [Completion("", finish_reason="refused", problem=problem)] * sampling.n
+                continue
             try:
                 yield from self._server.generate([request], sampling)
             except DataError as error:

@@ -8,8 +8,8 @@ from luthier.api import DataError, Sample
 from luthier_plugins.metrics.answers import AnswerMetric
 from luthier_plugins.metrics.config import NumericConfig
 
-NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-"""A number, with commas between thousands or without."""
+NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?<![A-Za-z_])(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+"""A number, with commas between thousands or without. The minus of `10-20` is none of its second number's."""
 
 
 class Numeric(AnswerMetric[NumericConfig]):
@@ -23,7 +23,7 @@ class Numeric(AnswerMetric[NumericConfig]):
                 hint="take another metric, or rows whose answers are numbers",
             )
         said = self._number(sample.answer)
-        return None if said is None else float(abs(said - right) <= self.config.tolerance * max(1.0, abs(right)))
+        return None if said is None else float(abs(said - right) <= self.config.tolerance * abs(right))
 
     def _number(self, text: str) -> float | None:
         mark = self.config.mark

@@ -37,10 +37,15 @@ class _Corpus(AnswerMetric[C]):
         """sacrebleu's metric."""
         raise NotImplementedError
 
+    @cached_property
+    def row_measure(self) -> Any:
+        """sacrebleu's metric for a row alone."""
+        return self.measure
+
     def score(self, samples: Sequence[Sample], baseline: Sequence[Sample] | None) -> Score:
         pairs = [(item.answer, item.reference) for item in samples]
         whole = self.measure.corpus_score([said for said, _ in pairs], [[right for _, right in pairs]]).score
-        rows = [float(self.measure.sentence_score(said, [right]).score) for said, right in pairs]
+        rows = [float(self.row_measure.sentence_score(said, [right]).score) for said, right in pairs]
         return Score(float(whole), rows, is_mean=False)
 
 
@@ -49,8 +54,16 @@ class Bleu(_Corpus[BleuConfig]):
 
     @cached_property
     def measure(self) -> Any:
+        return self._bleu(effective_order=False)
+
+    @cached_property
+    def row_measure(self) -> Any:
+        # A row may have fewer than four words, of which there are no runs of four.
+        return self._bleu(effective_order=True)
+
+    def _bleu(self, **options: Any) -> Any:
         about = {"tokenize": self.config.tokenize, "lowercase": self.config.lowercase}
-        return needed("sacrebleu", "sacrebleu", EXTRA).BLEU(**about, effective_order=True)
+        return needed("sacrebleu", "sacrebleu", EXTRA).BLEU(**about, **options)
 
 
 class Chrf(_Corpus[ChrfConfig]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import ClassVar
@@ -28,9 +29,12 @@ class Perplexity(Metric[PerplexityConfig]):
 
 
 def _bytes(sample: Sample) -> int:
-    """The bytes of what is trained of a row: the assistant's turns."""
-    turns = conversations(sample.row)[0]
-    said = [message["content"] for message in turns if message["role"] == "assistant" and message.get("train", True)]
+    """The bytes of what is trained of a row: the assistant's turns, with what they think and call."""
+    said: list[str] = []
+    for message in conversations(sample.row)[0]:
+        if message["role"] == "assistant" and message.get("train", True):
+            said += [message["content"], message.get("reasoning") or ""]
+            said += [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
     return sum(len(text.encode("utf-8", "surrogatepass")) for text in said)
 
 

@@ -49,6 +49,9 @@ class Template(Augmenter[TemplateConfig]):
             for name, slot in self.config.slots.items():
                 if isinstance(slot, ColumnSlot):
                     slots[name] = _under(slot.column, parent)
+                elif isinstance(slot, FileSlot):
+                    # As it is: braces in a file are no template of the recipe's.
+                    slots[name] = self._value(drawn[name], draw)
                 else:
                     slots[name] = self._render(self._value(drawn[name], draw), slots)
             row = self._render(draw.choice(self.config.templates), slots)
