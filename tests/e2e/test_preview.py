@@ -88,16 +88,18 @@ def test_rows_are_shown_as_they_are_trained_and_nothing_is(folder: Path) -> None
 
 
 def test_pairs_and_blocks_are_shown_with_the_tokens_of_the_model_that_is_there(folder: Path) -> None:
-    found = seen(folder, "liked", "--rows", "1")
+    # A model that no other test has made.
+    other = ("--set", "stages.tuned.steps=2")
+    found = seen(folder, "liked", "--rows", "1", *other)
     assert found["instead"] == {"tuned": "blank"}
     assert ["".join(part["text"] for part in side["parts"] if part["trained"]) for side in found["rows"][0]] == [
         "this<|im_end|>",
         "that<|im_end|>",
     ]
     assert all(side["parts"][-1]["stop"] for side in found["rows"][0])
-    block = seen(folder, "read", "--rows", "1")["rows"][0][0]
+    block = seen(folder, "read", "--rows", "1", *other)["rows"][0][0]
     assert sum(block["documents"]) == sum(len(part["ids"]) for part in block["parts"]) == 32
-    told = luthier(folder, "preview", "seen.yaml", "read", "--rows", "1", "--tokens").stdout
+    told = luthier(folder, "preview", "seen.yaml", "read", "--rows", "1", "--tokens", *other).stdout
     assert "'tuned' is not made yet: tokens are those of 'blank'" in told
     assert f"({' + '.join(map(str, block['documents']))} tokens of documents)" in told
 

@@ -53,10 +53,20 @@ def garbage(store: Store, *, scratch: bool = False, cache: bool = False, answers
         if path.name not in locked and (scratch or not resumable):
             found.append(path)
     if not locked:
-        found += sorted(store.cache.glob("*") if cache or answers else store.cache.glob(f"*/{UNFINISHED}*"))
-        # Answers may have been paid for: they go only where they are meant.
-        found = [path for path in found if path.parent != store.cache or (answers if path.name == ANSWERS else cache)]
+        found += _of_cache(store.cache, cache, answers)
     return found
+
+
+def _of_cache(folder: Path, cache: bool, answers: bool) -> list[Path]:
+    """What goes of the cache. Answers may have been paid for: they go only where they are meant."""
+    kept = folder / ANSWERS
+    if not folder.exists():
+        return []
+    if cache and (answers or not kept.exists()):
+        return [folder]
+    if cache:
+        return [path for path in sorted(folder.glob("*")) if path != kept]
+    return sorted(folder.glob(f"*/{UNFINISHED}*")) + ([kept] if answers and kept.exists() else [])
 
 
 def _is_useless(store: Store, key: str, needed: set[str]) -> bool:

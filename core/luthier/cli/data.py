@@ -17,7 +17,7 @@ CUT = 110
 """Characters of an example on a terminal."""
 
 
-@click.group("data")
+@click.group("data", epilog="Example: luthier data report chats.jsonl")
 def data_command() -> None:
     """Look at datasets."""
 

@@ -38,7 +38,9 @@ def open_generator(
         with tempfile.TemporaryDirectory() as scratch:
 
             def progress(done: int, total: int) -> None:
-                context.progress(done, total, "answers")
+                # How far all is, who asks knows; here, only whether the user wants to stop is.
+                if context.stopping():
+                    context.progress(done, total, "answers")
 
             with generate.TransformersGenerator(
                 artifact, Path(scratch) / "floats", progress, date=context.date
