@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.reporting.statistics import bootstrap, corrected, difference, mcnemar, mean_of, wilson
+from luthier.reporting.statistics import corrected, difference, mcnemar, mean_of, wilson
 from scipy import stats
 
 NUMBERS = st.lists(st.floats(-9, 9), min_size=3, max_size=40).filter(lambda found: np.ptp(found) > 1e-3)
@@ -59,7 +59,7 @@ def test_mcnemar_is_the_sign_test_of_what_differs() -> None:
 
 def test_intervals_hold_the_true_mean_as_often_as_they_say() -> None:
     draw = np.random.default_rng(1)
-    held = {"t": 0, "clusters": 0, "naive": 0, "wilson": 0, "bootstrap": 0}
+    held = {"t": 0, "clusters": 0, "naive": 0, "wilson": 0}
     rounds = 400
     for _ in range(rounds):
         values = draw.exponential(1.0, 60)
@@ -71,13 +71,9 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say() -> None:
         )
         held["naive"] += (made := mean_of(answers)).low < 0 < made.high
         held["wilson"] += (made := wilson(int(draw.binomial(50, 0.9)), 50)).low < 0.9 < made.high
-    for seed in range(100):
-        values = draw.exponential(1.0, 60)
-        held["bootstrap"] += (made := bootstrap(values.tolist(), seed=seed)).low < 1 < made.high
     assert held["t"] / rounds > 0.9
     assert 0.92 < held["clusters"] / rounds < 0.98
     assert 0.92 < held["wilson"] / rounds < 0.985
-    assert held["bootstrap"] > 88
     # Rows of one text taken for independent: wrong half of the time.
     assert held["naive"] / rounds < 0.7
 

@@ -18,7 +18,6 @@ LEVEL = 0.95
 """How often an interval holds the true value."""
 POWER = 0.8
 """How often a true difference is to be found by as many questions as are said to be needed."""
-RESAMPLES = 2000
 FARTHEST = 1e4
 """How many times as large as the difference its spread may be for the rows to be counted: a billion of them."""
 
@@ -100,21 +99,6 @@ def mean_of(
     error = math.sqrt(float((residuals**2).sum()) * n / (n - 1))
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
     return Interval(mean, mean - half, mean + half, n)
-
-
-def bootstrap(
-    values: Sequence[float], weights: Sequence[float] | None = None, *, seed: int = 0, level: float = LEVEL
-) -> Interval:
-    """A mean, by drawing rows anew (the percentile bootstrap): takes nothing for granted of how values are spread."""
-    numbers = np.asarray(values, np.float64)
-    counts = np.ones(len(numbers)) if weights is None else np.asarray(weights, np.float64)
-    draw = np.random.default_rng(seed)
-    means = np.empty(RESAMPLES)
-    for place in range(RESAMPLES):
-        chosen = draw.integers(0, len(numbers), len(numbers))
-        means[place] = (numbers[chosen] * counts[chosen]).sum() / counts[chosen].sum()
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float((numbers * counts).sum() / counts.sum()), float(low), float(high), len(numbers))
 
 
 def difference(
