@@ -92,6 +92,26 @@ def test_scores_slices_and_gates(measured: Path, tmp_path: Path, cli) -> None:
     assert "gate exact_match > 1: 1.0 DOES NOT HOLD" in done.stdout
 
 
+def test_without_against_a_model_is_compared_with_what_it_was_tuned_from(measured: Path) -> None:
+    text = measured.read_text()
+    more = """\
+  again: {uses: sft, model: tuned, data: same, steps: 1, allow_leakage: by heart}
+  soup: {uses: merge, models: [again, tuned]}
+  late: {uses: evaluate, model: soup, data: talks, require: {exact_match: ">= tuned"}}
+  alone: {uses: evaluate, model: soup, data: talks, against: []}
+  plain: {uses: evaluate, model: base, data: talks}
+"""
+    measured.write_text(text.replace("    against: base\n", "") + more)
+    made = {name: stage.config for name, stage in Recipe.load(measured).stages.items()}
+    others = {name: made[name].model_dump()["against"] for name in ("quality", "late", "alone", "plain")}
+    assert others == {"quality": ["base"], "late": ["base", "tuned"], "alone": [], "plain": []}
+    assert (
+        plan(Recipe.load(measured)).nodes["late"].inputs["against"]
+        == plan(Recipe.load(measured)).nodes["quality"].inputs["against"]
+        + plan(Recipe.load(measured)).nodes["quality"].inputs["model"]
+    )
+
+
 def test_a_requirement_that_does_not_parse_is_refused(measured: Path) -> None:
     with pytest.raises(Exception, match=r"measured.yaml:\d+: stages.quality.require: .*not like '>= 0.8'"):
         plan(Recipe.load(measured, overrides=["stages.quality.require.exact_match=high"]))

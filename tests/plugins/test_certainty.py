@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 from luthier.api import Artifact, Completion, DataError, Row
 from luthier.modeling.generate import TransformersGenerator
 from luthier.registry import default_registry
@@ -24,7 +25,11 @@ ROWS: list[Row] = [
 
 
 def reported(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, answer: Callable[[int, str], Completion], **config: Any
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    answer: Callable[[int, str], Completion],
+    rows: list[Row] = ROWS,
+    **config: Any,
 ) -> Artifact:
     """The report on a model and its base whose answers to each row are known."""
     stages = iter(["tuned", "base"])
@@ -36,7 +41,7 @@ def reported(
 
     monkeypatch.setattr(TransformersGenerator, "generate", generate)
     models = {"model": tiny_model(folder), "against": [tiny_model(folder, seed=1)]}
-    data = tiny_dataset(folder, ROWS, split="test")
+    data = tiny_dataset(folder, rows, split="test")
     return run_stage(folder, "evaluate", config, inputs={**models, "data": data})
 
 
@@ -144,10 +149,38 @@ def test_a_metric_that_is_no_mean_has_no_interval_and_a_perplexity_has_its_own(t
               "max_new_tokens": 4}  # fmt: skip
     report = run_stage(tmp_path, "evaluate", config, inputs={"model": model, "against": [other], "data": data})
     intervals, scores = report.facts["intervals"], report.facts["scores"]
-    assert intervals.keys() == {"perplexity", "by-byte"}
-    for name, (low, high) in intervals.items():
+    assert intervals.keys() >= {"perplexity", "by-byte"}
+    for name in ("perplexity", "by-byte"):
+        low, high = intervals[name]
         assert low < scores[name] < high
     assert report.facts["against"][0]["difference"].keys() >= {"perplexity", "by-byte"}
+
+
+def test_a_metric_that_is_no_mean_has_an_interval_by_bootstrap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """BLEU of 40 answers of four words, of which every third is wrong."""
+    right = "it is quite so"
+    rows: list[Row] = [
+        {"messages": [{"role": "user", "content": f"Is {n} large?"}, {"role": "assistant", "content": right}]}
+        for n in range(40)
+    ]
+
+    def answer(n: int, name: str) -> Completion:
+        good = n % 3 > 0 if name == "tuned" else n % 3 > 1
+        return Completion(right if good else "it may be otherwise here", 4, "stop")
+
+    facts = reported(monkeypatch, tmp_path, answer, rows=rows, metrics=["bleu"]).facts
+    said = [right if n % 3 > 0 else "it may be otherwise here" for n in range(40)]
+    assert facts["scores"]["bleu"] == sacrebleu.corpus_bleu(said, [[right] * 40]).score
+    low, high = facts["intervals"]["bleu"]
+    theirs = sacrebleu.BLEU().corpus_score(said, [[right] * 40], n_bootstrap=1000)
+    # sacrebleu gives the middle of its own draws and half their width.
+    assert high - low == pytest.approx(2 * theirs._ci, rel=0.15)
+    about = facts["against"][0]["difference"]["bleu"]
+    other = [right if n % 3 > 1 else "it may be otherwise here" for n in range(40)]
+    assert about["value"] == pytest.approx(facts["scores"]["bleu"] - sacrebleu.corpus_bleu(other, [[right] * 40]).score)
+    assert (about["test"], about["verdict"]) == ("bootstrap", "better")
+    assert about["low"] > 0
+    assert about["p"] < 0.01
 
 
 def gates(require: dict[str, str], facts: dict[str, Any], **config: Any) -> list[tuple[str, bool, Any]]:

@@ -65,12 +65,12 @@ stages:
     against: tuned
     data: held
     metrics:
-      - kl
+      - drift
       - {uses: judged, name: judge, judge: {uses: model, model: tuned}}
     max_new_tokens: 4
 """
 USED_BY = {
-    "dialogs": {"talks"}, "thumbs": {"votes"}, "approval": {"liked"}, "focal": {"tuned"}, "kl": {"quality"},
+    "dialogs": {"talks"}, "thumbs": {"votes"}, "approval": {"liked"}, "focal": {"tuned"}, "drift": {"quality"},
     "judged": {"quality"}, "confidence": {"tuned"}, "momentum": {"tuned", "plain"}, "asked": {"more"},
 }  # fmt: skip
 """The stages whose keys a component is part of; trackers and executors change no result."""
@@ -146,10 +146,10 @@ def test_every_part_does_what_it_says(ran: Path) -> None:
     assert liked["loss_last"] < liked["loss_first"]
     assert manifest(ran, "more")["facts"]["rows"]["train"] > 12
     quality = manifest(ran, "quality")["facts"]
-    assert quality["scores"]["kl"] > 0
-    assert quality["against"][0]["scores"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert quality["scores"]["drift"] > 0
+    assert quality["against"][0]["scores"]["drift"] == pytest.approx(0, abs=1e-6)
     assert quality["scores"]["judge"] in (0.0, 0.25, 0.5)
-    assert quality["higher_is_better"] == {"kl": False, "judge": True}
+    assert quality["higher_is_better"] == {"drift": False, "judge": True}
 
 
 def test_the_tracker_has_config_outcome_and_the_workers_priority(ran: Path) -> None:

@@ -43,6 +43,9 @@ VALUES: dict[str, dict[str, Any]] = {
     "tracker-wandb": {"mode": "offline"},
     "stage-sft": {"model": "m", "data": "d"},
     "metric-regex": {"pattern": "a"},
+    "metric-code_runs": {"allow": True, "tests": None},
+    "metric-judge": {"generator": {"uses": "model", "model": "m"}},
+    "metric-win_rate": {"generator": {"uses": "model", "model": "m"}},
     "metric-json_schema": {"json_schema": {"type": "object"}},
     "merge_method-fisher": {"data": "d"},
     "regularizer-ewc": {"data": "d", "rows": 2},
@@ -55,7 +58,10 @@ VALUES: dict[str, dict[str, Any]] = {
 }
 
 
-ASKING = {f"augmenter-{name}" for name in ("answer", "paraphrase", "back_translate", "synthesize")}
+ASKING = {f"augmenter-{name}" for name in ("answer", "paraphrase", "back_translate", "synthesize")} | {
+    "metric-judge",
+    "metric-win_rate",
+}
 """What needs somebody who answers; their own tests have such."""
 
 

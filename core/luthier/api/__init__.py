@@ -94,7 +94,7 @@ if TYPE_CHECKING:
         StageError,
         StoreError,
     )
-    from luthier.api.evaluation import Answers, Metric, MetricConfig, Needs, Sample, Score
+    from luthier.api.evaluation import Answers, Choice, Choices, Metric, MetricConfig, Needs, Sample, Score
     from luthier.api.execution import (
         Event,
         Executor,
@@ -107,6 +107,7 @@ if TYPE_CHECKING:
         Tracker,
         WorkerLaunch,
     )
+    from luthier.api.judging import Asks, JudgeConfig
     from luthier.api.serving import (
         Completion,
         Exporter,
@@ -144,11 +145,12 @@ _HOME = {
         "DataError", "GateError", "Interrupted", "LuthierError", "ModelError", "PluginError", "Problem", "RecipeError",
         "StageError", "StoreError",
     ),
-    "evaluation": ("Answers", "Metric", "MetricConfig", "Needs", "Sample", "Score"),
+    "evaluation": ("Answers", "Choice", "Choices", "Metric", "MetricConfig", "Needs", "Sample", "Score"),
     "execution": (
         "Event", "Executor", "ExecutorContext", "Outcome", "ProcessSession", "RunInfo", "Session", "Slot", "Tracker",
         "WorkerLaunch",
     ),
+    "judging": ("Asks", "JudgeConfig"),
     "serving": ("Completion", "Exporter", "Generator", "Quantizer", "Request", "Sampling", "ToolEnvironment"),
     "stages": ("Facts", "Stage"),
     "training": (
@@ -166,8 +168,11 @@ __all__ = [
     "Answers",
     "Artifact",
     "ArtifactKind",
+    "Asks",
     "Augmenter",
     "BadRows",
+    "Choice",
+    "Choices",
     "Completion",
     "CompletionBatch",
     "Component",
@@ -194,6 +199,7 @@ __all__ = [
     "Implementation",
     "Input",
     "Interrupted",
+    "JudgeConfig",
     "KINDS",
     "Kind",
     "KindInfo",

@@ -148,6 +148,14 @@ class StageConfig(Config):
         """How many processes compute the stage."""
         return self.resources.processes or (self.resources.gpus or 1 if self.several_ranks else 1)
 
+    def completed(self, stages: Mapping[str, StageConfig]) -> StageConfig:
+        """This config, with what the recipe leaves open and its other stages say; by default as it is.
+
+        Args:
+            stages: The configs of the recipe's stages, this one among them.
+        """
+        return self
+
     def produces(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> ArtifactKind:
         """The kind of artifact made, given the kinds of the inputs by field path."""
         return self.kind_made

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from luthier.api.component import C, Implementation
 from luthier.api.config import Config, Field
 from luthier.api.data import Row
+from luthier.api.errors import DataError
 from luthier.api.serving import Completion, Sampling
 
 if TYPE_CHECKING:
@@ -50,6 +51,35 @@ class Answers:
 
 
 @dataclass(frozen=True, slots=True)
+class Choices:
+    """The answers among which a model is to choose.
+
+    Attributes:
+        column: The row's column that lists them; only where `fixed` is empty.
+        fixed: The same ones for every row.
+    """
+
+    column: str = "choices"
+    fixed: tuple[str, ...] = ()
+
+    def of(self, row: Row) -> tuple[str, ...]:
+        """Those of a row.
+
+        Raises:
+            DataError: it lists none.
+        """
+        if self.fixed:
+            return self.fixed
+        found: Any = row.get(self.column)
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in cast("list[Any]", found)):
+            raise DataError(
+                f"a row has no list of texts in the column '{self.column}' to choose among",
+                hint=f"have the data stage keep it: `keep: [{self.column}]`",
+            )
+        return tuple(cast("list[str]", found))
+
+
+@dataclass(frozen=True, slots=True)
 class Needs:
     """What a metric wants of a model, row by row.
 
@@ -57,13 +87,33 @@ class Needs:
         answers: How it is asked; None: not at all.
         token_logps: Whether the log-probabilities of the reference's tokens are wanted.
         distributions: Whether the log-probabilities of the whole vocabulary at these tokens are wanted.
+        choices: Among which answers the model is to choose, whose log-probabilities are wanted; None: none.
         baseline: Whether the same is wanted of the model that the stage compares with.
     """
 
     answers: Answers | None = None
     token_logps: bool = False
     distributions: bool = False
+    choices: Choices | None = None
     baseline: bool = False
+
+    @property
+    def probabilities(self) -> bool:
+        """Whether it wants any of the model's probabilities, which exports do not give."""
+        return self.token_logps or self.distributions or self.choices is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the answers among which a model is to choose.
+
+    Attributes:
+        text: The answer.
+        logps: log p of each of its tokens behind the row's prompt, stop token included, in nats.
+    """
+
+    text: str
+    logps: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +127,9 @@ class Sample:
         answers: What the model answered, as often as the metric asked.
         logps: log p of each token that training on the row would train (the assistant's turns, stop tokens included),
             in nats.
+        targets: The ids of these tokens.
+        likeliest: The ids of the tokens that the model takes for the likeliest in their places.
+        choices: The answers among which it is to choose, in the row's order.
         distribution: Reads log p of the whole vocabulary at each of these tokens: float32, shape (tokens, vocabulary).
     """
 
@@ -85,6 +138,9 @@ class Sample:
     reference: str
     answers: tuple[Completion, ...] = ()
     logps: tuple[float, ...] = ()
+    targets: tuple[int, ...] = ()
+    likeliest: tuple[int, ...] = ()
+    choices: tuple[Choice, ...] = ()
     distribution: Callable[[], np.ndarray[Any, Any]] | None = field(default=None, repr=False)
 
     @property
@@ -103,8 +159,11 @@ class Score:
             metric's direction: of a perplexity, the row's nats per token. None where it says nothing of a row.
         weights: What each row counts in the mean, such as its tokens; None: all the same.
         of_mean: What makes the value of the mean of rows, where it is not the mean itself: of a perplexity, exp.
-        is_mean: Whether the value is made of the mean of rows at all: BLEU is not, and has no interval.
+        is_mean: Whether the value is made of the mean of rows at all: BLEU is not.
+        resampled: What makes the value of some of the rows, by their places (any of them several times), where it is
+            not made of a mean: then it has an interval, by bootstrap.
         unread: Answers of which the metric could make nothing: no number, no JSON. They count as wrong.
+        counts: What else is to be told of how it came about, by words, such as how many programs were stopped.
     """
 
     value: float
@@ -112,7 +171,9 @@ class Score:
     weights: Sequence[float] | None = None
     of_mean: Callable[[float], float] | None = None
     is_mean: bool = True
+    resampled: Callable[[np.ndarray[Any, Any]], float] | None = field(default=None, repr=False)
     unread: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class Metric(Implementation[C]):

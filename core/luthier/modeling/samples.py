@@ -1,24 +1,18 @@
-"""What metrics are computed from: a model's answers to rows, and its log-probabilities of their own answers."""
+"""What metrics are computed from: a model's answers to rows, and its probabilities of answers that are known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from luthier.api.data import Row
 from luthier.api.errors import DataError
-from luthier.api.evaluation import Answers, Needs, Sample
+from luthier.api.evaluation import Answers, Choices, Needs, Sample
 from luthier.api.serving import Completion, Request, Sampling
-from luthier.artifacts.disk_space import check_disk_space
 from luthier.artifacts.rows import conversations, prompt_of, reference_of
 from luthier.modeling.chat import ChatEncoder
-from luthier.modeling.generate import target_log_probabilities
+from luthier.modeling.scoring import Scored, chosen
 from luthier.modeling.thinking import Thinking
 
 Asked = dict[Answers, Sequence[Sequence[Completion]]]
@@ -46,46 +40,11 @@ def asked(
     return {kind: list(ask(prompts, kind.sampling(max_new_tokens, seed))) for kind in kinds}
 
 
-def measured(
-    model: Any, encoder: ChatEncoder, rows: Sequence[Row], needs: Sequence[Needs], folder: Path
-) -> tuple[list[tuple[float, ...]], list[Callable[[], Any]]]:
-    """log p of the trained tokens of each row (the assistant's turns), and readers of the whole distributions; empty
-    where none is needed.
-
-    Args:
-        model: The model.
-        encoder: Makes its tokens.
-        rows: Rows that have an answer.
-        needs: What the metrics need.
-        folder: Where distributions are kept, which may not fit into memory.
-    """
-    if not any(need.token_logps or need.distributions for need in needs):
-        return [], []
-    keep = any(need.distributions for need in needs)
-    logps: list[tuple[float, ...]] = []
-    readers: list[Callable[[], Any]] = []
-    if keep:
-        folder.mkdir(parents=True, exist_ok=True)
-    for place, row in enumerate(rows):
-        found = [target_log_probabilities(model, item) for item in encoder.conversation(conversations(row)[0], "apart")]
-        log_p, ids = torch.cat([part for part, _ in found]), torch.cat([part for _, part in found])
-        logps.append(tuple(log_p.gather(1, ids[:, None])[:, 0].tolist()))
-        if keep and not readers:
-            # Rows differ in length; the first says about how much all will take.
-            check_disk_space(folder, log_p.numel() * log_p.element_size() * len(rows), "the models' distributions")
-        if keep:
-            path = folder / f"{place}.npy"
-            np.save(path, log_p.cpu().numpy())
-            readers.append(partial(np.load, path))
-    return logps, readers
-
-
 def samples_of(
     rows: Sequence[Row],
     need: Needs,
     answers: Asked,
-    logps: Sequence[tuple[float, ...]] = (),
-    readers: Sequence[Callable[[], Any]] = (),
+    found: Sequence[Scored] = (),
     thinking: Thinking | None = None,
 ) -> list[Sample]:
     """What one metric sees.
@@ -94,8 +53,7 @@ def samples_of(
         rows: The rows.
         need: What it needs.
         answers: All answers.
-        logps: See `measured`.
-        readers: See `measured`.
+        found: What the model makes of the rows, see `luthier.modeling.scoring`; empty: metrics need none of it.
         thinking: The marks at which thinking is split off answers and references; None: it stays in them.
     """
     given = answers[need.answers] if need.answers is not None else ()
@@ -105,11 +63,21 @@ def samples_of(
             prompt_of(row)[-1]["content"],
             _answer_of(reference_of(row) or "", thinking),
             tuple(_split(item, thinking) for item in given[place]) if given else (),
-            logps[place] if logps and (need.token_logps or need.distributions) else (),
-            readers[place] if readers and need.distributions else None,
+            **(_probabilities(need, found[place]) if found else {}),
         )
         for place, row in enumerate(rows)
     ]
+
+
+def _probabilities(need: Needs, found: Scored) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    if need.token_logps or need.distributions:
+        made |= {"logps": found.logps, "targets": found.targets, "likeliest": found.likeliest}
+    if need.distributions:
+        made["distribution"] = found.distribution
+    if need.choices is not None:
+        made["choices"] = found.choices[need.choices]
+    return made
 
 
 def _answer_of(text: str, thinking: Thinking | None) -> str:
@@ -123,7 +91,9 @@ def _split(completion: Completion, thinking: Thinking | None) -> Completion:
     return replace(completion, text=answer, thinking=thought)
 
 
-def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool) -> str | None:
+def problem_of(
+    encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool, choices: Sequence[Choices] = ()
+) -> str | None:
     """Why a model cannot be asked a row, or its answers cannot be scored; None where they can.
 
     Args:
@@ -131,6 +101,7 @@ def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool
         row: The row.
         room: The most tokens that the model can see; None: any number.
         scored: Whether log-probabilities of the row's own answers are wanted.
+        choices: Among which answers it is to choose as well.
     """
     if any("tool_calls" in talk[-1] for talk in conversations(row)):
         return "its answer is a call of tools, which is not compared"
@@ -138,6 +109,7 @@ def problem_of(encoder: ChatEncoder, row: Row, room: int | None, *, scored: bool
         lengths = [len(encoder.prompt(prompt_of(row))) + 1]
         if scored:
             lengths += [len(item.input_ids) for item in encoder.conversation(conversations(row)[0], "apart")]
+        lengths += [len(chosen(encoder, row, text).input_ids) for some in choices for text in some.of(row)]
     except DataError as error:
         return error.message
     longest = max(lengths)

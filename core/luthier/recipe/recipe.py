@@ -6,7 +6,7 @@ import datetime
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
@@ -252,7 +252,8 @@ class _Reader:
             stage = self._use("stage", raw, ("stages", stage_id))
             if stage is not None:
                 stages[stage_id] = ConfiguredStage(stage_id, stage.component, cast("StageConfig", stage.config))
-        return stages
+        configs = {stage_id: stage.config for stage_id, stage in stages.items()}
+        return {key: replace(stage, config=stage.config.completed(configs)) for key, stage in stages.items()}
 
     def _use(self, kind: Any, raw: Any, path: tuple[str | int, ...]) -> Use | None:
         from pydantic import ValidationError

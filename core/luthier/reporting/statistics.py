@@ -7,7 +7,7 @@ the differences tell them apart (Miller, Adding Error Bars to Evals, arXiv 2411.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ LEVEL = 0.95
 """How often an interval holds the true value."""
 POWER = 0.8
 """How often a true difference is to be found by as many questions as are said to be needed."""
+DRAWS = 1000
+"""Samples of a bootstrap."""
 FARTHEST = 1e4
 """How many times as large as the difference its spread may be for the rows to be counted: a billion of them."""
 
@@ -48,7 +50,8 @@ class Difference:
         p: The probability of such a difference, or a larger one, where there is none.
         needed: About how many rows would tell whether there is one of this size; None where these do, or where the
             models do not differ at all.
-        test: How `p` was found: ``t``, ``mcnemar``, or ``sign`` where the difference is the same everywhere.
+        test: How `p` was found: ``t``, ``mcnemar``, ``bootstrap``, or ``sign`` where the difference is the same
+            everywhere.
     """
 
     interval: Interval
@@ -139,6 +142,59 @@ def difference(
         p, test = _p_of(interval, level), "t"
     made = Difference(interval, p, None, test)
     return made if made.told else Difference(interval, p, _needed(interval, level), test)
+
+
+def bootstrap(value: Callable[[np.ndarray], float], n: int, clusters: Sequence[Hashable] | None = None) -> np.ndarray:
+    """What a number would be of other rows: values of `DRAWS` samples, drawn with replacement from these rows (Efron,
+    1979), or from clusters of them. The same each time.
+
+    Args:
+        value: Makes the number of rows, by their places.
+        n: How many rows there are.
+        clusters: To what each row belongs, see `mean_of`.
+    """
+    generator = np.random.default_rng(0)
+    groups: dict[Hashable, list[int]] = {}
+    for place in range(n):
+        groups.setdefault(place if clusters is None else clusters[place], []).append(place)
+    members = [np.asarray(places) for places in groups.values()]
+    drawn = generator.integers(len(members), size=(DRAWS, len(members)))
+    return np.asarray([value(np.concatenate([members[place] for place in line])) for line in drawn])
+
+
+def spread_of(draws: np.ndarray, value: float, n: int, level: float = LEVEL) -> Interval:
+    """The interval of a number by the percentiles of its bootstrap.
+
+    Args:
+        draws: What `bootstrap` gave.
+        value: The number itself.
+        n: How many rows there are.
+        level: How often the interval holds the true value.
+    """
+    if n < 2:
+        return Interval(value, -math.inf, math.inf, n)
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    # Percentiles of a biased number may leave out what they are about.
+    return Interval(value, min(float(low), value), max(float(high), value), n)
+
+
+def resampled_difference(draws: np.ndarray, value: float, n: int, level: float = LEVEL) -> Difference:
+    """How two models differ by a number that is no mean of rows, from the bootstrap of its difference. `p` is twice
+    the smaller share of draws on either side of zero.
+
+    Args:
+        draws: What `bootstrap` gave.
+        value: The difference.
+        n: How many rows there are.
+        level: How often the interval holds the true difference.
+    """
+    interval = spread_of(draws, value, n, level)
+    if not draws.any() and not value:
+        return Difference(Interval(0.0, 0.0, 0.0, n), 1.0, None, "bootstrap")
+    sides = [int((draws <= 0).sum()), int((draws >= 0).sum())]
+    p = min(1.0, 2 * (min(sides) + 1) / (len(draws) + 1))
+    made = Difference(interval, p, None, "bootstrap")
+    return made if made.told or n < 2 else Difference(interval, p, _needed(interval, level), "bootstrap")
 
 
 def mcnemar(better: int, worse: int) -> float:

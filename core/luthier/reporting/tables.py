@@ -130,8 +130,11 @@ def certainty(facts: dict[str, Any], labels: Sequence[str]) -> list[str]:
     models: list[dict[str, Any]] = [facts, *facts.get("against", [])]
     names = list(labels) if len(labels) == len(models) else [str(model.get("stage", "")) for model in models]
     lines: list[str] = []
+    counts: dict[str, int] = facts.get("rows_by_metric") or {}
     for metric, (low, high) in (facts.get("intervals") or {}).items():
-        lines.append(f"{metric} of {names[0]}: {_near(low)} to {_near(high)} (95 %, {facts['rows']:,} rows)")
+        lines.append(
+            f"{metric} of {names[0]}: {_near(low)} to {_near(high)} (95 %, {counts.get(metric, facts['rows']):,} rows)"
+        )
     for name, model in zip(names[1:], models[1:], strict=True):
         for metric, about in (model.get("difference") or {}).items():
             ends = f"{_signed(about['value'])} (95 %: {_signed(about['low'])} to {_signed(about['high'])})"
@@ -148,6 +151,8 @@ def certainty(facts: dict[str, Any], labels: Sequence[str]) -> list[str]:
         answers: dict[str, int] = model.get("answers") or {}
         bad = [f"{answers[kind]:,} {kind}" for kind in ("cut off", "empty") if answers.get(kind)]
         bad += [f"{count:,} that {metric} could not read" for metric, count in (model.get("unread") or {}).items()]
+        for metric, found in (model.get("counts") or {}).items():
+            lines.append(f"{metric} of {name}: " + ", ".join(f"{count:,} {what}" for what, count in found.items()))
         if bad:
             lines.append(f"{name}: of {answers.get('given', 0):,} answers {', '.join(bad)}")
     return lines

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from luthier.api.data import Row
-from luthier.api.evaluation import Sample
+from luthier.api.evaluation import Choice, Sample
 from luthier.api.execution import RunInfo
 from luthier.api.serving import Completion, Sampling
 from luthier.api.training import CompletionBatch, Schedule, TokenBatch, Unit
@@ -48,8 +48,10 @@ def check_metric(impl: Any, config: Any) -> None:
 
     need = impl.needs
     count = need.answers.n if need.answers is not None else 0
+    offered = (need.choices.fixed or ("4", "6")) if need.choices is not None else ()
 
     def sample(question: str, answer: str, reference: str, logps: tuple[float, ...]) -> Sample:
+        reference = reference if not offered or reference in offered else offered[0]
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": reference}]
         wide = np.log(np.full((len(logps), 4), 0.25, dtype=np.float32))
         return Sample(
@@ -58,6 +60,9 @@ def check_metric(impl: Any, config: Any) -> None:
             reference,
             tuple(Completion(answer, 2, "stop") for _ in range(count)),
             logps,
+            tuple(range(len(logps))),
+            (0,) * len(logps),
+            tuple(Choice(text, (-1.0 - place,)) for place, text in enumerate(offered)),
             (lambda: wide) if need.distributions else None,
         )
 

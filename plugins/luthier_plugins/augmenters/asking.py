@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from luthier.api import Augmenter, Completion, Context, DataError, Message, Request, Row
+from luthier.api import Asks, Augmenter, Completion, Context, DataError, JudgeConfig, Message, Request, Row
 from luthier.api.data import ID, WEIGHT
 from luthier.artifacts.rows import MEANT, RESERVED, id_of
 from luthier.serving.asking import Asker
-from luthier_plugins.augmenters.config import Asks, JudgeConfig
+from luthier.serving.judging import THINKING, Judge
 
 C = TypeVar("C", bound=Asks)
-_MARK = re.compile(r"\s*\W{0,3}(\d+(?:\.\d+)?)\b")
-THINKING = re.compile(r"^\s*<think>.*?</think>\s*", re.DOTALL)
-"""What reasoning models say first where their server leaves it in the answer."""
 
 
 class Asking(Augmenter[C]):
@@ -93,12 +88,6 @@ def same(one: str, other: str) -> bool:
     return one.split() == other.split() or one.casefold().split() == other.casefold().split()
 
 
-def told(instruction: str | None, text: str) -> list[Message]:
-    """A request of one turn."""
-    first = [Message(role="system", content=instruction)] if instruction else []
-    return [*first, Message(role="user", content=text)]
-
-
 def beside(row: Row) -> Row:
     """What a row has beside its schema: what the recipe keeps, and how much it weighs."""
     return {key: value for key, value in row.items() if key not in RESERVED | MEANT or key == WEIGHT}
@@ -107,52 +96,6 @@ def beside(row: Row) -> Row:
 def parent(row: Row) -> str:
     """The id by which a row is named as a parent."""
     return str(row.get(ID) or id_of(row))
-
-
-class Judge:
-    """Gives marks to answers.
-
-    Args:
-        config: Its config.
-        context: The stage's context.
-        asker: Who asks it, where that is known already.
-    """
-
-    def __init__(self, config: JudgeConfig, context: Context, asker: Asker | None = None) -> None:
-        self._config = config
-        self._context = context
-        self._asker = asker
-
-    def marks(self, talks: Sequence[Sequence[Message]]) -> list[float | None]:
-        """A mark from 1 to `best` for the last turn of each conversation; None where the judge's answer has none."""
-        instruction = (
-            f"You judge answers. A good answer: {self._config.rubric}\nGive the last answer of the conversation a mark "
-            f"from 1 (bad) to {self._config.best} (perfect). Answer with the number alone."
-        )
-        requests = [told(instruction, _written(talk)) for talk in talks]
-        sampling = self._config.sampling(self._context.seed)
-        if self._asker is not None:
-            return [self._mark(THINKING.sub("", answer.text)) for (answer,) in self._asker.ask(requests, sampling)]
-        with self._context.build(self._config.generator) as generator:
-            answers = Asker(generator, self._context).ask(requests, sampling)
-            return [self._mark(THINKING.sub("", answer.text)) for (answer,) in answers]
-
-    def _mark(self, text: str) -> float | None:
-        found = _MARK.match(text)
-        if found is None:
-            return None
-        mark = float(found[1])
-        return mark if 1 <= mark <= self._config.best else None
-
-
-def _written(talk: Sequence[Message]) -> str:
-    """A conversation as a text to be judged, so that the judge does not take part in it; calls as they are."""
-    turns = [
-        f"[{message['role']}]\n{message['content']}"
-        + "".join(f"\n{json.dumps(call['function'], ensure_ascii=False)}" for call in message.get("tool_calls") or ())
-        for message in talk
-    ]
-    return "\n\n".join(turns)
 
 
 def scores(

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from luthier.api import Message, Row
 from luthier.api.data import PARENTS
-from luthier_plugins.augmenters.asking import Asking, parent, same, told
+from luthier.serving.judging import told
+from luthier_plugins.augmenters.asking import Asking, parent, same
 from luthier_plugins.augmenters.config import BackTranslateConfig, ParaphraseConfig
 
 WRITTEN_AGAIN = "the new wording is the old one"

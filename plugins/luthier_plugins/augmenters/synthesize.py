@@ -13,7 +13,8 @@ from luthier.api import DataError, Message, Row, Schema
 from luthier.api.data import PARENTS
 from luthier.artifacts.rows import COLUMNS, checked, compared_text, schema_of
 from luthier.data.shingles import shingles_of
-from luthier_plugins.augmenters.asking import Asking, parent, told
+from luthier.serving.judging import told
+from luthier_plugins.augmenters.asking import Asking, parent
 from luthier_plugins.augmenters.config import SynthesizeConfig
 
 BARREN = 3

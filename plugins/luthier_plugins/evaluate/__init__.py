@@ -12,6 +12,6 @@ def luthier_components() -> list[Component]:
             summary="Measure a model on held-out rows, beside another one, with gates",
             config="luthier_plugins.evaluate.config:EvaluateConfig",
             impl="luthier_plugins.evaluate.stage:Evaluate",
-            revision=3,
+            revision=4,
         )
     ]

@@ -7,21 +7,32 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from luthier.api import Facts, Score
-from luthier.reporting.statistics import LEVEL, Interval, corrected, difference, mean_of, wilson
+from luthier.reporting.statistics import (
+    LEVEL,
+    Difference,
+    Interval,
+    bootstrap,
+    corrected,
+    difference,
+    mean_of,
+    resampled_difference,
+    spread_of,
+    wilson,
+)
 
 SAME = 1e-9
 """By how much the mean of rows may differ from a metric's value which it is."""
 
 
-def intervals(scores: Mapping[str, Score], clusters: Sequence[Hashable] | None) -> dict[str, list[float]]:
-    """Between which values each metric's true one lies, in 95 of 100 cases; none of metrics that are no mean of rows,
-    such as BLEU.
+def intervals(scores: Mapping[str, Score], clusters: Mapping[str, Sequence[Hashable]]) -> dict[str, list[float]]:
+    """Between which values each metric's true one lies, in 95 of 100 cases; of metrics that are no mean of rows, such
+    as BLEU, by bootstrap where they can be computed of drawn rows, else none.
 
     Args:
         scores: The metrics.
-        clusters: To what each row belongs, where rows are not independent.
+        clusters: To what each row belongs, by metric, where rows are not independent.
     """
-    found = {name: _interval(score, clusters) for name, score in scores.items()}
+    found = {name: _interval(score, clusters.get(name)) for name, score in scores.items()}
     return {
         name: [ends.low, ends.high]
         for name, ends in found.items()
@@ -30,6 +41,8 @@ def intervals(scores: Mapping[str, Score], clusters: Sequence[Hashable] | None) 
 
 
 def _interval(score: Score, clusters: Sequence[Hashable] | None) -> Interval | None:
+    if score.resampled is not None:
+        return spread_of(bootstrap(score.resampled, len(score.by_row), clusters), score.value, len(score.by_row))
     values, weights, groups = _given(score, clusters)
     if not values or not score.is_mean:
         return None
@@ -69,7 +82,7 @@ def differences(
     ours: Mapping[str, Score],
     theirs: Mapping[str, Score],
     better: Mapping[str, bool],
-    clusters: Sequence[Hashable] | None,
+    clusters: Mapping[str, Sequence[Hashable]],
 ) -> Facts:
     """How far one model is from another, by metric, on the scale of rows (of a perplexity, nats per token).
 
@@ -93,14 +106,7 @@ def differences(
         ]
         if len(pairs) < 2:
             continue
-        known = ours[name].weights
-        found = difference(
-            [mine for mine, _, _ in pairs],
-            [other for _, other, _ in pairs],
-            # Two tokenizers cut a row into unlike numbers of tokens: then rows are what counts.
-            None if known is None or known != theirs[name].weights else [known[place] for *_, place in pairs],
-            None if clusters is None else [clusters[place] for *_, place in pairs],
-        )
+        found = _difference(ours[name], theirs[name], pairs, clusters.get(name))
         made[name] = {
             "value": found.interval.value,
             "low": found.interval.low,
@@ -124,3 +130,29 @@ def differences(
         else:
             about["verdict"] = "better" if (about["value"] > 0) == better[name] else "worse"
     return {name: about for name, about in made.items() if math.isfinite(about["low"]) and math.isfinite(about["high"])}
+
+
+def _difference(
+    ours: Score, theirs: Score, pairs: Sequence[tuple[float, float, int]], clusters: Sequence[Hashable] | None
+) -> Difference:
+    """How far two scores are apart.
+
+    Args:
+        ours: The model's.
+        theirs: The other one's.
+        pairs: What both give to a row, and its place.
+        clusters: To what each row belongs.
+    """
+    if ours.resampled is not None and theirs.resampled is not None:
+        mine, other = ours.resampled, theirs.resampled
+        # The same rows are drawn for both: what is hard for one is mostly hard for the other.
+        draws = bootstrap(lambda places: mine(places) - other(places), len(ours.by_row), clusters)
+        return resampled_difference(draws, ours.value - theirs.value, len(ours.by_row))
+    known = ours.weights
+    return difference(
+        [mine for mine, _, _ in pairs],
+        [other for _, other, _ in pairs],
+        # Two tokenizers cut a row into unlike numbers of tokens: then rows are what counts.
+        None if known is None or known != theirs.weights else [known[place] for *_, place in pairs],
+        None if clusters is None else [clusters[place] for *_, place in pairs],
+    )

@@ -3,237 +3,147 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
-from luthier.api import Artifact, DataError, Facts, Metric, Row, Sample, Score, Stage, StoreError
+from luthier.api import Asks, DataError, Facts, Metric, Row, Score, Stage, Use
 from luthier.artifacts.datasets import require_split
-from luthier.artifacts.models import positions_of
 from luthier.artifacts.rows import prompt_of
-from luthier.modeling.chat import ChatEncoder
-from luthier.modeling.generate import TransformersGenerator
-from luthier.modeling.loading import load_tokenizer, model_folder
-from luthier.modeling.samples import Asked, asked, measured, problem_of, samples_of
-from luthier.modeling.thinking import USUAL, Thinking
-from luthier.serving.asking import Asker
 from luthier_plugins.evaluate.certainty import differences, intervals
-from luthier_plugins.evaluate.config import EvaluateConfig, Marks
-
-
-@dataclass(frozen=True, slots=True)
-class _Measured:
-    """One model: what metrics see of it, by their names."""
-
-    artifact: Artifact
-    samples: Mapping[str, Sequence[Sample]]
-    answers: Mapping[str, int]
-    """How many answers there are, and how many of them are no whole ones."""
+from luthier_plugins.evaluate.config import KEEP, EvaluateConfig
+from luthier_plugins.evaluate.measuring import Measured, Models, Task
 
 
 class Evaluate(Stage[EvaluateConfig]):
     """The stage ``evaluate``."""
 
     def run(self) -> Facts:
-        metrics: dict[str, Metric[Any]] = {}
-        for use, name in zip(self.config.metrics, self.config.names, strict=True):
-            metrics[name] = self.context.build(use)
-        lonely = [name for name, metric in metrics.items() if metric.needs.baseline and not self.config.against]
-        if lonely:
-            raise DataError(f"the metric '{lonely[0]}' compares with another model", hint="name one under `against`")
-        needs = [metric.needs for metric in metrics.values()]
         artifacts = [self.context.artifact(self.config.model), *self.context.artifacts(self.config.against)]
-        rows = self._usable(
-            self._rows(), artifacts, scored=any(need.token_logps or need.distributions for need in needs)
-        )
+        models = Models(self.config, self.context)
+        tasks = [
+            Task(title, models.usable(rows, artifacts, metrics), metrics) for title, rows, metrics in self._wanted()
+        ]
         roles = ["model", *(f"against-{place}" for place in range(1, len(artifacts)))]
-        models = [self._measured(role, item, rows, metrics) for role, item in zip(roles, artifacts, strict=True)]
-        baseline = models[1] if len(models) > 1 else None
-        clusters = [str(row[self.config.clusters]) for row in rows] if self.config.clusters is not None else None
-        better = {name: metric.higher_is_better for name, metric in metrics.items()}
-        scores = [
-            {name: self._score(name, metric, model, baseline, rows) for name, metric in metrics.items()}
-            for model in models
+        found = [models.measured(role, item, tasks) for role, item in zip(roles, artifacts, strict=True)]
+        baseline = found[1] if len(found) > 1 else None
+        column = self.config.clusters
+        clusters: dict[str, Sequence[Hashable]] = {}
+        if column is not None:
+            clusters = {name: [str(row[column]) for row in tasks[0].rows] for name in tasks[0].metrics}
+        better = {name: metric.higher_is_better for task in tasks for name, metric in task.metrics.items()}
+        scores = [self._scores(tasks, model, baseline) for model in found]
+        facts_of = [
+            {**self._facts(role, model, baseline, tasks, some), "intervals": intervals(some, clusters)}
+            for role, model, some in zip(roles, found, scores, strict=True)
         ]
-        found = [
-            {**self._facts(role, model, baseline, rows, metrics, some), "intervals": intervals(some, clusters)}
-            for role, model, some in zip(roles, models, scores, strict=True)
-        ]
-        for other, some in zip(found[1:], scores[1:], strict=True):
+        for other, some in zip(facts_of[1:], scores[1:], strict=True):
             other["difference"] = differences(scores[0], some, better, clusters)
-        facts: Facts = {**found[0], "against": found[1:], "higher_is_better": better}
+        facts: Facts = {**facts_of[0], "against": facts_of[1:], "higher_is_better": better}
         facts["table"] = _table(facts)
         (self.context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
+
+    def _wanted(self) -> list[tuple[str, list[Row], dict[str, Metric[Any]]]]:
+        """What is measured on which rows."""
+        wanted = [("", self._rows(), self._metrics(self.config.metrics, self.config.names))]
+        if self.config.keep is not None:
+            rows = _asking(require_split(self.context.artifact(self.config.keep), "test"))
+            names = [f"{KEEP}{name}" for name in self.config.kept_names]
+            wanted.append(("keep-", rows, self._metrics(self.config.keep_metrics, names)))
+        return wanted
+
+    def _metrics(self, uses: Sequence[Use], names: Sequence[str]) -> dict[str, Metric[Any]]:
+        made: dict[str, Metric[Any]] = {}
+        for use, name in zip(uses, names, strict=True):
+            made[name] = self.context.build(use)
+            if made[name].needs.baseline and not self.config.against:
+                raise DataError(f"the metric '{name}' compares with another model", hint="name one under `against`")
+            judge = use.config.generator if isinstance(use.config, Asks) else None
+            judging = None if judge is None else getattr(judge.config, "model", None)
+            if judging in [self.config.model, *self.config.against]:
+                self.context.warn(
+                    f"{judging} judges its own answers in '{name}': models prefer what they would say themselves"
+                )
+        return made
 
     def _rows(self) -> list[Row]:
         rows = require_split(self.context.artifact(self.config.data), "test")
         for column in (self.config.by, self.config.clusters):
             if column is not None and column not in rows[0]:
                 raise DataError(f"the data has no column '{column}'", hint="keep it with `keep` in the data stage")
-        alone = sum(not prompt_of(row) for row in rows)
-        if alone:
-            raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
-        return rows
+        return _asking(rows)
 
-    def _measured(
-        self, role: str, artifact: Artifact, rows: Sequence[Row], metrics: Mapping[str, Metric[Any]]
-    ) -> _Measured:
-        """Ask one model everything that any metric needs, each once."""
-        self.context.log(f"measuring {artifact.manifest['stage']} on {len(rows)} rows")
-        needs = {name: metric.needs for name, metric in metrics.items()}
-        scoring = [name for name, need in needs.items() if need.token_logps or need.distributions]
-        if artifact.kind == "export" and scoring:
-            raise DataError(
-                f"an export answers, but gives no probabilities, which {', '.join(scoring)} needs",
-                hint="measure that on the model it was made from",
-            )
-        variant = self.config.variant if artifact.kind == "export" else None
-        with self.context.generator(artifact, variant) as generator:
-            ask = Asker(generator, self.context, self._who(artifact, variant)).ask
-            answers = asked(ask, rows, needs.values(), self.config.max_new_tokens, self.context.seed)
-            logps, readers = [], []
-            if isinstance(generator, TransformersGenerator):
-                folder = self.context.scratch / "distributions" / role
-                logps, readers = measured(generator.model, generator.encoder, rows, list(needs.values()), folder)
-        thinking = self._thinking(artifact)
-        self._warn_of_cut(artifact, answers)
-        texts = [answer.text for kind in answers.values() for row in kind for answer in row]
-        unended = sum(thinking is not None and thinking.unended(text, opened=thinking.opened) for text in texts)
-        if unended:
-            self.context.warn(
-                f"{unended} answers of {artifact.manifest['stage']} end before their thinking does and count as empty: "
-                "raise `max_new_tokens`"
-            )
-        samples = {name: samples_of(rows, need, answers, logps, readers, thinking) for name, need in needs.items()}
-        return _Measured(artifact, samples, _counts(answers, thinking))
+    def _scores(self, tasks: Sequence[Task], model: Measured, baseline: Measured | None) -> dict[str, Score]:
+        """All metrics of one model, over all rows."""
+        return {
+            name: self._score(number, name, tasks, model, baseline)
+            for number, task in enumerate(tasks)
+            for name in task.metrics
+        }
 
-    def _who(self, artifact: Artifact, variant: str | None) -> str:
-        """Who answers: the same artifact, told the same day, in the same programs."""
-        programs = [version(name) for name in ("torch", "transformers", "xllamacpp")]
-        return json.dumps(["evaluate", artifact.key, variant, str(self.context.date), self.context.device, *programs])
-
-    def _warn_of_cut(self, artifact: Artifact, answers: Asked) -> None:
-        """Say how many answers ended where the model's context does."""
-        cut = sum(
-            answer.finish_reason == "length"
-            and answer.tokens is not None
-            and answer.tokens < (kind.max_new_tokens or self.config.max_new_tokens)
-            for kind, found in answers.items()
-            for row in found
-            for answer in row
+    def _score(
+        self,
+        number: int,
+        name: str,
+        tasks: Sequence[Task],
+        model: Measured,
+        baseline: Measured | None,
+        value: str | None = None,
+    ) -> Score:
+        """A metric over all rows, or over those of a slice."""
+        metric, rows = tasks[number].metrics[name], tasks[number].rows
+        places = [place for place, row in enumerate(rows) if value is None or str(row[str(self.config.by)]) == value]
+        compared = baseline.samples[number][name] if baseline is not None and metric.needs.baseline else None
+        return metric.score(
+            [model.samples[number][name][place] for place in places],
+            None if compared is None else [compared[place] for place in places],
         )
-        if cut:
-            self.context.warn(f"{cut} answers of {artifact.manifest['stage']} are cut off: its context is full")
-
-    def _thinking(self, artifact: Artifact) -> Thinking | None:
-        """The marks at which a model's thinking is split off."""
-        chosen = self.config.thinking
-        if chosen == "keep":
-            return None
-        encoder = self._encoder(artifact)
-        found = encoder.thinking if encoder is not None else USUAL
-        return replace(found, opens=chosen.opens, closes=chosen.closes) if isinstance(chosen, Marks) else found
-
-    def _encoder(self, artifact: Artifact) -> ChatEncoder | None:
-        """What makes tokens for a model, or for the one that an export was made from; None where that is gone."""
-        while artifact.kind == "export":
-            try:
-                artifact = artifact.sibling(artifact.manifest["inputs"]["model"][0])
-            except (StoreError, LookupError):
-                return None
-        return ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"], self.context.date)
-
-    def _usable(self, rows: list[Row], artifacts: Sequence[Artifact], *, scored: bool) -> list[Row]:
-        """The rows that every model can be asked.
-
-        Raises:
-            DataError: more than `bad_rows` allows cannot.
-        """
-        bad: dict[int, str] = {}
-        for artifact in artifacts:
-            encoder = self._encoder(artifact)
-            if encoder is None:
-                continue
-            served = artifact.kind == "export"
-            room = None if served else positions_of(model_folder(artifact))
-            for place, row in enumerate(rows):
-                problem = None if place in bad else problem_of(encoder, row, room, scored=scored and not served)
-                name = encoder.holds_control(prompt_of(row)) if served else None
-                if served and (prompt_of(row).tools or any("tool_calls" in item for item in prompt_of(row))):
-                    problem = "it has tools, which are not told to programs that serve"
-                if name is not None:
-                    problem = f"it holds {name}, which the program would obey"
-                if problem is not None:
-                    bad[place] = f"{artifact.manifest['stage']}: {problem}"
-        if not bad:
-            return rows
-        place, problem = min(bad.items())
-        text = f"{len(bad)} of {len(rows)} rows of the split 'test' cannot be asked: row {place + 1}, {problem}"
-        if len(bad) > self.config.bad_rows.drop_up_to * len(rows) or len(bad) == len(rows):
-            raise DataError(text, hint="shorten or remove them, or allow for it: `bad_rows: {drop_up_to: ...}`")
-        self.context.warn(f"{text}; they were left out, for all models")
-        return [row for place, row in enumerate(rows) if place not in bad]
 
     def _facts(
         self,
         role: str,
-        model: _Measured,
-        baseline: _Measured | None,
-        rows: Sequence[Row],
-        metrics: Mapping[str, Metric[Any]],
+        model: Measured,
+        baseline: Measured | None,
+        tasks: Sequence[Task],
         scores: Mapping[str, Score],
     ) -> Facts:
-        """The scores of one model, and a file with what it answered and what each row contributed."""
+        """The scores of one model, and files with what it answered and what each row contributed."""
         values = {name: score.value for name, score in scores.items()}
-        label = "" if role == "model" else f"{model.artifact.manifest['stage']}/"
-        self.context.metrics({f"{label}{name}": value for name, value in values.items()}, 0)
-        self._write_rows(role, model, scores, rows)
         artifact = model.artifact
-        facts: Facts = {"stage": artifact.manifest["stage"], "key": artifact.key, "rows": len(rows), "scores": values}
+        label = "" if role == "model" else f"{artifact.manifest['stage']}/"
+        self.context.metrics({f"{label}{name}": value for name, value in values.items()}, 0)
+        for number, task in enumerate(tasks):
+            self._write_rows(role, number, task, model, scores)
+        facts: Facts = {
+            "stage": artifact.manifest["stage"],
+            "key": artifact.key,
+            "rows": len(tasks[0].rows),
+            "rows_by_metric": {name: len(task.rows) for task in tasks for name in task.metrics},
+            "scores": values,
+            "prompt": model.prompt,
+        }
         facts["answers"] = {name: count for name, count in model.answers.items() if count}
         facts["unread"] = {name: score.unread for name, score in scores.items() if score.unread}
+        facts["counts"] = {name: dict(score.counts) for name, score in scores.items() if score.counts}
         if artifact.kind == "export" and self.config.variant is not None:
             facts["variant"] = self.config.variant
         if self.config.by is not None:
-            column = str(self.config.by)
             facts["slices"] = {
-                value: {
-                    name: self._score(name, metric, model, baseline, rows, value).value
-                    for name, metric in metrics.items()
-                }
-                for value in sorted({str(row[column]) for row in rows})
+                value: {name: self._score(0, name, tasks, model, baseline, value).value for name in tasks[0].metrics}
+                for value in sorted({str(row[self.config.by]) for row in tasks[0].rows})
             }
         return facts
 
-    def _score(
-        self,
-        name: str,
-        metric: Metric[Any],
-        model: _Measured,
-        baseline: _Measured | None,
-        rows: Sequence[Row],
-        value: str | None = None,
-    ) -> Score:
-        """A metric over all rows, or over those of a slice."""
-        places = [place for place, row in enumerate(rows) if value is None or str(row[str(self.config.by)]) == value]
-        compared = baseline.samples[name] if baseline is not None and metric.needs.baseline else None
-        return metric.score(
-            [model.samples[name][place] for place in places],
-            None if compared is None else [compared[place] for place in places],
-        )
-
-    def _write_rows(self, role: str, model: _Measured, scores: Mapping[str, Score], rows: Sequence[Row]) -> None:
-        for name, score in scores.items():
-            if len(score.by_row) != len(rows):
+    def _write_rows(self, role: str, number: int, task: Task, model: Measured, scores: Mapping[str, Score]) -> None:
+        for name in task.metrics:
+            if len(scores[name].by_row) != len(task.rows):
                 raise DataError(
-                    f"the metric '{name}' gave {len(score.by_row)} values for {len(rows)} rows",
+                    f"the metric '{name}' gave {len(scores[name].by_row)} values for {len(task.rows)} rows",
                     hint="report this to its author",
                 )
         lines: list[str] = []
-        for place in range(len(rows)):
-            samples = {name: found[place] for name, found in model.samples.items()}
+        for place in range(len(task.rows)):
+            samples = {name: found[place] for name, found in model.samples[number].items()}
             first = next(iter(samples.values()))
             about = {
                 "prompt": first.prompt,
@@ -241,33 +151,35 @@ class Evaluate(Stage[EvaluateConfig]):
                 "answers": {
                     name: [item.text for item in sample.answers] for name, sample in samples.items() if sample.answers
                 },
-                "scores": {name: score.by_row[place] for name, score in scores.items()},
+                "scores": {name: scores[name].by_row[place] for name in task.metrics},
             }
             lines.append(json.dumps(about, ensure_ascii=False))
-        (self.context.out / f"{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (self.context.out / f"{task.title}{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _counts(asked: Asked, thinking: Thinking | None) -> dict[str, int]:
-    """How many answers were given, and what corrupts a table: those that were cut off, and those that are empty."""
-    found = [answer for kind in asked.values() for row in kind for answer in row]
-    texts = [item.text if thinking is None else thinking.split(item.text, opened=thinking.opened)[1] for item in found]
-    return {
-        "given": len(found),
-        "cut off": sum(answer.finish_reason == "length" for answer in found),
-        "empty": sum(not text.strip() for text in texts),
-    }
+def _asking(rows: list[Row]) -> list[Row]:
+    """Rows, each of which asks something.
+
+    Raises:
+        DataError: some do not.
+    """
+    alone = sum(not prompt_of(row) for row in rows)
+    if alone:
+        raise DataError(f"{alone} rows of the split 'test' have nothing but an answer", hint="a prompt comes first")
+    return rows
 
 
 def _table(facts: Facts) -> Facts:
     """What a run's summary shows of a report: a row for each model, a column for each metric and slice."""
     names: list[str] = list(facts["scores"])
-    slices: list[str] = list(facts.get("slices", {}))
-    columns = [*names, *(f"{value} {name}" for value in slices for name in names)]
+    slices: Mapping[str, Mapping[str, float]] = facts.get("slices", {})
+    sliced = [(value, name) for value, scores in slices.items() for name in scores]
+    columns = [*names, *(f"{value} {name}" for value, name in sliced)]
     rows = [
         [
             _label(found),
             *(found["scores"][name] for name in names),
-            *(found["slices"][value][name] for value in slices for name in names),
+            *(found["slices"][value][name] for value, name in sliced),
         ]
         for found in [facts, *facts["against"]]
     ]

@@ -14,6 +14,27 @@ _METRICS = {
     "json_schema": ("JsonSchema", "form", "The share of answers that are JSON and follow a schema"),
     "length": ("Length", "form", "The mean length of answers"),
     "repetition": ("Repetition", "form", "The share of runs of four words that an answer has said before"),
+    "multiple_choice": (
+        "MultipleChoice",
+        "likelihood",
+        "The share of rows whose reference the model takes for likeliest",
+    ),
+    "token_accuracy": (
+        "TokenAccuracy",
+        "likelihood",
+        "The share of the reference's tokens that are the model's likeliest",
+    ),
+    "agreement": ("Agreement", "likelihood", "The share of tokens of which another model has the same likeliest"),
+    "kl": ("Kl", "likelihood", "How far the model's distributions are from another's, in nats per token"),
+    "pass_at_k": ("PassAtK", "several", "The probability that one of k drawn answers is right"),
+    "math": (
+        "Math",
+        "mathematics",
+        "The share of answers that are mathematically equal to the reference, by math-verify",
+    ),
+    "code_runs": ("CodeRuns", "code", "The share of answers whose code passes the row's tests, run on this machine"),
+    "judge": ("JudgeMark", "judged", "The mean mark that a generator gives to answers"),
+    "win_rate": ("WinRate", "judged", "How often a generator prefers the model's answer to another model's"),
     "perplexity": ("Perplexity", "perplexity", "The exponential of the mean loss per target token, or per byte"),
 }
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from luthier.api import Sample, Score
 from luthier.artifacts.extras import needed
 from luthier_plugins.metrics.answers import AnswerMetric, C, plain
@@ -46,7 +47,15 @@ class _Corpus(AnswerMetric[C]):
         pairs = [(item.answer, item.reference) for item in samples]
         whole = self.measure.corpus_score([said for said, _ in pairs], [[right for _, right in pairs]]).score
         rows = [float(self.row_measure.sentence_score(said, [right]).score) for said, right in pairs]
-        return Score(float(whole), rows, is_mean=False)
+        # The counts that sacrebleu makes of each row: what its own bootstrap adds up.
+        counts = np.asarray(
+            self.measure._extract_corpus_statistics([said for said, _ in pairs], [[b for _, b in pairs]])
+        )
+
+        def resampled(places: np.ndarray[Any, Any]) -> float:
+            return float(self.measure._compute_score_from_stats(counts[places].sum(axis=0).tolist()).score)
+
+        return Score(float(whole), rows, is_mean=False, resampled=resampled)
 
 
 class Bleu(_Corpus[BleuConfig]):

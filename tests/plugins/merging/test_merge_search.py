@@ -15,7 +15,8 @@ from luthier.artifacts.datasets import read_split
 from luthier.merging.files import Files
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.modeling.samples import measured, samples_of
+from luthier.modeling.samples import samples_of
+from luthier.modeling.scoring import scored
 from luthier.testing import run_stage, tiny_dataset
 from luthier_plugins.merge.search import stage as searching
 from luthier_plugins.metrics.config import PerplexityConfig
@@ -66,8 +67,8 @@ def test_the_search_finds_the_better_model_and_stores_what_it_measured(folder: P
     rows = read_split(result.artifact("chats"), "validation")
     metric = Perplexity(PerplexityConfig(), None)
     stops = best.facts["stop_token_ids"]
-    logps, _ = measured(load_model(best), ChatEncoder(load_tokenizer(best), stops), rows, [metric.needs], folder)
-    score = metric.score(samples_of(rows, metric.needs, {}, logps), None)
+    made = scored(load_model(best), ChatEncoder(load_tokenizer(best), stops), rows, [metric.needs], folder)
+    score = metric.score(samples_of(rows, metric.needs, {}, made), None)
     assert score.value == pytest.approx(found["best"]["score"], rel=1e-4)
 
 

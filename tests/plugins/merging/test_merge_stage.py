@@ -13,7 +13,7 @@ from luthier.api import Artifact, Needs
 from luthier.artifacts.datasets import read_split
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import fold, load_model, load_tokenizer
-from luthier.modeling.samples import measured
+from luthier.modeling.scoring import scored
 from luthier.testing import resealed, run_stage, tiny_dataset, tiny_model
 from merged_models import NAME, changed, merged_by, weights
 
@@ -148,8 +148,8 @@ def test_fisher_and_regmean_follow_the_data(store: Path) -> None:
 
     def loss(artifact: Artifact) -> float:
         encoder = ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"])
-        logps, _ = measured(load_model(artifact), encoder, rows, [Needs(token_logps=True)], store)
-        return -sum(map(sum, logps)) / sum(map(len, logps))
+        found = scored(load_model(artifact), encoder, rows, [Needs(token_logps=True)], store)
+        return -sum(sum(row.logps) for row in found) / sum(len(row.logps) for row in found)
 
     for method in ("fisher", "regmean"):
         config = {"method": {"uses": method, "data": "d", "rows": 4}}

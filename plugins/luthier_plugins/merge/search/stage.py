@@ -26,7 +26,8 @@ from luthier.merging.verify import Verifier
 from luthier.merging.writer import size_of
 from luthier.modeling.generate import ModelGenerator
 from luthier.modeling.loading import fold, load_model, load_tokenizer
-from luthier.modeling.samples import asked, measured, samples_of
+from luthier.modeling.samples import asked, samples_of
+from luthier.modeling.scoring import scored
 from luthier_plugins.merge.search.config import SearchConfig
 from luthier_plugins.merge.search.memory import IntoModel, in_memory_if_they_fit
 from pydantic import ValidationError
@@ -265,10 +266,8 @@ class _Judge:
         generator = ModelGenerator(model, self._tokenizer, stops, date=self._context.date)
         answers = asked(generator.generate, self._data, [need], self.config.max_new_tokens, self._context.seed)
         folder = self._context.scratch / "distributions"
-        logps, readers = measured(model, generator.encoder, self._data, [need], folder)
-        return self.metric.score(
-            samples_of(self._data, need, answers, logps, readers, generator.encoder.thinking), None
-        )
+        found = scored(model, generator.encoder, self._data, [need], folder)
+        return self.metric.score(samples_of(self._data, need, answers, found, generator.encoder.thinking), None)
 
     def _by_row(self, score: Score) -> Rows:
         """Larger is better: what counts less is turned round."""

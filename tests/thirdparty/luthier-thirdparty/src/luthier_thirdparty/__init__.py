@@ -9,7 +9,7 @@ PARTS = (
     ("format", "thumbs", "Answers with a thumb up or down", "ThumbsConfig", "thumbs:Thumbs"),
     ("objective", "approval", "Good and bad answers, without pairs", "ApprovalConfig", "approval:Approval"),
     ("objective", "focal", "Unlikely tokens count more", "FocalConfig", "focal:Focal"),
-    ("metric", "kl", "How far the model went from another one", "KlConfig", "kl:Kl"),
+    ("metric", "drift", "How far the model went from another one", "DriftConfig", "drift:Drift"),
     ("metric", "judged", "What a judge thinks of the answers", "JudgedConfig", "judged:Judged"),
     ("tracker", "sqlite", "Metrics, config and outcome in a database", "SqliteConfig", "sqlite:Sqlite"),
     ("regularizer", "confidence", "Too sure answers cost something", "ConfidenceConfig", "confidence:Confidence"),

@@ -31,7 +31,7 @@ class FocalConfig(ObjectiveConfig):
     """How much likely tokens are played down."""
 
 
-class KlConfig(MetricConfig):
+class DriftConfig(MetricConfig):
     """Nothing to choose."""
 
 

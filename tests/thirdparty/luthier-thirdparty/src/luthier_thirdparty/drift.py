@@ -6,10 +6,10 @@ from typing import ClassVar
 import numpy as np
 from luthier.api import Metric, Needs, Sample, Score
 
-from luthier_thirdparty.config import KlConfig
+from luthier_thirdparty.config import DriftConfig
 
 
-class Kl(Metric[KlConfig]):
+class Drift(Metric[DriftConfig]):
     """The mean KL divergence of the baseline's next-token distribution from the model's, in nats a token."""
 
     higher_is_better: ClassVar[bool] = False
