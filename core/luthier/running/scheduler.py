@@ -73,7 +73,8 @@ class Scheduler:
         wanted = self.plan.needed_for(only or self.plan.nodes)
         self._check_resources(wanted)
         waiting = [node for node in self.plan.nodes.values() if node.id in wanted]
-        self.events("run_started", run=self.id, recipe=self.plan.recipe.name, stages=sorted(wanted))
+        plan = {node.id: _told_of(node) for node in waiting}
+        self.events("run_started", run=self.id, recipe=self.plan.recipe.name, stages=sorted(wanted), plan=plan)
         with Signals(self._interrupt):
             try:
                 while waiting or self._running:
@@ -475,3 +476,14 @@ def _new_run(store: Store, recipe: str) -> tuple[str, Path]:
             ) from error
         return name, store.runs / name
     raise AssertionError("itertools.count never ends")
+
+
+def _told_of(node: Node) -> dict[str, Any]:
+    """What a run's events say of a stage before it begins: what its report is drawn from."""
+    return {
+        "uses": node.component.name,
+        "produces": node.produces,
+        "key": node.key,
+        "waits_for": node.waits_for,
+        "config": node.config.model_dump(mode="json", exclude_defaults=True),
+    }
