@@ -20,6 +20,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "stage-kto": {"model": "m", "data": "d"},
     "stage-evaluate": {"model": "m", "data": "d"},
     "stage-export": {"model": "m"},
+    "stage-lm_eval": {"model": "m", "tasks": "t"},
     "stage-init": {"data": ["d"]},
     "stage-merge": {"models": ["a", "b"]},
     "stage-merge_adapters": {"models": ["a", "b"]},

@@ -1,4 +1,4 @@
-"""The stage that measures models."""
+"""The stages that measure models."""
 
 from luthier.api import Component, hookimpl
 
@@ -13,5 +13,12 @@ def luthier_components() -> list[Component]:
             config="luthier_plugins.evaluate.config:EvaluateConfig",
             impl="luthier_plugins.evaluate.stage:Evaluate",
             revision=4,
-        )
+        ),
+        Component(
+            kind="stage",
+            name="lm_eval",
+            summary="Run tasks of lm-evaluation-harness, beside another model, with gates",
+            config="luthier_plugins.evaluate.harness_config:HarnessConfig",
+            impl="luthier_plugins.evaluate.harness:Harness",
+        ),
     ]
