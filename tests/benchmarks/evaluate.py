@@ -16,6 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,22 @@ from luthier.modeling.samples import asked
 from luthier.modeling.scoring import chosen, scored
 from luthier.testing import tiny_model
 
-WORDS = "harbour map lies in the second drawer below keys and nobody knows on which side it was seen before".split()
+WORDS = [
+    "harbour",
+    "map",
+    "lies",
+    "in",
+    "the",
+    "second",
+    "drawer",
+    "below",
+    "keys",
+    "and",
+    "nobody",
+    "knows",
+    "on",
+    "which",
+]
 OFFERED = ["in the harbour", "below the second drawer", "nobody knows", "on the other side of the map"]
 TASK = """\
 task: places
@@ -109,9 +125,9 @@ def answers(model: Any, tokenizer: Any, encoder: ChatEncoder, stops: list[int], 
 
 def choices(model: Any, tokenizer: Any, encoder: ChatEncoder, rows: list[Row], folder: Path) -> None:
     """Probabilities of four answers to each question."""
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
+    library: Any = import_module("lm_eval")
+    wrappers: Any = import_module("lm_eval.models.huggingface")
+    tasks: Any = import_module("lm_eval.tasks")
 
     needs = [Needs(choices=Choices())]
     ours = seconds(lambda: scored(model, encoder, rows, needs, folder))
@@ -131,15 +147,15 @@ def choices(model: Any, tokenizer: Any, encoder: ChatEncoder, rows: list[Row], f
     ]
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "tasks" / "places.yaml").write_text(TASK.replace("DATA", str(data)))
-    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    manager = tasks.TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
     print(
         f"choices: {len(rows) / ours:.2f} rows per second, one by one {len(rows) / plain:.2f}: {plain / ours:.1f} times"
     )
     for batch in (1, 8, 32):
-        wrapper = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+        wrapper = wrappers.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
 
         def harness(wrapper: Any = wrapper) -> None:
-            lm_eval.simple_evaluate(model=wrapper, tasks=["places"], task_manager=manager, bootstrap_iters=0)
+            library.simple_evaluate(model=wrapper, tasks=["places"], task_manager=manager, bootstrap_iters=0)
 
         theirs = seconds(harness)
         print(f"  lm-eval in batches of {batch}: {len(rows) / theirs:.2f}, ours is {theirs / ours:.1f} times as fast")

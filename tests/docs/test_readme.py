@@ -14,7 +14,8 @@ def test_the_recipe_and_commands_of_the_readme_work(tmp_path: Path, chats: Path,
     (recipe,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
     (tmp_path / "support.yaml").write_text(recipe)
     commands = re.findall(r"^    luthier (.*?)(?:\s+#.*)?$", text, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["plan", "run", "show", "chat", "diff", "plugins", "plugin"]
+    verbs = [command.split()[0] for command in commands]
+    assert verbs == ["plan", "run", "show", "report", "chat", "diff", "plugins", "plugin"]
     for command in commands:
         done = cli(*shlex.split(command))
         assert done.returncode == 0, done.stdout + done.stderr

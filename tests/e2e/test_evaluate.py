@@ -100,11 +100,14 @@ def test_without_against_a_model_is_compared_with_what_it_was_tuned_from(measure
   late: {uses: evaluate, model: soup, data: talks, require: {exact_match: ">= tuned"}}
   alone: {uses: evaluate, model: soup, data: talks, against: []}
   plain: {uses: evaluate, model: base, data: talks}
+  spoken: {uses: merge, models: [base], method: passthrough, chat_template: chatml}
+  taught: {uses: sft, model: spoken, data: same, steps: 1, allow_leakage: by heart}
+  asked: {uses: evaluate, model: taught, data: talks}
 """
     measured.write_text(text.replace("    against: base\n", "") + more)
     made = {name: stage.config for name, stage in Recipe.load(measured).stages.items()}
-    others = {name: made[name].model_dump()["against"] for name in ("quality", "late", "alone", "plain")}
-    assert others == {"quality": ["base"], "late": ["base", "tuned"], "alone": [], "plain": []}
+    others = {name: made[name].model_dump()["against"] for name in ("quality", "late", "alone", "plain", "asked")}
+    assert others == {"quality": ["base"], "late": ["base", "tuned"], "alone": [], "plain": [], "asked": ["spoken"]}
     assert (
         plan(Recipe.load(measured)).nodes["late"].inputs["against"]
         == plan(Recipe.load(measured)).nodes["quality"].inputs["against"]
@@ -115,3 +118,11 @@ def test_without_against_a_model_is_compared_with_what_it_was_tuned_from(measure
 def test_a_requirement_that_does_not_parse_is_refused(measured: Path) -> None:
     with pytest.raises(Exception, match=r"measured.yaml:\d+: stages.quality.require: .*not like '>= 0.8'"):
         plan(Recipe.load(measured, overrides=["stages.quality.require.exact_match=high"]))
+
+
+@pytest.mark.parametrize("key", ["keep: talks", "require: {exact_match.change: '>= 0'}"])
+def test_what_asks_for_another_model_is_refused_before_anything_runs(measured: Path, key: str) -> None:
+    name = key.partition(":")[0]
+    measured.write_text(measured.read_text() + f"  lonely: {{uses: evaluate, model: base, data: talks, {key}}}\n")
+    with pytest.raises(Exception, match=rf"stages.lonely: `{name}` .*name that under `against`"):
+        plan(Recipe.load(measured))

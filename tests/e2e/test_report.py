@@ -128,16 +128,27 @@ def test_a_run_is_told_whole(folder: Path, cli: Any) -> None:
     assert again.stages["tuned"].curve == record.stages["tuned"].curve
     assert again.critical_path == ["quality"]
     assert changes(record, again) == [["quality", "max_new_tokens", "4", "3"]]
+    # Another gate changes no key: all is cached, and yet it is said.
+    (folder / "told.yaml").write_text(RECIPE.replace("4\n    require", "3\n    require").replace("< 1000", "< 2000"))
+    assert run(folder / "told.yaml", store=folder / ".luthier").exit_code == 0
+    gated = read_run(store, found_run(store, "told"))
+    assert changes(again, gated) == [["quality", "require.perplexity", "< 1000", "< 2000"]]
+    assert "< 2000" in Checked(page(gated)).text
+    again = gated
     done = cli("report", record.id, again.id)
     assert done.returncode == 0, done.stderr
     two = Checked((folder / f"{record.id}-and-{again.id}.html").read_text())
     assert "max_new_tokens" in two.text
     assert "exact_match" in two.text
     told = json.loads(cli("runs", "--json").stdout)
-    assert [item["run"] for item in told] == [again.id, record.id]
+    assert [item["run"] for item in told] == [
+        again.id,
+        *(name for name in run_ids(store) if name not in (again.id, record.id)),
+        record.id,
+    ]
     assert told[0]["scores"]["quality"].keys() == {"perplexity", "exact_match"}
     shown = cli("runs", "--recipe", "told").stdout
-    assert shown.count("done") == 2
+    assert shown.count("done") == 3
     assert "no runs yet" in cli("runs", "--recipe", "other").stdout
 
 

@@ -215,8 +215,12 @@ def test_gates_on_ends_of_intervals_and_on_changes() -> None:
         gates({"f1.lower": "> 0"}, facts)
     with pytest.raises(ValueError, match="a share, with another model's value"):
         gates({"exact_match.change": "<= base"}, facts)
-    with pytest.raises(ValueError, match="the change from another model"):
-        gates({"exact_match.change": "> 0"}, facts, against=[])
+    # Nothing to change from: refused before anything runs.
+    uses = {"uses": "evaluate", "model": "m", "data": "d", "against": [], "require": {"exact_match.change": "> 0"}}
+    alone: Any = default_registry().use("stage", uses).config
+    assert alone.kind_problems({"model": ["model"]}) == [
+        "`require` names exact_match.change, the change from another model: name that under `against`"
+    ]
 
 
 def test_a_column_that_is_not_there_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

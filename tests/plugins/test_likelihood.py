@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from luthier.api import Artifact, DataError, Needs, Row
+from luthier.api import Artifact, Conversation, DataError, Needs, Row
 from luthier.api.evaluation import Choices
 from luthier.artifacts.rows import prompt_of
 from luthier.modeling import scoring
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_model, load_tokenizer
-from luthier.modeling.scoring import scored
-from luthier.modeling.text import IGNORED
+from luthier.modeling.scoring import chosen, scored
+from luthier.modeling.text import IGNORED, Encoded
 from luthier.reporting.tables import certainty
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from scipy.special import rel_entr
@@ -123,7 +124,7 @@ def test_choices_that_are_none_and_tokenizers_that_differ_are_told(tmp_path: Pat
         run_stage(
             tmp_path, "evaluate", {"metrics": [{"uses": "multiple_choice", "choices": ["a", "b"]}]}, inputs=inputs
         )
-    with pytest.raises(DataError, match="no list of texts in the column 'options'"):
+    with pytest.raises(DataError, match="no list of two texts or more in the column 'options'"):
         run_stage(tmp_path, "evaluate", {"metrics": [{"uses": "multiple_choice", "column": "options"}]}, inputs=inputs)
     other = tiny_model(tmp_path, texts=["Is that so large? No."], vocab_size=300)
     for metric in ("agreement", "kl"):
@@ -162,7 +163,10 @@ def test_general_data_shows_what_was_forgotten(tmp_path: Path) -> None:
     )
     assert facts["scores"]["keep.perplexity"] == pytest.approx(alone.facts["scores"]["perplexity"])
     assert facts["scores"]["keep.agreement"] == alone.facts["scores"]["agreement"] < 1
-    assert facts["against"][0]["difference"]["keep.perplexity"]["rows"] == 12
+    # What compares with the other model is nothing to compare that model by.
+    difference = facts["against"][0]["difference"]
+    assert difference.keys() == {"perplexity", "keep.perplexity"}
+    assert difference["keep.perplexity"]["rows"] == 12
     lines = (report.path / "keep-model.jsonl").read_text().splitlines()
     assert len(lines) == 12
     assert len((report.path / "model.jsonl").read_text().splitlines()) == 8
@@ -170,3 +174,25 @@ def test_general_data_shows_what_was_forgotten(tmp_path: Path) -> None:
         "keep.perplexity of tuned: " in line and "12 rows" in line for line in certainty(facts, ["tuned", "base"])
     )
     assert math.isfinite(facts["scores"]["keep.perplexity"])
+
+
+@pytest.mark.parametrize("offered", [["a", ""], ["a", " "], [], ["a"], "ab", [1, 2], None])
+def test_a_row_with_nothing_to_choose_among_is_a_bad_row(tmp_path: Path, offered: Any) -> None:
+    rows: list[Row] = [dict(ROWS[0], choices=offered), *ROWS[1:]]
+    inputs: dict[str, Any] = {"model": tiny_model(tmp_path), "data": tiny_dataset(tmp_path, rows, split="test")}
+    config: dict[str, Any] = {"metrics": ["multiple_choice"]}
+    with pytest.raises(DataError, match="row 1, init: a row has no list of two texts or more"):
+        run_stage(tmp_path, "evaluate", config, inputs=inputs)
+    report = run_stage(tmp_path, "evaluate", {**config, "bad_rows": {"drop_up_to": 0.2}}, inputs=inputs)
+    lines = [json.loads(line) for line in (report.path / "model.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == list(range(2, 13)), "numbered as in the split"
+
+
+def test_choices_are_told_with_the_rows_tools() -> None:
+    class Heard:
+        def conversation(self, talk: Conversation, answers: str) -> list[Encoded]:
+            return [Encoded([len(talk)], [len(talk.tools)])]
+
+    tool = {"type": "function", "function": {"name": "warm"}}
+    found = chosen(Heard(), {**ROWS[0], "tools": [tool]}, "no")  # type: ignore[arg-type]
+    assert (found.input_ids, found.labels) == ([2], [1])

@@ -40,8 +40,10 @@ TESTS = "assert add(2, 3) == 5\nassert add(-1, 1) == 0"
     [
         ("def add(a, b):\n    return a + b", 1),
         ("Here it is:\n```python\ndef add(a, b):\n    return a + b\n```\nDone.", 1),
-        ("```py\nfrom __future__ import annotations\n```\nand\n```\ndef add(a, b):\n    return a + b\n```", 1),
+        ("```py\nfrom __future__ import annotations\n```\nand\n```python\ndef add(a, b):\n    return a + b\n```", 1),
         ("```python\ndef add(a, b):\n    return a + b", 1),  # cut off behind the code
+        ("```python\ndef add(a, b):\n    return a + b\n```\nOutput:\n```\n5 0\n```", 1),
+        ("1. So:\n   ```python\n   def add(a, b):\n       return a + b\n   ```\n   That is it.", 1),
         ("def add(a, b):\n    return a - b", 0),
         ("def add(a, b:\n", 0),
         ("import sys\nsys.exit(0)", 0),
@@ -160,7 +162,9 @@ def test_a_model_is_asked_so_many_times(tmp_path: Path) -> None:
 # -- judges -----------------------------------------------------------------------------------------
 
 
-def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: dict[str, Any], answer: Any, says: Any) -> Artifact:
+def judged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, metric: dict[str, Any], answer: Any, says: Any, **more: Any
+) -> Artifact:
     """The report on a model whose answers are known, compared with another, judged by a server."""
     stages = iter(["tuned", "base"])
 
@@ -170,13 +174,14 @@ def judged(folder: Path, monkeypatch: pytest.MonkeyPatch, metric: dict[str, Any]
             yield [Completion(answer(int(request[-1]["content"][1:]), name), 1, "stop")]
 
     rows: list[Row] = [
-        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "b"}]} for n in range(10)
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "b"}], "slice": n // 3}
+        for n in range(10)
     ]
     monkeypatch.setattr(TransformersGenerator, "generate", generate)
     inputs: dict[str, Any] = {"model": tiny_model(folder), "against": [tiny_model(folder, seed=1)]}
     with chat_api(says) as server:
         generator = {"uses": "openai", "url": server.url, "model": "m"}
-        config = {"metrics": [{**metric, "generator": generator}]}
+        config = {"metrics": [{**metric, "generator": generator}], **more}
         return run_stage(
             folder, "evaluate", config, inputs={**inputs, "data": tiny_dataset(folder, rows, split="test")}
         )
@@ -196,6 +201,25 @@ def test_a_judge_gives_marks_and_says_nothing_of_some(monkeypatch: pytest.Monkey
     assert report.facts["against"][0]["difference"]["judge"]["rows"] == 9
     with pytest.raises(DataError, match="none of 10 answers got a mark"):
         judged(tmp_path / "silent", monkeypatch, metric, lambda n, name: "good", lambda request: "hm")
+
+
+def test_a_judge_is_asked_once_for_all_slices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def says(request: Request) -> str:
+        asked.append(request["messages"][-1]["content"])
+        n = int(asked[-1].split("q")[1].split()[0])
+        return "none" if n == 9 else str(n % 4 + 1)
+
+    report = judged(tmp_path, monkeypatch, {"uses": "judge"}, lambda n, name: f"{name} {n}", says, by="slice")
+    assert len(asked) == 20
+    # Of the slice of which nothing is said there is no number; of the others it is the mean.
+    assert report.facts["slices"] == {
+        "0": {"judge": pytest.approx((1 + 2 + 3) / 3)},
+        "1": {"judge": pytest.approx((4 + 1 + 2) / 3)},
+        "2": {"judge": pytest.approx((3 + 4 + 1) / 3)},
+        "3": {"judge": None},
+    }
 
 
 def test_the_win_rate_counts_what_wins_in_both_orders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -220,6 +244,9 @@ def test_the_win_rate_counts_what_wins_in_both_orders(monkeypatch: pytest.Monkey
     known = [value for value in rows if value is not None]
     assert report.facts["scores"]["win_rate"] == pytest.approx(sum(known) / len(known))
     assert report.facts["unread"] == {"win_rate": 1}
+    about = report.facts["against"][0]["difference"]["win_rate"]
+    assert about["value"] == pytest.approx(sum(known) / len(known) - 0.5), "above what two that are alike have"
+    assert about["verdict"] == "not told"
     assert report.facts["counts"]["win_rate"] == {
         "pairs were alike": 2,
         "verdicts changed with the order": 1,

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from luthier.reporting.statistics import corrected, difference, mcnemar, mean_of, wilson
+from luthier.reporting.statistics import (
+    bootstrap,
+    corrected,
+    difference,
+    mcnemar,
+    mean_of,
+    resampled_difference,
+    spread_of,
+    wilson,
+)
 from scipy import stats
 
 NUMBERS = st.lists(st.floats(-9, 9), min_size=3, max_size=40).filter(lambda found: np.ptp(found) > 1e-3)
@@ -131,3 +140,24 @@ def test_the_same_difference_everywhere_is_no_certainty_of_two() -> None:
     assert (two.told, two.p, two.test) == (False, 0.5, "sign")
     many = difference([1.5] * 9, [1.0] * 9)
     assert (many.told, many.p) == (True, 2 * 0.5**9)
+
+
+def test_a_bootstrap_of_a_few_says_no_more_than_so_many_tosses() -> None:
+    values = np.asarray([3.0, 5.0, 4.0])
+    for n, clusters in ((2, None), (3, ["a", "a", "b"])):
+        draws = bootstrap(lambda places: float(values[places].mean()), n, clusters)
+        found = resampled_difference(draws, float(values[:n].mean()), 2)
+        assert found.p == 0.5
+    alone = bootstrap(lambda places: float(values[places].mean()), 3, ["a", "a", "a"])
+    assert spread_of(alone, 4.0, 1).low == -math.inf
+
+
+@given(st.integers(0, 100))
+def test_a_bootstrap_of_a_mean_is_about_student_s(seed: int) -> None:
+    values = np.random.default_rng(seed).normal(1, 2, 200)
+    draws = bootstrap(lambda places: float(values[places].mean()), len(values))
+    found, right = spread_of(draws, float(values.mean()), len(values)), mean_of(values.tolist())
+    assert found.low == pytest.approx(right.low, abs=0.06)
+    assert found.high == pytest.approx(right.high, abs=0.06)
+    # The same draws each time: a report does not change by being made again.
+    assert (draws == bootstrap(lambda places: float(values[places].mean()), len(values))).all()

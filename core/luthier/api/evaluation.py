@@ -71,12 +71,13 @@ class Choices:
         if self.fixed:
             return self.fixed
         found: Any = row.get(self.column)
-        if not isinstance(found, list) or not all(isinstance(item, str) for item in cast("list[Any]", found)):
+        listed: list[Any] = cast("list[Any]", found) if isinstance(found, list) else []
+        if len(listed) < 2 or not all(isinstance(item, str) and item.strip() for item in listed):
             raise DataError(
-                f"a row has no list of texts in the column '{self.column}' to choose among",
+                f"a row has no list of two texts or more in the column '{self.column}' to choose among",
                 hint=f"have the data stage keep it: `keep: [{self.column}]`",
             )
-        return tuple(cast("list[str]", found))
+        return tuple(dict.fromkeys(cast("list[str]", listed)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,8 @@ class Score:
         is_mean: Whether the value is made of the mean of rows at all: BLEU is not.
         resampled: What makes the value of some of the rows, by their places (any of them several times), where it is
             not made of a mean: then it has an interval, by bootstrap.
+        neutral: Of a metric that compares with another model, what a row has where both are alike: then it is told
+            whether the rows are above it. The other model has no score of its own to be compared with.
         unread: Answers of which the metric could make nothing: no number, no JSON. They count as wrong.
         counts: What else is to be told of how it came about, by words, such as how many programs were stopped.
     """
@@ -172,6 +175,7 @@ class Score:
     of_mean: Callable[[float], float] | None = None
     is_mean: bool = True
     resampled: Callable[[np.ndarray[Any, Any]], float] | None = field(default=None, repr=False)
+    neutral: float | None = None
     unread: int = 0
     counts: Mapping[str, int] = field(default_factory=dict[str, int])
 

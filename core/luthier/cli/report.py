@@ -49,7 +49,7 @@ def runs_command(recipe: str | None, store: Path | None, as_json: bool) -> None:
     from rich.table import Table
 
     from luthier.cli.display import make_console
-    from luthier.reporting.pictures import duration, short
+    from luthier.reporting.pictures import duration, told
     from luthier.reporting.runs import read_run, run_ids
 
     place = Store.at(store)
@@ -67,7 +67,7 @@ def runs_command(recipe: str | None, store: Path | None, as_json: bool) -> None:
             "scores": {
                 name: stage.artifact.facts["scores"]
                 for name, stage in run.stages.items()
-                if stage.artifact is not None and "scores" in stage.artifact.facts
+                if stage.artifact is not None and isinstance(stage.artifact.facts.get("scores"), dict)
             },
         }
         for run in records
@@ -83,7 +83,7 @@ def runs_command(recipe: str | None, store: Path | None, as_json: bool) -> None:
         table.add_column(column, overflow="fold")
     for run in found:
         scores = "; ".join(
-            f"{stage}: " + ", ".join(f"{name} {short(float(value))}" for name, value in some.items())
+            f"{stage}: " + ", ".join(f"{name} {told(value)}" for name, value in some.items())
             for stage, some in run["scores"].items()
         )
         when = datetime.fromtimestamp(run["began"]).strftime("%Y-%m-%d %H:%M")

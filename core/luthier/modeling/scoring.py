@@ -75,13 +75,15 @@ def scored(
                 offered.append((place, choices, text))
                 sequences.append(chosen(encoder, row, text))
     first_offered = len(sequences) - len(offered)
+    tokens_kept = sum(label != IGNORED for item in sequences[:first_offered] for label in item.labels)
+    space = 0
     made_of: dict[int, _Tokens] = {}
     for index, log_p, ids in _passes(model, padding_of(encoder.tokenizer), sequences, progress):
         made_of[index] = _Tokens.of(log_p, ids)
         if kept is not None and index < first_offered:
-            if len(made_of) == 1:
-                # Rows differ in length; the first says about how much all will take.
-                check_disk_space(kept, log_p.numel() * log_p.element_size() * len(rows), "the models' distributions")
+            if not space:
+                space = tokens_kept * log_p.shape[1] * log_p.element_size()
+                check_disk_space(kept, space, "the models' distributions")
             np.save(kept / f"{index}.npy", log_p.cpu().numpy())
     for row, indices in zip(found, parts, strict=True):
         tokens = [made_of[index] for index in indices]
@@ -98,7 +100,7 @@ def scored(
 
 def chosen(encoder: ChatEncoder, row: Row, text: str) -> Encoded:
     """A row's prompt with another answer, which alone is trained."""
-    talk = [*prompt_of(row), Message(role="assistant", content=text)]
+    talk = prompt_of(row).plus(Message(role="assistant", content=text))
     return encoder.conversation(talk, "last")[-1]
 
 
@@ -141,4 +143,6 @@ def _passes(
 
 
 def _read(paths: Sequence[Path]) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.load(path) for path in paths])
+    """From the disk: of a large vocabulary a row alone takes gigabytes."""
+    parts = [np.load(path, mmap_mode="r") for path in paths]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)

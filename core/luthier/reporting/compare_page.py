@@ -10,7 +10,7 @@ from typing import Any
 from luthier.reporting.data_page import STYLE as PAGE
 from luthier.reporting.pictures import STYLE as PICTURES
 from luthier.reporting.pictures import duration, short
-from luthier.reporting.run_page import STYLE, grid
+from luthier.reporting.run_page import STYLE, grid, labels_of, models_of
 from luthier.reporting.runs import RunRecord, StageRecord
 
 Flat = dict[str, str]
@@ -86,9 +86,10 @@ def changes(first: RunRecord, second: RunRecord) -> list[list[str]]:
 
 
 def _settings(pair: Sequence[StageRecord | None]) -> list[Flat]:
-    """The settings of a stage in both runs: with defaults where both made something, which says what they were."""
+    """The settings of a stage in both runs; where one of them did not tell them, what made the artifacts."""
+    told = [stage is None or bool(stage.uses) for stage in pair]
     made = [stage.artifact for stage in pair if stage is not None and stage.artifact is not None]
-    if len(made) == len(pair):
+    if not all(told) and len(made) == len(pair):
         return [_flat({"uses": item.manifest["component"]["name"], **item.manifest["config"]}) for item in made]
     return [{} if stage is None else _flat({"uses": stage.uses, **stage.config}) for stage in pair]
 
@@ -125,11 +126,12 @@ def _scores(first: RunRecord, second: RunRecord) -> Iterator[list[str]]:
 
 def _measured(stage: StageRecord | None) -> dict[tuple[str, str], float]:
     """What a stage measured, by model and metric."""
-    facts: Mapping[str, Any] = {} if stage is None or stage.artifact is None else stage.artifact.facts
-    if "scores" not in facts:
+    if stage is None or stage.artifact is None:
         return {}
+    facts = stage.artifact.facts
     return {
-        (str(model.get("stage", "")), metric): float(value)
-        for model in [facts, *(facts.get("against") or [])]
+        (label, metric): float(value)
+        for label, model in zip(labels_of(stage, facts), models_of(facts), strict=True)
         for metric, value in model["scores"].items()
+        if isinstance(value, int | float)
     }

@@ -52,7 +52,7 @@ def most_unlike(folder: Path, metric: str) -> tuple[list[Example], list[Example]
         if ours is None or theirs is None or ours == theirs:
             continue
         found = Example(
-            number,
+            int(mine.get("row") or number),
             _text(mine.get("prompt")),
             _text(mine.get("reference")),
             _answer(mine, metric),

@@ -6,6 +6,7 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from luthier.reporting.runs import RunRecord, StageRecord
 
@@ -220,3 +221,10 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def told(value: Any) -> str:
+    """A number in few letters; what a plugin gives instead of one, as it is."""
+    if value is None:
+        return "-"
+    return short(float(value)) if isinstance(value, int | float) else str(value)

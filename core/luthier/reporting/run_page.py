@@ -6,11 +6,11 @@ import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
 
 from luthier.reporting.data_page import STYLE as PAGE
 from luthier.reporting.examples import Example, most_unlike
-from luthier.reporting.pictures import SIGNS, curve, duration, forest, pipeline, short
+from luthier.reporting.pictures import SIGNS, curve, duration, forest, pipeline, short, told
 from luthier.reporting.pictures import STYLE as PICTURES
 from luthier.reporting.runs import RunRecord, StageRecord
 from luthier.reporting.tables import certainty, describe, ledger, receipt
@@ -127,9 +127,9 @@ def _stages(run: RunRecord) -> Iterator[str]:
 def _evaluation(run: RunRecord) -> Iterator[str]:
     for stage in run.stages.values():
         facts: dict[str, Any] = {} if stage.artifact is None else dict(stage.artifact.facts)
-        if "scores" not in facts:
+        if not models_of(facts):
             continue
-        labels = _labels(stage, facts)
+        labels = labels_of(stage, facts)
         yield f"<h3>{html.escape(stage.id)}</h3>"
         table: dict[str, Any] = facts.get("table") or {"columns": [], "rows": []}
         yield grid(
@@ -143,12 +143,12 @@ def _evaluation(run: RunRecord) -> Iterator[str]:
         for gate in stage.gates:
             yield f"<p{'' if gate.get('ok') else ' class=bad'}>{_gate(gate)}.</p>"
         yield "<div class=charts>"
-        models = [facts, *(facts.get("against") or [])]
+        models = models_of(facts)
         for metric in facts["scores"]:
             found = [
                 (labels[place], float(model["scores"][metric]), *map(float, model["intervals"][metric]))
                 for place, model in enumerate(models)
-                if metric in (model.get("intervals") or {})
+                if metric in model["scores"] and metric in (model.get("intervals") or {})
             ]
             if found:
                 better = "higher" if (facts.get("higher_is_better") or {}).get(metric, True) else "lower"
@@ -165,19 +165,24 @@ def _evaluation(run: RunRecord) -> Iterator[str]:
         yield from _examples(stage, facts, labels)
 
 
-def _labels(stage: StageRecord, facts: Mapping[str, Any]) -> list[str]:
-    """What the recipe calls the models that a report compares."""
-    models: list[Mapping[str, Any]] = [facts, *(facts.get("against") or [])]
+def models_of(facts: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The facts of each model of a report; none where it is of another kind."""
+    found: list[Any] = [facts, *(facts.get("against") or [])] if "scores" in facts else []
+    return [item for item in found if isinstance(item, dict) and isinstance(cast("Any", item).get("scores"), dict)]
+
+
+def labels_of(stage: StageRecord, facts: Mapping[str, Any]) -> list[str]:
+    """What the recipe calls the models that a report compares; two of one name are told apart by their places."""
+    models = models_of(facts)
     against: Any = stage.config.get("against") or []
     named = [str(stage.config.get("model") or ""), *([against] if isinstance(against, str) else against)]
-    return [
-        " ".join(part for part in (name, model.get("variant") or "") if part)
-        for name, model in zip(
-            named if len(named) == len(models) and named[0] else [str(item.get("stage", "")) for item in models],
-            models,
-            strict=True,
-        )
-    ]
+    if len(named) != len(models) or not named[0]:
+        named = [str(item.get("stage", "")) for item in models]
+    labels: list[str] = []
+    for name, model in zip(named, models, strict=True):
+        label = " ".join(part for part in (name, model.get("variant") or "") if part)
+        labels.append(label if label not in labels else f"{label} ({len(labels) + 1})")
+    return labels
 
 
 def _examples(stage: StageRecord, facts: Mapping[str, Any], labels: Sequence[str]) -> Iterator[str]:
@@ -265,7 +270,7 @@ def _others(run: RunRecord) -> Iterator[str]:
             ]
             yield f"<h3>{html.escape(stage.id)}</h3>"
             yield grid(["file", "size", "KL to the model"], rows, numbers=(1, 2))
-        elif isinstance(facts.get("table"), dict) and "scores" not in facts:
+        elif isinstance(facts.get("table"), dict) and not models_of(facts):
             table: dict[str, Any] = facts["table"]
             yield f"<h3>{html.escape(stage.id)}</h3>"
             rows = [[html.escape(str(row[0])), *map(_number, row[1:])] for row in table["rows"]]
@@ -287,7 +292,7 @@ def _again(run: RunRecord) -> Iterator[str]:
     for stage in run.stages.values():
         about = {"uses": stage.uses, "key": stage.key, "config": stage.config}
         if stage.artifact is not None:
-            about["config"] = stage.artifact.manifest.get("config") or stage.config
+            about["config"] = stage.config or stage.artifact.manifest.get("config") or {}
             about["inputs"] = stage.artifact.manifest.get("inputs") or {}
         text = json.dumps(about, indent=2, ensure_ascii=False)
         yield f"<details><summary>{html.escape(stage.id)}: every setting</summary>"
@@ -318,6 +323,4 @@ def grid(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequenc
 
 
 def _number(value: Any) -> str:
-    if value is None:
-        return "-"
-    return short(float(value)) if isinstance(value, int | float) else html.escape(str(value))
+    return html.escape(told(value))

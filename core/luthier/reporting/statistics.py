@@ -168,7 +168,7 @@ def spread_of(draws: np.ndarray, value: float, n: int, level: float = LEVEL) -> 
     Args:
         draws: What `bootstrap` gave.
         value: The number itself.
-        n: How many rows there are.
+        n: How many rows there are, or clusters of them.
         level: How often the interval holds the true value.
     """
     if n < 2:
@@ -185,7 +185,7 @@ def resampled_difference(draws: np.ndarray, value: float, n: int, level: float =
     Args:
         draws: What `bootstrap` gave.
         value: The difference.
-        n: How many rows there are.
+        n: How many rows there are, or clusters of them.
         level: How often the interval holds the true difference.
     """
     interval = spread_of(draws, value, n, level)
@@ -193,6 +193,8 @@ def resampled_difference(draws: np.ndarray, value: float, n: int, level: float =
         return Difference(Interval(0.0, 0.0, 0.0, n), 1.0, None, "bootstrap")
     sides = [int((draws <= 0).sum()), int((draws >= 0).sum())]
     p = min(1.0, 2 * (min(sides) + 1) / (len(draws) + 1))
+    # Draws of a few rows cannot say more than that so many tosses fell on one side.
+    p = max(p, min(1.0, 2 * 0.5**n))
     made = Difference(interval, p, None, "bootstrap")
     return made if made.told or n < 2 else Difference(interval, p, _needed(interval, level), "bootstrap")
 

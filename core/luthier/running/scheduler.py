@@ -485,5 +485,5 @@ def _told_of(node: Node) -> dict[str, Any]:
         "produces": node.produces,
         "key": node.key,
         "waits_for": node.waits_for,
-        "config": node.config.model_dump(mode="json", exclude_defaults=True),
+        "config": node.config.model_dump(mode="json"),
     }

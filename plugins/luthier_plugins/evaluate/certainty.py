@@ -42,7 +42,8 @@ def intervals(scores: Mapping[str, Score], clusters: Mapping[str, Sequence[Hasha
 
 def _interval(score: Score, clusters: Sequence[Hashable] | None) -> Interval | None:
     if score.resampled is not None:
-        return spread_of(bootstrap(score.resampled, len(score.by_row), clusters), score.value, len(score.by_row))
+        count = len(score.by_row) if clusters is None else len(set(clusters))
+        return spread_of(bootstrap(score.resampled, len(score.by_row), clusters), score.value, count)
     values, weights, groups = _given(score, clusters)
     if not values or not score.is_mean:
         return None
@@ -88,7 +89,7 @@ def differences(
 
     Args:
         ours: The metrics of the model.
-        theirs: Those of the other one.
+        theirs: Those of the other one; of some of them none, which are not compared.
         better: Whether higher is better.
         clusters: See `intervals`.
 
@@ -98,7 +99,7 @@ def differences(
         a difference of this size.
     """
     made: dict[str, Any] = {}
-    for name in ours:
+    for name in (name for name in ours if name in theirs):
         pairs = [
             (float(mine), float(other), place)
             for place, (mine, other) in enumerate(zip(ours[name].by_row, theirs[name].by_row, strict=True))
@@ -147,7 +148,8 @@ def _difference(
         mine, other = ours.resampled, theirs.resampled
         # The same rows are drawn for both: what is hard for one is mostly hard for the other.
         draws = bootstrap(lambda places: mine(places) - other(places), len(ours.by_row), clusters)
-        return resampled_difference(draws, ours.value - theirs.value, len(ours.by_row))
+        count = len(ours.by_row) if clusters is None else len(set(clusters))
+        return resampled_difference(draws, ours.value - theirs.value, count)
     known = ours.weights
     return difference(
         [mine for mine, _, _ in pairs],

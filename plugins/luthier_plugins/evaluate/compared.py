@@ -86,6 +86,9 @@ def first_model(name: str, stages: Mapping[str, StageConfig]) -> str:
     seen: set[str] = set()
     while name in stages and name not in seen:
         seen.add(name)
+        # A model that is given a chat template here could not be asked before.
+        if getattr(stages[name], "chat_template", None) is not None:
+            break
         # Of a merge, what it starts from; of several equal ones, the first.
         inputs = {field: values for field, _, values in references(stages[name], Input)}
         earlier = [values[0] for field in ("base", "model", "models") if (values := inputs.get(field))]

@@ -95,8 +95,6 @@ class EvaluateConfig(ComparedConfig):
                 raise ValueError(f"`require` names {name}, which is not among `metrics` ({', '.join(names)})")
             if part == "change" and parsed(self.require[name])["stage"] is not None:
                 raise ValueError(f"`require` compares {name}, a share, with another model's value: name a number")
-            if part == "change" and not self.against and "against" in self.model_fields_set:
-                raise ValueError(f"`require` names {name}, the change from another model: name that under `against`")
         for metric, text in self.require.items():
             stage = parsed(text)["stage"]
             known = self.against or "against" in self.model_fields_set
@@ -105,9 +103,15 @@ class EvaluateConfig(ComparedConfig):
         return self
 
     def kind_problems(self, inputs: Mapping[str, Sequence[ArtifactKind]]) -> list[str]:
+        found: list[str] = []
         if self.variant is not None and "export" not in inputs["model"]:
-            return ["`variant` names a file of an export, but the model is not one: leave it out"]
-        return []
+            found.append("`variant` names a file of an export, but the model is not one: leave it out")
+        changes = [name for name in self.require if self.required(name)[1] == "change"]
+        if changes and not self.against:
+            found.append(f"`require` names {changes[0]}, the change from another model: name that under `against`")
+        if self.keep is not None and not self.against:
+            found.append("`keep` shows what was forgotten since another model: name that under `against`")
+        return found
 
     def early_problems(self, inputs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         found: list[str] = []

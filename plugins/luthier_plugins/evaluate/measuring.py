@@ -28,11 +28,13 @@ class Task:
     Attributes:
         title: What files about it begin with; empty for the stage's own data.
         rows: The rows.
+        places: Their places in the split.
         metrics: The metrics, by what reports call them.
     """
 
     title: str
     rows: list[Row]
+    places: list[int]
     metrics: Mapping[str, Metric[Any]]
 
 
@@ -72,17 +74,8 @@ class Models:
             role: What its files are called.
             artifact: The model.
             tasks: What is measured.
-
-        Raises:
-            DataError: an export is asked for probabilities.
         """
         self.context.log(f"measuring {artifact.manifest['stage']} on {sum(len(task.rows) for task in tasks)} rows")
-        scoring = [name for task in tasks for name, metric in task.metrics.items() if metric.needs.probabilities]
-        if artifact.kind == "export" and scoring:
-            raise DataError(
-                f"an export answers, but gives no probabilities, which {', '.join(scoring)} needs",
-                hint="measure that on the model it was made from",
-            )
         thinking = self._thinking(artifact)
         variant = self.config.variant if artifact.kind == "export" else None
         samples: list[Mapping[str, Sequence[Sample]]] = []
@@ -158,8 +151,8 @@ class Models:
                 return None
         return ChatEncoder(load_tokenizer(artifact), artifact.facts["stop_token_ids"], self.context.date)
 
-    def usable(self, rows: list[Row], artifacts: Sequence[Artifact], metrics: Mapping[str, Metric[Any]]) -> list[Row]:
-        """The rows that every model can be asked.
+    def usable(self, rows: list[Row], artifacts: Sequence[Artifact], metrics: Mapping[str, Metric[Any]]) -> list[int]:
+        """The places of the rows that every model can be asked.
 
         Args:
             rows: The rows.
@@ -191,13 +184,13 @@ class Models:
                 if problem is not None:
                     bad[place] = f"{artifact.manifest['stage']}: {problem}"
         if not bad:
-            return rows
+            return list(range(len(rows)))
         place, problem = min(bad.items())
         text = f"{len(bad)} of {len(rows)} rows of the split 'test' cannot be asked: row {place + 1}, {problem}"
         if len(bad) > self.config.bad_rows.drop_up_to * len(rows) or len(bad) == len(rows):
             raise DataError(text, hint="shorten or remove them, or allow for it: `bad_rows: {drop_up_to: ...}`")
         self.context.warn(f"{text}; they were left out, for all models")
-        return [row for place, row in enumerate(rows) if place not in bad]
+        return [place for place in range(len(rows)) if place not in bad]
 
 
 def _counts(asked: Asked, thinking: Thinking | None) -> dict[str, int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
-from luthier.api import Asks, DataError, Facts, Metric, Row, Score, Stage, Use
+import numpy as np
+from luthier.api import Artifact, Asks, DataError, Facts, Metric, Row, Score, Stage, Use
 from luthier.artifacts.datasets import require_split
 from luthier.artifacts.rows import prompt_of
-from luthier_plugins.evaluate.certainty import differences, intervals
+from luthier_plugins.evaluate.certainty import SAME, differences, intervals
 from luthier_plugins.evaluate.config import KEEP, EvaluateConfig
 from luthier_plugins.evaluate.measuring import Measured, Models, Task
 
@@ -20,9 +22,11 @@ class Evaluate(Stage[EvaluateConfig]):
     def run(self) -> Facts:
         artifacts = [self.context.artifact(self.config.model), *self.context.artifacts(self.config.against)]
         models = Models(self.config, self.context)
-        tasks = [
-            Task(title, models.usable(rows, artifacts, metrics), metrics) for title, rows, metrics in self._wanted()
-        ]
+        tasks: list[Task] = []
+        for title, rows, metrics in self._wanted():
+            _refuse_exports(artifacts, metrics)
+            places = models.usable(rows, artifacts, metrics)
+            tasks.append(Task(title, [rows[place] for place in places], places, metrics))
         roles = ["model", *(f"against-{place}" for place in range(1, len(artifacts)))]
         found = [models.measured(role, item, tasks) for role, item in zip(roles, artifacts, strict=True)]
         baseline = found[1] if len(found) > 1 else None
@@ -36,8 +40,13 @@ class Evaluate(Stage[EvaluateConfig]):
             {**self._facts(role, model, baseline, tasks, some), "intervals": intervals(some, clusters)}
             for role, model, some in zip(roles, found, scores, strict=True)
         ]
-        for other, some in zip(facts_of[1:], scores[1:], strict=True):
-            other["difference"] = differences(scores[0], some, better, clusters)
+        # What compares with the first other model anyway says nothing of that model alone.
+        relative = {name for task in tasks for name, metric in task.metrics.items() if metric.needs.baseline}
+        for place, (other, some) in enumerate(zip(facts_of[1:], scores[1:], strict=True)):
+            theirs = {name: score for name, score in some.items() if name not in relative}
+            if place == 0:
+                theirs |= {name: _alike(score) for name, score in scores[0].items() if score.neutral is not None}
+            other["difference"] = differences(scores[0], theirs, better, clusters)
         facts: Facts = {**facts_of[0], "against": facts_of[1:], "higher_is_better": better}
         facts["table"] = _table(facts)
         (self.context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
@@ -99,6 +108,22 @@ class Evaluate(Stage[EvaluateConfig]):
             None if compared is None else [compared[place] for place in places],
         )
 
+    def _sliced(
+        self,
+        name: str,
+        score: Score,
+        tasks: Sequence[Task],
+        model: Measured,
+        baseline: Measured | None,
+        value: str,
+    ) -> float | None:
+        """A metric over the rows of a slice: from what is known of its rows, for it may have asked a judge of each."""
+        places = [place for place, row in enumerate(tasks[0].rows) if str(row[str(self.config.by)]) == value]
+        try:
+            return _part(score, places)
+        except LookupError:
+            return self._score(0, name, tasks, model, baseline, value).value
+
     def _facts(
         self,
         role: str,
@@ -129,7 +154,9 @@ class Evaluate(Stage[EvaluateConfig]):
             facts["variant"] = self.config.variant
         if self.config.by is not None:
             facts["slices"] = {
-                value: {name: self._score(0, name, tasks, model, baseline, value).value for name in tasks[0].metrics}
+                value: {
+                    name: self._sliced(name, scores[name], tasks, model, baseline, value) for name in tasks[0].metrics
+                }
                 for value in sorted({str(row[self.config.by]) for row in tasks[0].rows})
             }
         return facts
@@ -146,6 +173,8 @@ class Evaluate(Stage[EvaluateConfig]):
             samples = {name: found[place] for name, found in model.samples[number].items()}
             first = next(iter(samples.values()))
             about = {
+                # Its number in the split, also where rows before it could not be asked.
+                "row": task.places[place] + 1,
                 "prompt": first.prompt,
                 "reference": first.reference,
                 "answers": {
@@ -155,6 +184,55 @@ class Evaluate(Stage[EvaluateConfig]):
             }
             lines.append(json.dumps(about, ensure_ascii=False))
         (self.context.out / f"{task.title}{role}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _refuse_exports(artifacts: Sequence[Artifact], metrics: Mapping[str, Metric[Any]]) -> None:
+    """Refuse to ask exports for probabilities, before anything is asked.
+
+    Raises:
+        DataError: one would be.
+    """
+    scoring = [name for name, metric in metrics.items() if metric.needs.probabilities]
+    exports = [str(artifact.manifest["stage"]) for artifact in artifacts if artifact.kind == "export"]
+    if scoring and exports:
+        raise DataError(
+            f"{exports[0]} is an export, which answers, but gives no probabilities, which {', '.join(scoring)} needs",
+            hint="measure that on the model it was made from",
+        )
+
+
+def _alike(score: Score) -> Score:
+    """What a metric that compares two models would give to two that are alike."""
+    assert score.neutral is not None, "only those are asked"
+    return Score(score.neutral, [score.neutral] * len(score.by_row))
+
+
+def _part(score: Score, places: Sequence[int]) -> float | None:
+    """A metric over some of the rows; None where it says nothing of any of them.
+
+    Raises:
+        LookupError: its value cannot be told from what it says of rows.
+    """
+    if score.resampled is not None:
+        return score.resampled(np.asarray(places))
+    if not score.is_mean or abs(_mean(score, range(len(score.by_row))) - score.value) > SAME * max(1, abs(score.value)):
+        raise LookupError("the value is no mean of its rows")
+    found = _mean(score, places)
+    return None if math.isnan(found) else found
+
+
+def _mean(score: Score, places: Iterable[int]) -> float:
+    """The mean of rows, as it makes a metric's value; NaN where nothing is said of any."""
+    known = [
+        (value, 1.0 if score.weights is None else score.weights[place])
+        for place in places
+        if (value := score.by_row[place]) is not None
+    ]
+    total = sum(weight for _, weight in known)
+    if not total:
+        return math.nan
+    mean = sum(value * weight for value, weight in known) / total
+    return mean if score.of_mean is None else score.of_mean(mean)
 
 
 def _asking(rows: list[Row]) -> list[Row]:

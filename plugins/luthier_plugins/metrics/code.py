@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from os import sched_getaffinity
+from textwrap import dedent
 
 from luthier.api import DataError, Sample, Score
 from luthier_plugins.metrics.answers import AnswerMetric
 from luthier_plugins.metrics.config import CodeRunsConfig
 from luthier_plugins.metrics.processes import Ended, run_python, slowness
 
-FENCE = re.compile(r"```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:\n```|\Z)", re.DOTALL)
-PYTHON = ("", "python", "py", "python3")
+FENCE = re.compile(r"^[ \t]*```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+PYTHON = ("python", "py", "python3")
 
 
 class CodeRuns(AnswerMetric[CodeRunsConfig]):
@@ -56,6 +57,11 @@ class CodeRuns(AnswerMetric[CodeRunsConfig]):
 
 
 def code_of(text: str) -> str:
-    """The Python code of an answer: all that stands in fences, or the whole answer where it has none."""
-    found = [match["code"] for match in FENCE.finditer(text) if match["language"].lower() in PYTHON]
-    return "\n".join(found) if found or "```" in text else text
+    """The Python code of an answer: all that stands in fences of Python; where no fence names a language, in all of
+    them; the whole answer where it has none."""
+    fences = [(match["language"].lower(), dedent(match["code"])) for match in FENCE.finditer(text)]
+    named = [code for language, code in fences if language in PYTHON]
+    if not fences:
+        return text
+    # What stands beside named code without a name is mostly what it prints.
+    return "\n".join(named or [code for language, code in fences if not language])

@@ -82,7 +82,7 @@ class WinRate(Metric[WinRateConfig]):
         if not known:
             raise DataError(f"none of {len(rows)} pairs got a verdict", hint=NO_VERDICT)
         told_of = {name: count for name, count in counts.items() if count}
-        return Score(sum(known) / len(known), rows, unread=rows.count(None), counts=told_of)
+        return Score(sum(known) / len(known), rows, neutral=0.5, unread=rows.count(None), counts=told_of)
 
     def _request(self, sample: Sample, first: str, second: str) -> Request:
         instruction = (

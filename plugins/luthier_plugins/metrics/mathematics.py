@@ -9,6 +9,7 @@ from luthier.api import DataError, Sample, Score
 from luthier.artifacts.extras import needed
 from luthier_plugins.metrics.answers import AnswerMetric
 from luthier_plugins.metrics.config import MathConfig
+from luthier_plugins.metrics.mathematics_helper import UNREADABLE
 from luthier_plugins.metrics.processes import Helper
 
 
@@ -27,14 +28,11 @@ class Math(AnswerMetric[MathConfig]):
                 except (TimeoutError, OSError):
                     stopped += 1
                     found = False
-                if isinstance(found, dict):
-                    # Of the reference itself nothing else can be said; an answer may hold anything.
-                    if "reference" in str(found["error"]):
-                        raise DataError(
-                            f"the metric 'math' cannot read the reference {sample.reference[:80]!r}",
-                            hint="take another metric, or rows whose answers are mathematics",
-                        )
-                    found = None
+                if found == UNREADABLE:
+                    raise DataError(
+                        f"the metric 'math' cannot read the reference {sample.reference[:80]!r}",
+                        hint="take another metric, or rows whose answers are mathematics",
+                    )
                 unread += found is None
                 rows.append(float(found or 0.0))
         counts = {"comparisons were given up": stopped} if stopped else {}

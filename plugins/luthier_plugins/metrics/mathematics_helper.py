@@ -7,26 +7,37 @@ from typing import Any
 
 from luthier_plugins.metrics.processes import serve
 
+UNREADABLE = "the reference cannot be read"
+
 
 def main() -> None:
     library: Any = import_module("math_verify")
 
-    def answer(question: dict[str, str]) -> bool | None:
-        """Whether both are equal; None where the answer holds nothing that can be compared."""
+    def answer(question: dict[str, str]) -> bool | str | None:
+        """Whether both are equal; None where the answer holds nothing that can be compared, `UNREADABLE` where the
+        reference does not."""
         # Whoever asks kills this process: their own alarms are not needed.
-        right = library.parse(question["reference"], parsing_timeout=None)
-        said = library.parse(question["answer"], parsing_timeout=None)
+        right = _read(library, question["reference"])
         if not right:
-            raise ValueError("the reference cannot be read")
+            return UNREADABLE
+        said = _read(library, question["answer"])
         return bool(library.verify(right, said, timeout_seconds=None)) if said else None
 
     def told(question: Any) -> Any:
         try:
             return answer(question)
-        except Exception as error:  # noqa: BLE001 - sympy raises anything
-            return {"error": f"{type(error).__name__}: {error}"}
+        except Exception:  # noqa: BLE001 - sympy raises anything
+            return None
 
     serve(told)
+
+
+def _read(library: Any, text: str) -> Any:
+    """What a text holds; nothing where it cannot be read."""
+    try:
+        return library.parse(text, parsing_timeout=None)
+    except Exception:  # noqa: BLE001 - sympy raises anything
+        return []
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Literal
 
 OUTPUT = 64 * 2**20
@@ -24,7 +25,10 @@ START = 30.0
 """Seconds that libraries may take to be imported."""
 _PROGRAM = """
 import os, resource
-for _limit, _most in ((resource.RLIMIT_AS, {memory}), (resource.RLIMIT_FSIZE, {output}), (resource.RLIMIT_CORE, 0)):
+for _limit, _most in (
+    (resource.RLIMIT_AS, {memory}), (resource.RLIMIT_FSIZE, {output}), (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_CPU, {cpu}),
+):
     resource.setrlimit(_limit, (_most, _most))
 exec(compile({code!r}, "answer", "exec"), {{"__name__": "__main__"}})
 os._exit({done})
@@ -46,12 +50,13 @@ def run_python(code: str, seconds: float, memory: int) -> Ended:
 
     Args:
         code: The program.
-        seconds: After how many seconds it is killed, with all that it started.
+        seconds: After how many seconds it is killed, with its process group; what it started has no more time of
+            the processor, either.
         memory: The most memory that it may take, in bytes.
     """
     # What no program says by accident.
     done = secrets.choice(range(100, 250))
-    text = _PROGRAM.format(memory=memory, output=OUTPUT, done=done, code=code)
+    text = _PROGRAM.format(memory=memory, output=OUTPUT, cpu=ceil(seconds) + 1, done=done, code=code)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             [sys.executable, "-I", "-"],
