@@ -188,3 +188,6 @@ def test_the_verb_reads_files_and_datasets(tmp_path: Path) -> None:
     bad = luthier("data", "report", "bad.jsonl")
     assert bad.returncode == 2
     assert "bad.jsonl:1" in bad.stderr
+    gone = luthier("data", "report", "gone.jsonl")
+    assert gone.returncode == 1
+    assert "gone.jsonl: there is no such file, and no artifact is called so" in gone.stderr

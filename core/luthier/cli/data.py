@@ -102,7 +102,12 @@ def _dataset(what: str, store: Store) -> Artifact:
         if error is not None:
             raise error
         return result.artifact("data")
-    found = store.resolve(what)
+    try:
+        found = store.resolve(what)
+    except StoreError as error:
+        if not path.suffix:
+            raise
+        raise StoreError("there is no such file, and no artifact is called so", where=what, hint=error.hint) from error
     if found.kind != "dataset":
         raise StoreError(f"'{what}' is a {found.kind}, no dataset", hint="name a stage that makes one, or a data file")
     return found

@@ -11,6 +11,7 @@ import click
 VERBS = {
     "chat": ("luthier.cli.chat:chat_command", "Chat with a model, an adapter or an export."),
     "clean": ("luthier.cli.clean:clean_command", "Remove what no recipe needs any more."),
+    "compare": ("luthier.cli.compare:compare_command", "Have people judge two models' answers, blind."),
     "completion": ("luthier.cli.completion:completion_command", "Print completion for a shell."),
     "data": ("luthier.cli.data:data_command", "Look at datasets: what rows are like, and what is odd."),
     "diff": ("luthier.cli.diff:diff_command", "Show how models differ, layer by layer."),
