@@ -144,7 +144,8 @@ def read_verdicts(text: str, comparison: Comparison, where: str) -> tuple[str, d
             hint="name the same report, with the same --against, --seed and --rows as when the page was made",
         )
     rows = {pair.row for pair in comparison.pairs}
-    verdicts: dict[str, Any] = about.get("verdicts") if isinstance(about.get("verdicts"), dict) else {}
+    given: Any = about.get("verdicts")
+    verdicts: dict[str, Any] = cast("dict[str, Any]", given) if isinstance(given, dict) else {}
     bad = [item for item in verdicts.items() if item[1] not in VERDICTS or not item[0].isdecimal()]
     if bad or not {int(row) for row in verdicts} <= rows:
         raise DataError("this file has verdicts that no page gives", where=where)
