@@ -134,7 +134,7 @@ def server_of(found: Comparison, folder: Path, judge: str, port: int) -> Threadi
             self.end_headers()
             self.wfile.write(body)
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as the base class calls it
+        def log_message(self, format: str, *args: Any) -> None:
             """Nothing is printed."""
 
     server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
