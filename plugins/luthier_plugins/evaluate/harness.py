@@ -21,10 +21,7 @@ class Harness(Stage[HarnessConfig]):
 
     def run(self) -> Facts:
         library = needed("lm_eval", "lm_eval", "lm-eval")
-        manager = needed("lm_eval.tasks", "lm_eval", "lm-eval").TaskManager(
-            # Its own tasks read data from the hub; those of a folder need none of them.
-            include_path=None if self.config.include is None else str(self.context.path(self.config.include)),
-        )
+        manager = self._manager()
         unknown = [name for name in self.config.tasks if not manager.match_tasks([name])]
         if unknown:
             raise DataError(
@@ -70,6 +67,18 @@ class Harness(Stage[HarnessConfig]):
         }
         (self.context.out / "report.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
         return facts
+
+    def _manager(self) -> Any:
+        """What knows the tasks: those of the recipe's folder alone where they are enough, for it takes seconds to read
+        all that come with the harness."""
+        library = needed("lm_eval.tasks", "lm_eval", "lm-eval")
+        if self.config.include is None:
+            return library.TaskManager()
+        folder = str(self.context.path(self.config.include))
+        own = library.TaskManager(include_path=folder, include_defaults=False)
+        if all(own.match_tasks([name]) for name in self.config.tasks):
+            return own
+        return library.TaskManager(include_path=folder)
 
     def _measured(self, library: Any, manager: Any, artifact: Artifact) -> Mapping[str, Any]:
         """What the harness says of one model."""
