@@ -149,7 +149,7 @@ def test_a_run_is_told_whole(folder: Path, cli: Any) -> None:
     assert told[0]["scores"]["quality"].keys() == {"perplexity", "exact_match"}
     shown = cli("runs", "--recipe", "told").stdout
     assert shown.count("done") == 3
-    assert "no runs yet" in cli("runs", "--recipe", "other").stdout
+    assert "no runs of 'other'" in cli("runs", "--recipe", "other").stdout
 
 
 def test_a_run_that_failed_says_why_and_a_gate_what_it_measured(folder: Path, cli: Any) -> None:

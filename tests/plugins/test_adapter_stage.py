@@ -12,12 +12,12 @@ import pytest
 import torch
 from gguf_models import make_gpt2, make_model
 from luthier import Recipe, plan, run
-from luthier.api import Artifact, ModelError, RecipeError
+from luthier.api import Artifact, ModelError, Needs, RecipeError
 from luthier.artifacts.texts import chat_template
 from luthier.merging.mergekit_yaml import as_config
 from luthier.modeling.chat import ChatEncoder
-from luthier.modeling.generate import target_log_probabilities
 from luthier.modeling.loading import fold, load_model, load_tokenizer
+from luthier.modeling.scoring import scored
 from luthier.testing import run_stage, tiny_dataset, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -340,12 +340,10 @@ def test_an_adapter_on_the_output_head_is_not_trained_past(place: Path, tmp_path
             load_model(adapter).eval(),
             ChatEncoder(load_tokenizer(adapter), adapter.facts["stop_token_ids"]),
         )
-        losses = [
-            -target_log_probabilities(model, item)[0].gather(1, target_log_probabilities(model, item)[1][:, None])
-            for row in chats
-            for item in encoder.conversation(row["messages"])
+        logps = [
+            value for row in scored(model, encoder, chats, [Needs(token_logps=True)], tmp_path) for value in row.logps
         ]
-        assert made.facts["training"]["loss_first"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-5)
+        assert made.facts["training"]["loss_first"] == pytest.approx(-sum(logps) / len(logps), rel=1e-5)
     else:
         assert made.facts["training"]["loss_first"] == pytest.approx(math.log(2), abs=1e-6)
 

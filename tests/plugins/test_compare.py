@@ -74,7 +74,7 @@ def test_pairs_are_drawn_and_say_nothing_of_whose_they_are(report: Artifact) -> 
     shown = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", text, flags=re.DOTALL)
     assert not re.search(rf"\b{found.ours}\b|{report.key}", shown)
     assert "</script><b>" not in text, "an answer does not end the script that holds it"
-    with pytest.raises(DataError, match="does not compare 3 models"):
+    with pytest.raises(DataError, match="has no comparison 2: it has 1"):
         comparison_of(report, 2, 0, None)
 
 

@@ -76,7 +76,8 @@ def runs_command(recipe: str | None, store: Path | None, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     if not found:
-        click.echo("no runs yet: `luthier run RECIPE` makes one")
+        which = "no runs yet" if recipe is None else f"no runs of '{recipe}'"
+        click.echo(f"{which}: `luthier run RECIPE` makes one")
         return
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("run", "begun", "took", "ended", "measured"):

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import DataError
 from luthier.api.serving import Completion, Generator, Request, Sampling
 from luthier.modeling.chat import ChatEncoder
 from luthier.modeling.loading import load_client, load_tokenizer, padding_of, positions_of_model
-from luthier.modeling.text import IGNORED, Encoded
 
 BATCH = 32
 """Prompts in one batch."""
@@ -167,15 +165,3 @@ class TransformersGenerator(ModelGenerator):
     ) -> None:
         model, tokenizer = load_client(artifact, scratch), load_tokenizer(artifact)
         super().__init__(model, tokenizer, artifact.facts["stop_token_ids"], progress, special=special, date=date)
-
-
-def target_log_probabilities(model: Any, row: Encoded) -> tuple[Tensor, Tensor]:
-    """log p of the whole vocabulary at each trained token of a row, float32 of shape (targets, vocabulary), and the
-    ids of these tokens, shape (targets,)."""
-    model.eval()
-    ids = torch.tensor([row.input_ids], device=model.device)
-    labels = torch.tensor(row.labels[1:], device=model.device)
-    trained = labels != IGNORED
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[0, :-1][trained].float()
-    return logits.log_softmax(-1), labels[trained]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from luthier.reporting.data_page import STYLE as PAGE
+from luthier.reporting.data_page import whole_page
 from luthier.reporting.pictures import STYLE as PICTURES
 from luthier.reporting.pictures import duration, short
 from luthier.reporting.run_page import STYLE, grid, labels_of, models_of
@@ -21,12 +21,7 @@ LONGEST = 300
 def page(first: RunRecord, second: RunRecord) -> str:
     """The whole page."""
     title = f"{first.id} and {second.id}"
-    head = (
-        "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{PAGE}{PICTURES}{STYLE}</style>"
-    )
-    body = "".join(_body(first, second))
-    return f"<!doctype html>\n<html lang=en><head>{head}</head><body><main>{body}</main></body></html>\n"
+    return whole_page(title, "".join(_body(first, second)), PICTURES, STYLE)
 
 
 def _body(first: RunRecord, second: RunRecord) -> Iterator[str]:

@@ -47,12 +47,24 @@ def page(found: Examination) -> str:
     """The whole page."""
     title = f"Dataset: {found.name}"
     rows = ", ".join(f"{count:,} {split}" for split, count in found.rows.items())
-    head = (
-        "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{STYLE}{CHARTS}</style>"
+    return whole_page(title, "".join(_body(found, title, rows)), CHARTS)
+
+
+def whole_page(title: str, body: str, *styles: str, behind: str = "") -> str:
+    """A page that needs nothing from elsewhere.
+
+    Args:
+        title: What a browser calls it.
+        body: Its HTML.
+        styles: Style sheets beside the one that all pages have.
+        behind: What follows the body, such as scripts.
+    """
+    return (
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
+        "<meta name=viewport content='width=device-width, initial-scale=1'>"
+        f"<title>{html.escape(title)}</title><style>{STYLE}{''.join(styles)}</style></head>"
+        f"<body><main>{body}</main>{behind}</body></html>\n"
     )
-    body = "".join(_body(found, title, rows))
-    return f"<!doctype html>\n<html lang=en><head>{head}</head><body><main>{body}</main></body></html>\n"
 
 
 def _body(found: Examination, title: str, rows: str) -> Iterator[str]:

@@ -46,7 +46,7 @@ def most_unlike(folder: Path, metric: str) -> tuple[list[Example], list[Example]
     """
     won: list[tuple[float, int, Example]] = []
     lost: list[tuple[float, int, Example]] = []
-    pairs = zip_longest(_lines(folder / "model.jsonl"), _lines(folder / "against-1.jsonl"), fillvalue={})
+    pairs = zip_longest(report_rows(folder / "model.jsonl"), report_rows(folder / "against-1.jsonl"), fillvalue={})
     for number, (mine, other) in enumerate(pairs, 1):
         ours, theirs = (_score(found, metric) for found in (mine, other))
         if ours is None or theirs is None or ours == theirs:
@@ -67,7 +67,8 @@ def most_unlike(folder: Path, metric: str) -> tuple[list[Example], list[Example]
     return [item for *_, item in sorted(won, reverse=True)], [item for *_, item in sorted(lost, reverse=True)]
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
+def report_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """What a report says of each row for one of its models; nothing where it has no such file."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:

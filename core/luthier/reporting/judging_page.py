@@ -5,9 +5,10 @@ from __future__ import annotations
 import html
 import json
 
-from luthier.reporting.data_page import STYLE as PAGE
+from luthier.reporting.data_page import whole_page
 from luthier.reporting.verdicts import KIND, Comparison
 
+TITLE = "Which answer is better?"
 STYLE = """
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; } .text { white-space: pre-wrap; }
 @media (max-width: 44rem) { .pair { grid-template-columns: 1fr; } }
@@ -122,10 +123,8 @@ def page(comparison: Comparison, judge: str = "", known: dict[int, str] | None =
     )
     back = "<button type=button class=back>Back <kbd>↑</kbd></button>"
     after = "What came of it" if served else "Save the file, and send it to whoever sent you this page"
-    return (
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
-        "<meta name=viewport content='width=device-width, initial-scale=1'><title>Which answer is better?</title>"
-        f"<style>{PAGE}{STYLE}</style></head><body><main><h1>Which answer is better?</h1>"
+    body = (
+        f"<h1>{TITLE}</h1>"
         f"<progress id=progress max={len(comparison.pairs)} value=0 aria-label='Pairs that are judged'></progress>"
         "<p class=summary><span id=count aria-live=polite></span> · <label>Your name: "
         f'<input id=judge value="{html.escape(judge)}" autocomplete=off></label></p><p id=problem role=alert></p>'
@@ -134,6 +133,7 @@ def page(comparison: Comparison, judge: str = "", known: dict[int, str] | None =
         "<div class=card><h2>Right</h2><div class=text id=right></div></div></div>"
         f"<div class=buttons>{buttons}{back}</div></div>"
         f"<div id=end hidden><h2>{after}</h2><pre id=outcome></pre>"
-        f"<p><a id=save download=verdicts.json>Save the verdicts</a></p>{back}</div></main>"
-        f"<script type='application/json' id=pairs>{data}</script><script>{SCRIPT}</script></body></html>\n"
+        f"<p><a id=save download=verdicts.json>Save the verdicts</a></p>{back}</div>"
     )
+    scripts = f"<script type='application/json' id=pairs>{data}</script><script>{SCRIPT}</script>"
+    return whole_page(TITLE, body, STYLE, behind=scripts)

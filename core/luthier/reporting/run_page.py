@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, cast
 
-from luthier.reporting.data_page import STYLE as PAGE
+from luthier.reporting.data_page import whole_page
 from luthier.reporting.examples import Example, most_unlike
 from luthier.reporting.pictures import SIGNS, curve, duration, forest, pipeline, short, told
 from luthier.reporting.pictures import STYLE as PICTURES
@@ -44,18 +44,12 @@ MOST_CURVES = 12
 def page(run: RunRecord) -> str:
     """The whole page."""
     title = f"Run of {run.recipe}"
-    head = (
-        "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<title>{html.escape(title)}</title><style>{PAGE}{PICTURES}{STYLE}</style>"
-    )
     made = [(name, "".join(write(run))) for name, write in SECTIONS.items()]
     shown = [(name, text) for name, text in made if text]
     links = "".join(f'<a href="#{_anchor(name)}">{html.escape(name)}</a>' for name, _ in shown)
     body = "".join(f'<h2 id="{_anchor(name)}">{html.escape(name)}</h2>{text}' for name, text in shown)
-    return (
-        f"<!doctype html>\n<html lang=en><head>{head}</head><body><main><h1>{html.escape(title)}</h1>"
-        f"{''.join(_head(run))}<nav aria-label=Sections>{links}</nav>{body}</main></body></html>\n"
-    )
+    top = f"<h1>{html.escape(title)}</h1>{''.join(_head(run))}<nav aria-label=Sections>{links}</nav>"
+    return whole_page(title, top + body, PICTURES, STYLE)
 
 
 def _anchor(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, Literal, cast, get_args
 
 from luthier.api.artifact import Artifact
 from luthier.api.errors import DataError
+from luthier.reporting.examples import report_rows
 from luthier.reporting.statistics import Interval, mcnemar, mean_of
 
 Verdict = Literal["left", "right", "tie", "bad", "skip"]
@@ -70,11 +71,12 @@ def comparison_of(report: Artifact, other: int, seed: int, most: int | None) -> 
         DataError: there is nothing to compare.
     """
     others: Sequence[Mapping[str, Any]] = report.facts.get("against") or []
-    if report.kind != "report" or not 1 <= other <= len(others):
-        raise DataError(
-            f"{report.manifest['stage']} does not compare {other + 1} models",
-            hint="name a report of the stage `evaluate` that has `against`",
-        )
+    name = report.manifest["stage"]
+    if report.kind != "report" or not others:
+        hint = "name a report of the stage `evaluate` that has `against`"
+        raise DataError(f"{name} is no report that compares models", hint=hint)
+    if not 1 <= other <= len(others):
+        raise DataError(f"{name} has no comparison {other}: it has {len(others)}", hint="choose with --against")
     mine, theirs = (_answers(report.path / name) for name in ("model.jsonl", f"against-{other}.jsonl"))
     draw = random.Random(seed)
     pairs: list[Pair] = []
@@ -100,17 +102,11 @@ def comparison_of(report: Artifact, other: int, seed: int, most: int | None) -> 
 def _answers(path: Path) -> dict[int, tuple[str, str | None]]:
     """Prompt and first answer of each row."""
     found: dict[int, tuple[str, str | None]] = {}
-    for number, item in enumerate(_lines(path), 1):
+    for number, item in enumerate(report_rows(path), 1):
         answers: Mapping[str, Sequence[str]] = item.get("answers") or {}
         given = next((texts for texts in answers.values() if texts), None)
         found[int(item.get("row") or number)] = (str(item.get("prompt") or ""), given[0] if given else None)
     return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
 
 
 def written(comparison: Comparison, judge: str, verdicts: Mapping[int, str]) -> str:
