@@ -151,6 +151,7 @@ def test_general_data_shows_what_was_forgotten(tmp_path: Path) -> None:
     config = {"metrics": ["perplexity"], "by": "topic", "max_new_tokens": 4}
     report = run_stage(tmp_path, "evaluate", config, inputs=inputs)
     facts = report.facts
+    assert list(facts).index("scores") < list(facts).index("rows_by_metric"), "a metric's first number is its value"
     assert facts["rows_by_metric"] == {"perplexity": 8, "keep.perplexity": 12, "keep.agreement": 12}
     assert facts["slices"] == {"blue": {"perplexity": facts["scores"]["perplexity"]}}
     before = facts["against"][0]["scores"]

@@ -52,8 +52,8 @@ class Harness(Stage[HarnessConfig]):
                     "stage": artifact.manifest["stage"],
                     "key": artifact.key,
                     "rows": sum(count["effective"] for count in found["n-samples"].values()),
-                    "rows_by_metric": {name: len(score.by_row) for name, score in scores.items()},
                     "scores": values,
+                    "rows_by_metric": {name: len(score.by_row) for name, score in scores.items()},
                     "intervals": intervals(scores, {}),
                 }
             )

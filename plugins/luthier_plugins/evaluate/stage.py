@@ -143,8 +143,9 @@ class Evaluate(Stage[EvaluateConfig]):
             "stage": artifact.manifest["stage"],
             "key": artifact.key,
             "rows": len(tasks[0].rows),
-            "rows_by_metric": {name: len(task.rows) for task in tasks for name in task.metrics},
+            # First of all that is told by metric: who looks for a metric's name finds its value.
             "scores": values,
+            "rows_by_metric": {name: len(task.rows) for task in tasks for name in task.metrics},
             "prompt": model.prompt,
         }
         facts["answers"] = {name: count for name, count in model.answers.items() if count}
